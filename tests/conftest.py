@@ -1,0 +1,109 @@
+"""Fixtures: the golden rule weights, the shared data, and command lines run in this process."""
+
+import importlib
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from lift import LiFT
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything
+
+
+def rule_state(module):
+    """A state_dict for `module` that depends on nothing but its names and shapes (the rule of golden/README.md)."""
+    state = {}
+    for name, value in module.state_dict().items():
+        random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(value.numel())
+        n = torch.from_numpy(random.astype(np.float32)).reshape(value.shape)
+        if name.endswith("num_batches_tracked"):
+            n = torch.zeros_like(value)
+        elif name.endswith("running_var"):
+            n = 0.5 + n.abs()
+        elif n.ndim == 1:
+            n = 1 + 0.1 * n if name.endswith("weight") else 0.1 * n
+        else:
+            n = 0.1 * n if name in ("pos_embed", "cls_token") else np.float32(0.04) * n
+        state[name] = n
+    return state
+
+
+def rule_image(height, width, seed):
+    """A smooth random image [1, 3, H, W], used as if normalised (the rule of golden/README.md)."""
+    rng = np.random.RandomState(seed)
+    small = torch.from_numpy(rng.standard_normal((1, 3, height // 16 + 1, width // 16 + 1)).astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal((1, 3, height, width)).astype(np.float32))
+    return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False) + 0.1 * noise
+
+
+def rule_vit(tag):
+    """timm's ViT `tag` without head, with rule weights."""
+    model = timm.create_model(tag, num_classes=0)
+    model.load_state_dict(rule_state(model))
+    return model
+
+
+@pytest.fixture(scope="session")
+def shared():
+    folder = Path(os.environ.get("LIFT_SHARED", ROOT.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no shared material at {folder} (set LIFT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_lift(shared):
+    return shared / "golden" / "lift_vit_tiny_patch16_224.pth"
+
+
+@pytest.fixture(scope="session")
+def vit_tiny(shared):
+    """Flags of the real vit_tiny_patch16_224."""
+    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(shared / "weights/vit_tiny_patch16_224.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def rule_backbone(tmp_path_factory):
+    """Flags of a vit_tiny_patch16_224 with rule weights."""
+    path = tmp_path_factory.mktemp("backbone") / "rule.safetensors"
+    save_file(rule_vit("vit_tiny_patch16_224").state_dict(), path)
+    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(path)]
+
+
+@pytest.fixture(scope="session")
+def rule_lift(tmp_path_factory):
+    """A bare LiFT checkpoint of width 192 with rule weights."""
+    path = tmp_path_factory.mktemp("lift") / "rule_lift.pth"
+    torch.save(rule_state(LiFT(192, 16)), path)
+    return path
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd):
+    """cli("eval_spair", "--flag", value...) runs that script's command line in this process -> Ran(code, out, err)."""
+
+    def run(script, *args):
+        module, code = importlib.import_module(script), 0
+        capfd.readouterr()
+        try:
+            module.parser().run(module.main, [str(a) for a in args])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Ran(code, *capfd.readouterr())
+
+    return run
