@@ -20,11 +20,15 @@ import glob
 import json
 import os
 import platform
+import socket
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
@@ -63,6 +67,11 @@ BACKBONES = {
 }
 
 
+def first_line(error):
+    """The first line of an exception's text, at most 150 characters, for messages."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:150]
+
+
 # ---- backbones and their weights ------------------------------------------------------------------------------------
 
 
@@ -74,11 +83,14 @@ def resolve(name):
         raise ValueError("no supervised weights of vit_small_patch8_224 exist: take dino_vits8 or vit_base_patch8_224")
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"unknown model {name}: pass one of {', '.join(BACKBONES)}, or the name of a ViT in timm")
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "no tag at all"
+        raise ValueError(f"timm has no weights {name}: pass one of {known}") from error
     if cfg is None:
-        raise ValueError(f"timm has no weights tagged {name}: see timm.list_pretrained('{name.split('.')[0]}*')")
-    tag = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
-    return Backbone(tag, (tuple(cfg.mean), tuple(cfg.std)))
+        raise ValueError(f"timm has no weights of {name}: pass a ViT of timm.list_pretrained('vit_*')")
+    return Backbone(f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name, (tuple(cfg.mean), tuple(cfg.std)))
 
 
 def read_tensors(path):
@@ -94,8 +106,7 @@ def read_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints carry their flags
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} holds no weights ({reason[:150]}): pass a .pth or .safetensors of tensors") from error
+        raise ValueError(f"{path} holds no weights ({first_line(error)}): pass a .pth or .safetensors file") from error
 
 
 def unwrap(state):
@@ -123,28 +134,52 @@ def load_backbone_file(model, path):
         if key in state and state[key].shape != value.shape
     ]
     found = {"missing": missing, "surplus": surplus, "of another shape": shapes}
-    wrong = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for what, keys in found.items() if keys]
+    wrong = [f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})" for what, keys in found.items() if keys]
     if wrong:
-        raise ValueError(f"{path} does not fit the backbone: {'; '.join(wrong)}: pass its own --backbone_path or --model_type")
+        raise ValueError(f"{path} does not fit the backbone, {'; '.join(wrong)}: pass the --model_type it belongs to")
     model.load_state_dict(state)
 
 
+def hub_unreachable():
+    """Whether a direct connection to timm's model hub fails; its client would try for a minute before it says so."""
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if getproxies():
+        return False
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        return False
+    except OSError:
+        return True
+
+
+def download_backbone(tag):
+    """timm's ViT `tag` with its weights, from the hub's cache or by download (timm shows the progress).
+
+    Raises ValueError, naming the file to fetch, where neither is possible.
+    """
+    if hub_unreachable():
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # the cache is still read
+    try:
+        return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except Exception as error:  # the hub's client, the network and the disk each raise their own
+        raise ValueError(
+            f"cannot download {tag} ({first_line(error)}): fetch model.safetensors from "
+            f"https://huggingface.co/timm/{tag} where there is a network, and pass --backbone_path FILE"
+        ) from error
+
+
 def build_backbone(name, backbone_path=None):
-    """The timm ViT `name` without its head, weights from `backbone_path`, else the repository's own file, else timm's download."""
+    """The timm ViT `name` without head; weights from `backbone_path`, else this repository, else timm's download."""
     row = resolve(name)
     path = backbone_path or (row.file and Path(__file__).parent / row.file)
-    if path:
-        model = timm.create_model(row.tag, pretrained=False, num_classes=0)
-        load_backbone_file(model, path)
-        return model
     try:
-        return timm.create_model(row.tag, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub client, the network and the disk each raise their own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"no download of {row.tag} ({reason[:100]}): fetch model.safetensors from https://huggingface.co/timm/{row.tag} "
-            "where there is a network, and pass --backbone_path FILE"
-        ) from error
+        model = timm.create_model(row.tag, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        raise ValueError(f"{name} takes images of one size only, so it is no plain ViT: pass a ViT of timm") from error
+    if not path:
+        return download_backbone(row.tag)
+    load_backbone_file(model, path)
+    return model
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -159,8 +194,7 @@ def pick_device(device, dtype="float32"):
         (one @ one).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"no {dtype} on device {device} ({reason[:100]}): pass --device cpu --dtype float32") from error
+        raise ValueError(f"no {dtype} on device {device} ({first_line(error)}): pass --device cpu --dtype float32") from error
 
 
 # ---- the extractor --------------------------------------------------------------------------------------------------
@@ -205,10 +239,9 @@ class ViTExtractor(nn.Module):
     def _read_facts(self, stride, layer):
         """Read patch, heads, depth, width and native grid off the model, and check stride, layer and facet against them."""
         embed, blocks = getattr(self.model, "patch_embed", None), getattr(self.model, "blocks", None)
-        if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or not blocks or not hasattr(blocks[0], "norm1"):
-            raise ValueError(f"{self.name} is no plain ViT (patches, then blocks with attention): pass a ViT of timm")
-        if not hasattr(getattr(blocks[0], "attn", None), "qkv") or hasattr(blocks[0].attn, "relative_position_bias_table"):
-            raise ValueError(f"the attention of {self.name} has no plain qkv projection: pass another ViT of timm")
+        plain = isinstance(getattr(embed, "proj", None), nn.Conv2d) and embed.proj.in_channels == 3
+        if not plain or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
+            raise ValueError(f"{self.name} is no plain ViT (patches of RGB, then blocks with attention): pass a ViT of timm")
         self.patch, self.depth = embed.proj.kernel_size[0], len(blocks)
         self.stride, self.layer = stride or self.patch, self._layer(layer)
         self.heads = blocks[0].attn.num_heads
@@ -433,7 +466,7 @@ def read_image(path):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be read safely ({error}): make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{path} is not a readable image ({' '.join(str(error).split())[:150]}): replace or remove it") from error
+        raise ValueError(f"{path} is not a readable image ({first_line(error)}): replace or remove it") from error
 
 
 def list_images(path):
@@ -449,7 +482,7 @@ def list_images(path):
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`, renamed to it at the end, removed on failure; makes the folder. OSError if it cannot."""
+    """Give a temporary path beside `path`, renamed to it at the end and removed on failure; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)

@@ -204,7 +204,7 @@ def load_lift(path, extractor=None, patch_size=16):
     if "outc.weight" not in state:
         raise ValueError(f"{path} is not a LiFT checkpoint (no outc.weight): pass a lift.pth written by train_lift.py")
     if origin is None:
-        print(f"note: nothing beside {path} tells its backbone, layer and facet: taken as a plain module of this one", file=sys.stderr)
+        print(f"note: no JSON beside {path} tells its backbone, layer and facet; taken on trust", file=sys.stderr)
     if extractor is not None:
         check_width(state, extractor, path)
         if origin:
