@@ -1,6 +1,6 @@
 """Unsupervised object discovery with TokenCut (Wang et al., CVPR 2022, arXiv 2202.11539): CorLoc of dense features.
 
-    python eval_tokencut.py --dataroot ROOT --dataset VOC12 --set trainval --model_type dino_vits16 --imsize 224 --output_dir out/dino
+    python eval_tokencut.py --dataroot ROOT --dataset VOC12 --set trainval --model_type dino_vits16 --output_dir out/dino
     python eval_tokencut.py --dataroot ROOT --dataset VOC07 --lift_path lift.pth --tau 0.2 --output_dir out/lift
     python eval_tokencut.py --dataroot ROOT --dataset COCO20k --lift_path lift.pth --tau 0.3 --output_dir out/coco
     python eval_tokencut.py --image_path photos/ --lift_path lift.pth --output_dir out/photos      # pictures, no ground truth
@@ -250,11 +250,10 @@ def dinoseg(attention, head, mass=0.6):
 # ---- boxes ----------------------------------------------------------------------------------------------------------
 
 
-def bounding_box(mask, size, inner):
-    """The box x0, y0, x1, y1 in pixels around a mask [h, w] of an input of `size` (W, H), clipped to its part `inner`."""
+def bounding_box(mask, cell, limit):
+    """The box x0, y0, x1, y1 in pixels around a mask [h, w] of cells of `cell` (W, H) pixels, clipped to `limit` (W, H)."""
     x, y = (np.flatnonzero(mask.any(axis)) for axis in (0, 1))
-    box = np.array([x[0], y[0], x[-1] + 1, y[-1] + 1]) * np.tile(np.divide(size, mask.shape[::-1]), 2)
-    return np.minimum(box, np.tile(inner, 2))
+    return np.minimum(np.array([x[0], y[0], x[-1] + 1, y[-1] + 1]) * np.tile(cell, 2), np.tile(limit, 2))
 
 
 def box_iou(box, boxes):
@@ -287,22 +286,25 @@ def to_input(photo, size, normalize, patch, most):
 def discover(sample, maps, cut, prepare):
     """Search one Sample: (photo, map, Part, extent, entry).
 
-    `extent` (w, h) are the cells that the photo covers. The entry holds `box` in pixels of the input, `photo_box` in those of
-    the photo, `seed`, and where there is annotation `iou`, the largest, and `correct`.
+    `extent` (w, h) are the cells that the photo covers; cells of nothing but padding are dropped. The entry holds `box` in
+    pixels of the input, `photo_box` in those of the photo, `seed`, and where there is annotation `iou`, the largest, and
+    `correct`.
     """
     photo = read_image(sample.path)
     images, inner = prepare(photo)
     feats = maps(images)[0]
     if not torch.isfinite(feats).all():
         raise ValueError(f"the features of {sample.path} are not finite: pass --dtype float32")
-    part = cut(feats)
-    size = images.shape[:1:-1]
-    box, scale = bounding_box(part.mask, size, inner), np.tile(np.divide(inner, photo.size), 2)
+    cell = np.divide(images.shape[:1:-1], feats.shape[:0:-1])
+    extent = inner / cell
+    columns, rows = np.ceil(extent - 1e-9).astype(int)
+    part = cut(feats[:, :rows, :columns])
+    box, scale = bounding_box(part.mask, cell, inner), np.tile(np.divide(inner, photo.size), 2)
     entry = {"box": box.tolist(), "photo_box": (box / scale).tolist(), "seed": part.seed}
     if sample.boxes is not None:
         iou = float(box_iou(box, np.trunc(sample.boxes * scale)).max(initial=0))
         entry |= {"iou": iou, "correct": iou >= 0.5}
-    return photo, feats, part, np.divide(inner, size) * part.mask.shape[::-1], entry
+    return photo, feats, part, extent, entry
 
 
 def corloc(predictions):
@@ -377,7 +379,8 @@ class Predictions(dict):
 
 def over(values, photo, extent):
     """Cells as uint8 [h, w] or [h, w, 3], of which the photo covers `extent` (w, h), as a picture of its size."""
-    return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=(0, 0, *extent))
+    box = (0, 0, *np.minimum(extent, values.shape[1::-1]))
+    return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=box)
 
 
 def draw_heat(photo, part, extent):
@@ -389,7 +392,8 @@ def draw_heat(photo, part, extent):
 
 def draw_mask(photo, part, extent):
     """The photo, dark outside of the object."""
-    return Image.composite(photo, Image.blend(photo, Image.new("RGB", photo.size), 0.75), over(part.mask.astype(np.uint8) * 255, photo, extent))
+    dark = photo.point(lambda value: value // 4)
+    return Image.composite(photo, dark, over(part.mask.astype(np.uint8) * 255, photo, extent))
 
 
 def draw_box(photo, box, truth):
