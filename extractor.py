@@ -186,9 +186,14 @@ def build_backbone(name, backbone_path=None):
 
 
 def pick_device(device, dtype="float32"):
-    """torch.device for auto|cpu|cuda|cuda:N|mps; ValueError if it is not there or cannot multiply in `dtype`."""
+    """torch.device for auto|cpu|cuda|cuda:N|mps; ValueError if it is not there or cannot multiply in `dtype`.
+
+    Under torchrun, cuda is the GPU of this process.
+    """
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         one = torch.ones(1, 1, device=device, dtype=DTYPES[dtype])
         (one @ one).item()
@@ -243,13 +248,12 @@ class ViTExtractor(nn.Module):
         if not plain or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
             raise ValueError(f"{self.name} is no plain ViT (patches of RGB, then blocks with attention): pass a ViT of timm")
         self.patch, self.depth = embed.proj.kernel_size[0], len(blocks)
-        self.stride, self.layer = stride or self.patch, self._layer(layer)
+        self.stride, self.layer = self.patch if stride is None else stride, self._layer(layer)
+        check_facet(self.facet)
         self.heads = blocks[0].attn.num_heads
-        self.width = embed.proj.out_channels
-        if self.patch % self.stride or self.stride < 1:
+        self.width = descriptor_width(blocks[0].attn, self.facet, embed.proj.out_channels)
+        if self.stride < 1 or self.patch % self.stride:
             raise ValueError(f"stride {stride} does not divide the patch ({self.patch}): pass one of {divisors(self.patch)}")
-        if self.facet not in FACETS:
-            raise ValueError(f"unknown facet {self.facet}: pass one of {', '.join(FACETS)}")
         tokens = [getattr(self.model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
         self.prefix = [token for token in tokens if token is not None]
 
@@ -291,6 +295,10 @@ class ViTExtractor(nn.Module):
         """Read and fit an image: (normalised tensor [1, 3, H, W] on the CPU, the resized PIL image)."""
         photo = self.fit(read_image(image_path), load_size)
         return self.normalize(to_tensor(photo))[None], photo
+
+    def denormalize(self, images):
+        """Undo `normalize`: [..., 3, H, W] -> the same in 0..1."""
+        return images * images.new_tensor(self.std)[:, None, None] + images.new_tensor(self.mean)[:, None, None]
 
     # -- the forward pass --
 
@@ -376,8 +384,7 @@ class ViTExtractor(nn.Module):
         surroundings, 17 bins of C channels. Raises ValueError for what the backbone does not have.
         """
         layer, facet = self._layer(self.layer if layer is None else layer), facet or self.facet
-        if facet not in FACETS:
-            raise ValueError(f"unknown facet {facet}: pass one of {', '.join(FACETS)}")
+        check_facet(facet)
         if include_cls and (bin or getattr(self.model, "cls_token", None) is None):
             raise ValueError("include_cls needs a backbone with a CLS token, and no bin: leave one of them out")
         x = self._facet(batch, layer, facet)                            # [B, heads, T, d]
@@ -401,6 +408,12 @@ class ViTExtractor(nn.Module):
         return (attn - low) / (high - low).clamp(min=torch.finfo(attn.dtype).tiny)
 
 
+def check_facet(facet):
+    """Raise ValueError for a facet that does not exist."""
+    if facet not in FACETS:
+        raise ValueError(f"unknown facet {facet}: pass one of {', '.join(FACETS)}")
+
+
 def project(attn, x, facet):
     """One of query, key, value of an attention layer, before any q/k norm: tokens [B, T, D] -> [B, heads, T, d]."""
     index = ("query", "key", "value").index(facet)
@@ -411,7 +424,16 @@ def project(attn, x, facet):
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         y = F.linear(x, attn.qkv.weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index])
-    return y.unflatten(2, (-1, y.shape[2] // attn.num_heads if attn.qkv is not None else attn.head_dim)).transpose(1, 2)
+    return y.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def descriptor_width(attn, facet, dim):
+    """C of a facet of a ViT of `dim` channels; None for `attn`, where it grows with the number of tokens."""
+    if facet in ("token", "attn"):
+        return dim if facet == "token" else None
+    if attn.qkv is None:
+        return getattr(attn, {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[facet]).out_features
+    return attn.qkv.out_features // 3
 
 
 def attention(attn, x, rope=None):
@@ -482,20 +504,25 @@ def list_images(path):
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`, renamed to it at the end and removed on failure; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    """Give a temporary path beside `path`, renamed to it at the end and removed on failure; makes the folder.
+
+    Raises OSError, in one line that names the file, for whatever keeps it from being written.
+    """
+    path, name = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
         yield Path(name)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp's files are private
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    except Exception as error:  # a full disk is an OSError to Python, a RuntimeError to torch
+        raise OSError(f"cannot write {path} ({first_line(error)}): free some space or pass another path") from error
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)  # still there only if something went wrong
 
 
 def settings(args):
@@ -524,6 +551,8 @@ class Command(argparse.ArgumentParser):
             main(args)
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.error(f"out of memory ({first_line(error)}): pass smaller images or batches")
         except (ValueError, OSError) as error:
             if os.environ.get("LIFT_TRACEBACK"):
                 raise

@@ -181,8 +181,9 @@ def check_width(state, extractor, path):
     """Raise ValueError if the module's width or the extractor's stride makes the two unusable together."""
     width = state["outc.weight"].shape[0]
     if width != extractor.width:
+        ours = extractor.width or "as many as there are tokens"
         raise ValueError(
-            f"{path} is for descriptors of {width} channels, but {extractor.name} {extractor.facet} has {extractor.width}: "
+            f"{path} is for descriptors of {width} channels, but {extractor.name} {extractor.facet} has {ours}: "
             "choose its own backbone or another --lift_path"
         )
     if extractor.stride != extractor.patch:
@@ -192,18 +193,19 @@ def check_width(state, extractor, path):
         )
 
 
-def load_lift(path, extractor=None, patch_size=16):
+def load_lift(path, extractor=None, patch_size=16, silent=False):
     """Read the LiFT module at `path` for `extractor` (a ViTExtractor), in eval mode, on its device and in its precision.
 
     The width is read from the file; a `module.` prefix is stripped; the file is loaded on the CPU with weights only. If a
     JSON file beside it tells the module's origin (see read_origin), another backbone, layer or facet is refused; if none
-    does, a line on stderr says so. Without an extractor only the file is read, and `patch_size` holds unless the JSON tells.
+    does, a line on stderr says so (unless `silent`). Without an extractor only the file is read, and `patch_size` holds
+    unless the JSON tells.
     Raises ValueError or FileNotFoundError in one sentence.
     """
     state, origin = read_state(path), read_origin(path)
     if "outc.weight" not in state:
         raise ValueError(f"{path} is not a LiFT checkpoint (no outc.weight): pass a lift.pth written by train_lift.py")
-    if origin is None:
+    if origin is None and not silent:
         print(f"note: no JSON beside {path} tells its backbone, layer and facet; taken on trust", file=sys.stderr)
     if extractor is not None:
         check_width(state, extractor, path)
