@@ -337,41 +337,34 @@ def evaluate(samples, maps, cut, prepare, predictions=None, show=None):
 class Predictions(dict):
     """{name: entry}, of which every new one is at once a line of a file, after a first line with the settings.
 
-    What the file holds already is there from the start; lines that a killed run cut off are left out. Raises ValueError for
-    a file of other settings.
+    What the file holds already is there from the start, but for lines that a killed run cut off. Raises ValueError for a file
+    of other settings.
     """
 
     def __init__(self, path, settings):
         super().__init__()
-        self.path = Path(path)
-        lines = self._read() if self.path.is_file() else []
-        if not lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"settings": settings})
-        elif lines[0].get("settings") != settings:
+        self.path, lines = Path(path), read_lines(path)
+        if lines and lines[0].get("settings") != settings:
             raise ValueError(f"{path} was written with other settings: pass another --output_dir, or remove it to begin again")
-        for line in lines[1:]:
-            if line.keys() >= {"name", "box", "photo_box", "seed"}:
-                super().__setitem__(line.pop("name"), line)
+        self.update((line["name"], line) for line in lines[1:] if line.keys() >= {"name", "box", "photo_box", "seed"})
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"settings": settings}, *self.values()]))
 
     def __setitem__(self, name, entry):
-        self._write({"name": name} | entry)
-        super().__setitem__(name, entry)
-
-    def _write(self, line):
+        super().__setitem__(name, {"name": name} | entry)
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(self[name]) + "\n")
 
-    def _read(self):
-        text, lines = self.path.read_text(errors="replace"), []
-        for line in text.splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-        if text and not text.endswith("\n"):
-            self.path.write_text(text + "\n")
-        return [line for line in lines if isinstance(line, dict)]
+
+def read_lines(path):
+    """The JSON objects in the lines of a file, without lines that are none; [] if there is no file."""
+    text, lines = Path(path).read_text(errors="replace") if Path(path).is_file() else "", []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict)]
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""TokenCut, CorLoc and the COCO20k selection as one writes them first: the slow, obvious versions that eval_tokencut.py must equal.
+"""TokenCut, DINO-seg and the COCO20k selection as one writes them first: what eval_tokencut.py must equal.
 
 The graph is a dense float64 matrix, LAPACK solves the generalised eigenproblem, the object is grown cell by cell, and the
 annotations of each image are looked for in the whole list. `python benchmarks/speed.py tokencut` times them side by side.
@@ -23,6 +23,18 @@ def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
     return vectors[:, 0]
 
 
+def grow(inside, y, x):
+    """The 4-connected part of a mask [h, w] that holds the cell (y, x), as a mask."""
+    h, w = inside.shape
+    part, front = np.zeros((h, w), bool), [(y, x)]
+    while front:
+        y, x = front.pop()
+        if 0 <= y < h and 0 <= x < w and inside[y, x] and not part[y, x]:
+            part[y, x] = True
+            front += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+    return part
+
+
 def plain_tokencut(feats, tau, eps=1e-5, binary=True):
     """The object in a map [C, h, w]: (eigenvector [h, w], mask [h, w], seed)."""
     h, w = feats.shape[1:]
@@ -31,13 +43,21 @@ def plain_tokencut(feats, tau, eps=1e-5, binary=True):
     inside = v > v.mean()
     if not inside[seed]:
         v, inside = -v, ~inside
-    inside, mask, front = inside.reshape(h, w), np.zeros((h, w), bool), [divmod(seed, w)]
-    while front:
-        y, x = front.pop()
-        if 0 <= y < h and 0 <= x < w and inside[y, x] and not mask[y, x]:
-            mask[y, x] = True
-            front += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
-    return v.reshape(h, w), mask, seed
+    return v.reshape(h, w), grow(inside.reshape(h, w), *divmod(seed, w)), seed
+
+
+def plain_dinoseg(attention, mass=0.6):
+    """The mask [h, w] of the largest part of those strongest cells of one head [h, w] that hold `mass` of its attention."""
+    h, w = attention.shape
+    cells = sorted((float(attention[y, x]), y, x) for y in range(h) for x in range(w))
+    weak, inside = (1 - mass) * sum(value for value, _, _ in cells), np.ones((h, w), bool)
+    for value, y, x in cells:
+        weak -= value
+        if weak < 0:
+            break
+        inside[y, x] = False
+    parts = [grow(inside, y, x) for y in range(h) for x in range(w) if inside[y, x]]
+    return max(parts, key=np.sum)
 
 
 def plain_box(mask, size):
