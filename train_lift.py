@@ -235,8 +235,8 @@ def cache_key(photos, extractor):
 
 
 def fill(file, record, photos, extractor, keys, batch_size, workers):
-    """Append the records of `keys` that `file` lacks."""
-    done = file.tell() // record.itemsize
+    """Append the records of `keys` that `file` lacks, in the same batches as if it had been empty."""
+    done = file.tell() // record.itemsize // batch_size * batch_size
     file.truncate(done * record.itemsize)
     missing, free = (len(keys) - done) * record.itemsize, shutil.disk_usage(Path(file.name).parent).free
     if missing > free:
@@ -333,7 +333,7 @@ def evaluate(extractor, lift, loader, precision=nullcontext):
         read = batch["broken"] < 0
         sums = sums + values.mean((2, 3)).cpu().double()[:, read].sum(1)
         broken.update(str(loader.dataset.paths[i]) for i in batch["broken"][~read].tolist())
-    n, *cosines = np.sum(gather(sums.tolist()), axis=0)
+    n, *cosines = map(sum, zip(*gather(sums.tolist())))
     names = ("lift", "bilinear", "nearest", "lift_twice", "bilinear_twice")
     results = {name: round(value / max(n, 1), 5) for name, value in zip(names, cosines)}
     return {"photos": int(n), **results, "unreadable": sorted(set().union(*gather(broken)))}
@@ -363,7 +363,8 @@ class Run:
         self.optimizer = OPTIMIZERS[args.optimizer](self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, total, args.schedule, args.warmup))
         self.step, self.losses, self.metrics, self.broken = 0, [], [], set()
-        self.folder, self.settings, self.origin = run_folder(args), settings(args), origin(args, extractor)
+        self.folder, self.origin = run_folder(args), origin(args, extractor)
+        self.settings = json.loads(json.dumps(settings(args)))  # plain types, which last.pth may hold
 
     def parts(self):
         """What has a state_dict, by name."""
@@ -419,10 +420,10 @@ class Run:
         write_tensors(self.folder / "last.pth", state | {"broken": sorted(self.broken), "rng": torch.get_rng_state()})
 
     def resume(self):
-        """Go on from last.pth. ValueError if there is none, or one of another run."""
+        """Go on from last.pth, if there is one already. ValueError if it is one of another run."""
         path = self.folder / "last.pth"
         if not path.is_file():
-            raise ValueError(f"nothing to resume in {self.folder}: leave out --resume")
+            return
         last = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in last["settings"].items():
             if name not in (*ONLY_HOW, "versions") and value != self.settings[name]:

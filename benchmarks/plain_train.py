@@ -4,16 +4,31 @@ Every image is decoded in the loop, the backbone runs to its end in float32 with
 LiFT takes one Adam step. `python benchmarks/speed.py train` times the two beside each other.
 """
 
+import copy
+import itertools
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from case import Case
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision import transforms
+
+import train_lift
+from extractor import ViTExtractor
+from lift import LiFT
 
 
 def plain_vit(name, path=None):
     """A frozen timm ViT in eval mode; weights from the .safetensors file `path`, or random."""
-    vit = timm.create_model(name, checkpoint_path=path or "").eval().requires_grad_(False)
+    vit = timm.create_model(name, num_classes=0).eval().requires_grad_(False)
+    if path:
+        vit.load_state_dict({key: value for key, value in load_file(path).items() if not key.startswith("head.")})
     for block in vit.blocks:
         block.attn.fused_attn = False
     return vit
@@ -53,29 +68,89 @@ def plain_loss(kind, out, target):
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](out, target)
 
 
-def plain_train(files, features, lift, batch_size, steps, imsize=448, loss="cosine", lr=1e-3, mean=0.5, std=0.5, accumulate=1):
-    """Train `lift` in place on image `files`, in their order, over and over; returns the loss of each of `steps` steps.
+def plain_train(steps, features, lift, imsize=448, loss="cosine", optimizer=None, mean=0.5, std=0.5):
+    """Train `lift` in place; returns the loss of every step.
 
-    `features` takes images [B, 3, H, W] to [B, C, h, w]. A step's gradient is the mean over `accumulate` batches, each with its
-    own batch-norm statistics, which is also what `accumulate` processes do together.
+    A step is a list of batches of image files. Its gradient is the mean over its batches, each with its own batch-norm
+    statistics: more than one batch is what gradient accumulation, or several processes, do. `features` takes images
+    [B, 3, H, W] to [B, C, h, w].
     """
     load = transforms.Compose(
         [transforms.Resize((imsize, imsize)), transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
     )
-    adam = torch.optim.Adam(lift.parameters(), lr=lr)
+    optimizer = optimizer or torch.optim.Adam(lift.parameters(), lr=1e-3)
     lift.train()
-    losses, at = [], 0
-    for _ in range(steps):
+    losses = []
+    for batches in steps:
         total = 0.0
-        for _ in range(accumulate):
-            x = torch.stack([load(Image.open(files[(at + i) % len(files)]).convert("RGB")) for i in range(batch_size)])
-            at += batch_size
+        for files in batches:
+            x = torch.stack([load(Image.open(file).convert("RGB")) for file in files])
             half, quarter = x[:, :, ::2, ::2], x[:, :, ::4, ::4]
             f1, f2, f3 = features(x), features(half), features(quarter)
             value = plain_loss(loss, lift(half, f2), f1) + plain_loss(loss, lift(quarter, f3), f2)
-            (value / accumulate).backward()
-            total += value.item() / accumulate
-        adam.step()
-        adam.zero_grad()
+            (value / len(batches)).backward()
+            total += value.item() / len(batches)
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(total)
     return losses
+
+
+def plain_evaluate(files, features, lift, imsize=448, mean=0.5, std=0.5):
+    """Mean cosine with the features at S of what LiFT and bilinear interpolation make of those at S/2, one photo at a time."""
+    load = transforms.Compose(
+        [transforms.Resize((imsize, imsize)), transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
+    )
+    sums = torch.zeros(2)
+    for file in files:
+        x = load(Image.open(file).convert("RGB"))[None]
+        target, small = features(x), features(x[:, :, ::2, ::2])
+        made = [lift(x[:, :, ::2, ::2], small), F.interpolate(small, scale_factor=2, mode="bilinear")]
+        sums += torch.stack([F.cosine_similarity(m, target).mean() for m in made])
+    return (sums / len(files)).tolist()
+
+
+# ---- the cases of benchmarks/speed.py ---------------------------------------------------------------------------------
+
+
+def setup(dtype="float32", cache=False):
+    """Two steps of batch 4 at 448 on random photos and a random ViT-S/16: the plain loop and train_lift.py's."""
+    folder = Path(tempfile.mkdtemp())
+    files = [folder / f"{k}.jpg" for k in range(4)]
+    for k, file in enumerate(files):
+        Image.fromarray(np.random.RandomState(k).randint(0, 256, (47, 63, 3), np.uint8)).resize((500, 375)).save(file)
+    torch.manual_seed(0)
+    vit = plain_vit("vit_small_patch16_224.augreg_in21k_ft_in1k")
+    extractor = ViTExtractor("vit_small_patch16_224", model=copy.deepcopy(vit), device="cpu", dtype=dtype)
+    photos = train_lift.Photos(files, 448)
+    if cache:
+        photos = train_lift.cached(photos, extractor, folder / "cache", views=1, batch_size=4, workers=0)
+    args = train_lift.parser().parse_args(["--workers", "0", "--dtype", dtype])
+
+    def plain():
+        torch.manual_seed(0)
+        return plain_train([[files]] * 2, lambda images: plain_features(vit, images), LiFT(384, 16))
+
+    def ours():
+        torch.manual_seed(0)
+        lift = LiFT(384, 16)
+        model, precision = train_lift.prepare(lift, args, extractor)
+        adam = torch.optim.Adam(lift.parameters(), lr=1e-3)
+        batches = iter(train_lift.load(photos, train_lift.in_order(photos, 4) * 2, args, extractor))
+        step = partial(train_lift.train_step, model, count=1, extractor=extractor, optimizer=adam, precision=precision)
+        return [step(batches=itertools.islice(batches, 1))[0].item() for _ in range(2)]
+
+    return plain, ours
+
+
+def same(plain, ours, rel):
+    """The losses of the two agree."""
+    np.testing.assert_allclose(ours, plain, rtol=rel)
+
+
+SIZE = "train: ViT-S/16 at 448, batch 4"
+CASES = [
+    Case(f"{SIZE}, float32", 1.3, setup, partial(same, rel=1e-4), memory=1 / 1.1),
+    Case(f"{SIZE}, bfloat16", 3.0, partial(setup, "bfloat16"), partial(same, rel=2e-2), memory=1 / 1.1),
+    Case(f"{SIZE}, cached features", 10.0, partial(setup, cache=True), partial(same, rel=2e-3), memory=1 / 1.1),
+]
