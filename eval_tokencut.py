@@ -12,7 +12,7 @@ found if the box of that part has an IoU of 0.5 or more with any annotated box; 
 
 ROOT holds VOC2012/VOCdevkit or VOCdevkit; for COCO20k coco_20k_filenames.txt and COCO/{annotations,images}. Prints CorLoc and,
 as the last line, the same and all settings as JSON. OUTPUT_DIR/predictions.jsonl gets a line an image, and a run that was
-stopped goes on from it. 60 photos at 224 with ViT-Ti and LiFT take about TIMING on one CPU core.
+stopped goes on from it. 60 photos at 224 with ViT-Ti and LiFT take about 7 s on one CPU core.
 """
 
 import json
@@ -112,8 +112,8 @@ def read_coco(path):
             if any(not keys <= record.keys() for record in content[kind]):
                 raise ValueError(f"{kind} without one of {', '.join(sorted(keys))}")
         return content
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no COCO annotation file ({error!r}): restore it") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no COCO annotation file ({error!r}): restore or remove it") from error
 
 
 def select(instances, names):
@@ -188,9 +188,9 @@ def affinity(feats, tau, eps=1e-5, binary=True):
 def second_eigenvector(graph):
     """The second smallest v of (D - A) v = lambda D v (Shi and Malik, 2000), A = `graph` [N, N], which is overwritten.
 
-    Small graphs go to LAPACK: their cells often tie for the largest entry, and rounding, which LAPACK repeats from machine
-    to machine, chooses the object. Larger ones go to Lanczos in float32. Where all edges are equal every v is as good as any
-    other: it is 1 at the second cell, which is what LAPACK makes of it.
+    Small graphs go to LAPACK: cells often tie for the largest entry, LAPACK's rounding then chooses the object, and in small
+    matrices it does not depend on threads or machine as far as we saw. Larger ones go to Lanczos in float32. Where all edges
+    are equal every v is as good as any other: it is 1 at the second cell, which is what LAPACK makes of it.
     """
     if np.ptp(graph) <= 1e-5 * np.abs(graph).max():
         return np.eye(1, len(graph), min(1, len(graph) - 1))[0]
@@ -346,7 +346,10 @@ class Predictions(dict):
         self.path, lines = Path(path), read_lines(path)
         if lines and lines[0].get("settings") != settings:
             raise ValueError(f"{path} was written with other settings: pass another --output_dir, or remove it to begin again")
-        self.update((line["name"], line) for line in lines[1:] if line.keys() >= {"name", "box", "photo_box", "seed"})
+        keys = {"name", "box", "photo_box", "seed"}
+        self.update((line["name"], line) for line in lines[1:] if line.keys() in (keys, keys | {"iou", "correct"}))
+        if self:
+            print(f"note: {len(self)} images are taken from {path}: remove it to begin again", file=sys.stderr)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"settings": settings}, *self.values()]))
 
@@ -461,12 +464,14 @@ def check(args):
 
 
 def read_samples(args):
-    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for."""
+    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for. Raises ValueError if there are none."""
     if args.image_path:
         return read_photos(args.image_path)
-    if args.dataset == "COCO20k":
-        return read_coco20k(args.dataroot)
-    return read_voc(args.dataroot, VOC_YEARS[args.dataset], args.set, args.no_hard)
+    voc = args.dataset in VOC_YEARS
+    samples = read_voc(args.dataroot, VOC_YEARS[args.dataset], args.set, args.no_hard) if voc else read_coco20k(args.dataroot)
+    if not samples:
+        raise ValueError(f"{args.dataset} in {args.dataroot} has no images: correct --dataroot or --set, or leave out --no_hard")
+    return samples
 
 
 def table(results, predictions):

@@ -66,6 +66,7 @@ def voc(tmp_path_factory):
         (home / f"Annotations/{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{xml}</annotation>")
     (home / "ImageSets/Main/trainval.txt").write_text("\n".join(PHOTOS) + "\n")
     (home / "ImageSets/Main/val.txt").write_text("easy  1\n\n")
+    (home / "ImageSets/Main/none.txt").write_text("\n")
     return root
 
 
@@ -439,7 +440,8 @@ def test_resume_from_a_file_that_was_cut_off(run, tmp_path, monkeypatch):
     file = tmp_path / "out/predictions.jsonl"
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
-    file.write_text("".join(lines[:3]) + lines[3][:20])  # as a killed run leaves it
+    damaged = lines[3].replace("seed", "sead")
+    file.write_text("".join(lines[:3]) + damaged + lines[4][:20])  # as a failing disk and a killed run leave it
     read, read_image = [], eval_tokencut.read_image
     monkeypatch.setattr(eval_tokencut, "read_image", lambda path: read.append(path.stem) or read_image(path))
     again, _, found_again = run()
@@ -481,6 +483,7 @@ def test_other_settings_do_not_mix(run, cli, voc, rule_backbone, tmp_path):
         (["--dataset", "ImageNet"], "invalid choice: 'ImageNet'"),
         (["--dataset", "COCO20k"], "COCO/images/train2014: correct --dataroot"),
         (["--set", "test"], "test.txt cannot be read"),
+        (["--set", "none"], "has no images"),
         (["--tau", "1.5"], "--tau 1.5 is out of range"),
         (["--tau", "nan"], "--tau nan is out of range"),
         (["--eps", "0"], "--eps 0.0 is out of range"),
