@@ -23,6 +23,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -69,7 +70,7 @@ def find_sequences(dataroot, names, with_frames):
     root, val = Path(dataroot), Path(dataroot) / "ImageSets/2017/val.txt"
     if not names and not val.is_file():
         raise FileNotFoundError(f"no list of sequences at {val}: correct --dataroot, or name sequences with --sequences")
-    names = names or val.read_text().split()
+    names = list(dict.fromkeys(names or val.read_text().split()))
     if not names:
         raise ValueError(f"{val} names no sequence: restore it, or name sequences with --sequences")
     return [find_sequence(root, name, with_frames) for name in names]
@@ -140,7 +141,7 @@ def frame_size(width, height, imsize, short_side, patch):
     if not short_side:
         return imsize, imsize
     step = 64 if 64 % patch == 0 else patch
-    longer = int(short_side * max(width, height) / min(width, height) // step * step)
+    longer = max(step, int(short_side * max(width, height) / min(width, height) // step * step))
     return (longer, short_side) if width >= height else (short_side, longer)
 
 
@@ -166,12 +167,15 @@ def batches(read, paths, pool):
 
 
 def one_hot(labels, grid):
-    """Labels [H, W] uint8 -> soft segmentation [h, w, n] on the grid: nearest cell, one channel for each of 0..max.
+    """Labels [H, W] uint8 -> soft segmentation [h, w, n] on the grid: nearest pixel, one channel for each of 0..max.
 
-    A label whose object falls between the cells keeps its (empty) channel.
+    An object that falls between the cells keeps its channel, empty, and a line on stderr names it.
     """
-    small = Image.fromarray(labels).resize((grid[1], grid[0]), Image.Resampling.NEAREST)
-    return F.one_hot(torch.from_numpy(np.array(small)).long(), int(labels.max()) + 1).float()
+    small = np.array(Image.fromarray(labels).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
+    lost = np.setdiff1d(labels, small).tolist()
+    if lost:
+        print(f"note: objects {lost} fall between the cells of the grid ({grid[0]}x{grid[1]}): not propagated", file=sys.stderr)
+    return F.one_hot(torch.from_numpy(small).long(), int(labels.max()) + 1).float()
 
 
 def propagate(features, images, labels, n_last_frames=7, size_mask_neighborhood=12, topk=5):
@@ -206,21 +210,33 @@ def transfer(cells, context, radius, topk):
         source = tuple(slice(max(s.start - radius, 0), s.stop + radius) for s in target)                  # b cells
         sources, votes = (torch.cat([frame[i][source].flatten(0, 1) for frame in context]) for i in (0, 1))
         cosine = cells[target].flatten(0, 1) @ sources.T                                                  # [a, T*b]
-        far = outside(target, source, (h, w), radius, cells.device)
-        cosine.unflatten(1, (len(context), -1)).masked_fill_(far[:, None], -math.inf)
-        least = cosine.topk(min(topk, cosine.shape[1])).values[:, -1:]
-        weights = cosine.masked_fill_(cosine < least, -math.inf).div_(TEMPERATURE).softmax(1)
-        out[target] = (weights @ votes).unflatten(0, out[target].shape[:2])                               # [a, n]
+        cosine.unflatten(1, (len(context), -1)).add_(window(target, source, (h, w), radius, cells.device)[:, None])
+        values, indices = most_similar(cosine, topk)                                                      # [a, k]
+        weights = (values / TEMPERATURE).softmax(1)
+        out[target] = (weights[..., None] * votes[indices]).sum(1).unflatten(0, out[target].shape[:2])    # [a, n]
     return out
 
 
-def outside(target, source, grid, radius, device):
-    """Which of the b cells of block `source` lie outside the window of each of the a cells of block `target`: bool [a, b]."""
+def window(target, source, grid, radius, device):
+    """0 for the b cells of block `source` inside the window of each of the a cells of block `target`, -inf outside: [a, b]."""
     rows, columns = (
         (torch.arange(size, device=device)[to][:, None] - torch.arange(size, device=device)[at]).abs() > radius
         for size, to, at in zip(grid, target, source)
     )
-    return (rows[:, None, :, None] | columns[None, :, None, :]).flatten(0, 1).flatten(1)
+    far = (rows[:, None, :, None] | columns[None, :, None, :]).flatten(0, 1).flatten(1)
+    return torch.zeros(far.shape, device=device).masked_fill_(far, -math.inf)
+
+
+def most_similar(cosine, topk):
+    """The entries of each row [a, N] that are not below its `topk`-th largest: (values, -inf for others, and indices) [a, k]."""
+    k = topk
+    while True:
+        k = min(k + 1, cosine.shape[1])
+        values, indices = cosine.topk(k)
+        least = values[:, min(topk, k) - 1, None].clamp(min=-2)  # of cosines, -2 is below all and above -inf
+        if k == cosine.shape[1] or (values[:, -1:] < least).all():
+            return values.masked_fill(values < least, -math.inf), indices
+        k *= 2  # ties with the last one: look further
 
 
 def harden(segmentation, patch, size):
@@ -228,7 +244,7 @@ def harden(segmentation, patch, size):
     large = F.interpolate(segmentation[None], scale_factor=patch, mode="bilinear", align_corners=False)[0]
     low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
     flat = high - low <= 1e-6 * high  # a channel that is the same everywhere stays as it is: nothing to stretch but rounding
-    labels = torch.where(flat, large, (large - low) / (high - low)).argmax(0)
+    labels = torch.where(flat, large, (large - low) / (high - low)).max(0).indices  # argmax is slow here
     return np.array(Image.fromarray(labels.byte().cpu().numpy()).resize(size, Image.Resampling.NEAREST))
 
 
@@ -342,23 +358,29 @@ def score_sequence(sequence, folder):
 
     Raises ValueError or FileNotFoundError for masks that are missing, unreadable, of another size, or with more objects.
     """
-    count = int(read_labels(sequence.masks[0]).max())
-    scores = [score_frame(*read_pair(folder / path.name, path, count), count) for path in sequence.masks[1:-1]]
+    count, scores, void = int(read_labels(sequence.masks[0]).max()), [], False
+    for annotation in sequence.masks[1:-1]:
+        path = folder / annotation.name
+        truth, (labels, _) = read_labels(annotation), read_indexed(path)
+        void |= VOID in labels
+        labels[labels == VOID] = 0
+        check_result(path, labels, truth, count)
+        scores.append(score_frame(labels, truth, count))
+    if void:
+        print(f"note: {folder} has label {VOID}, which counts as background", file=sys.stderr)
     return np.reshape(scores, (-1, count, 2)).transpose(1, 2, 0)
 
 
-def read_pair(path, annotation, count):
-    """Labels [H, W] of a result and of its annotation; ValueError unless they are of one size, with at most `count` objects."""
-    labels, truth = read_labels(path), read_labels(annotation)
+def check_result(path, labels, truth, count):
+    """Raise ValueError unless a result [H, W] has the size of its annotation and no label above `count`."""
     if labels.shape != truth.shape:
         size, wanted = ("x".join(map(str, shape[::-1])) for shape in (labels.shape, truth.shape))
         raise ValueError(f"{path} has {size} pixels, its annotation {wanted}: resize it (nearest) to the annotation")
     if labels.max() > count:
         raise ValueError(f"{path}: label {labels.max()} where the first annotation has {count} objects: keep to their labels")
-    return labels, truth
 
 
-def statistics(values):
+def summary(values):
     """Mean, recall (share above 0.5) and decay (mean of the first quarter minus that of the last) over frames [frames]."""
     if not len(values):
         return (math.nan,) * 3
@@ -375,8 +397,11 @@ def evaluate(masks, sequences, pool):
     """
     jobs = pool.map(lambda sequence: score_sequence(sequence, masks / sequence.name), sequences)
     scores = list(tqdm(jobs, total=len(sequences), desc="J&F", unit="video", disable=None))
+    short = [sequence.name for sequence in sequences if len(sequence.masks) < 3]
+    if short:
+        print(f"note: not scored, nothing between the first and the last frame: {', '.join(short)}", file=sys.stderr)
     objects = {f"{s.name}_{k + 1}": values for s, found in zip(sequences, scores) for k, values in enumerate(found)}
-    table = np.array([[statistics(j), statistics(f)] for j, f in objects.values()]).reshape(-1, 6)  # J and F: mean, recall, decay
+    table = np.array([[summary(j), summary(f)] for j, f in objects.values()]).reshape(-1, 6)  # J and F: mean, recall, decay
     scored = table[~np.isnan(table[:, 0])]
     means = scored.mean(0) if len(scored) else np.full(6, math.nan)
     results = zip(METRICS, map(number, [(means[0] + means[3]) / 2, *means]))
@@ -420,14 +445,13 @@ def pictures(masks, sequences):
     for sequence in sequences:
         for path in sequence.frames:
             mask = masks / sequence.name / f"{path.stem}.png"
-            if not mask.is_file():
-                continue
-            labels, palette = read_indexed(mask)
-            colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
-            photo = np.asarray(read_image(path))
-            picture = np.where(labels[..., None] > 0, photo // 2 + colours[labels] // 2, photo)
-            picture[boundary(labels) > 0] = 255
-            yield sequence.name, path.stem, picture
+            if mask.is_file():  # other methods may leave out the first and the last
+                labels, palette = read_indexed(mask)
+                colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
+                photo = np.asarray(read_image(path).resize(labels.shape[::-1]))
+                picture = np.where(labels[..., None] > 0, photo // 2 + colours[labels] // 2, photo)
+                picture[boundary(labels) > 0] = 255
+                yield sequence.name, path.stem, picture
 
 
 def write_overlays(folder, masks, sequences):
@@ -438,13 +462,16 @@ def write_overlays(folder, masks, sequences):
 
 
 def write_video(path, masks, sequences):
-    """Write the `pictures` of all sequences, one after another, as one MPEG-4 file of the first one's size."""
-    writer = None
+    """Write the `pictures` of all sequences, one after another, as one MPEG-4 file of the first frame's size.
+
+    Raises ValueError where OpenCV has no encoder for it.
+    """
+    size = read_image(sequences[0].frames[0]).size
     with replacing(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), FPS, size)
+        if not writer.isOpened():
+            raise ValueError(f"this OpenCV cannot write {path}: install opencv-python from PyPI, or take --overlay")
         for _, _, picture in pictures(masks, sequences):
-            if writer is None:
-                size = picture.shape[1::-1]
-                writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), FPS, size)
             writer.write(cv2.cvtColor(cv2.resize(picture, size), cv2.COLOR_RGB2BGR))
         writer.release()
 
@@ -485,7 +512,7 @@ def parser():
 
 
 def main(args):
-    """Propagate unless --score_only, score, write and print."""
+    """Propagate (unless --score_only), score, write and print."""
     if args.video and Path(args.video).suffix != ".mp4":
         raise ValueError(f"--video {args.video} is no MPEG-4 file: give it a name that ends in .mp4")
     sequences = find_sequences(args.dataroot, args.sequences, not args.score_only or args.overlay or args.video)
@@ -499,11 +526,17 @@ def main(args):
         write_overlays(folder / "overlay", masks, sequences)
     if args.video:
         write_video(args.video, masks, sequences)
-    line = json.dumps(settings(args) | results)
+    line = json.dumps({name: value for name, value in settings(args).items() if name not in unused(args)} | results)
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(line + "\n")
     print(line)
+
+
+def unused(args):
+    """Names of the settings that had no part in the result: with --score_only all those of the propagation."""
+    used = ("dataroot", "sequences", "score_only", "workers", "output_dir", "overlay", "video", "json", "versions")
+    return [name for name in settings(args) if name not in used] if args.score_only else []
 
 
 if __name__ == "__main__":
