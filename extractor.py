@@ -393,7 +393,7 @@ class ViTExtractor(nn.Module):
         x = x.permute(0, 2, 3, 1).flatten(2).float()                    # [B, t, C]
         if bin:
             grid = self.grid(*batch.shape[-2:])
-            x = log_bin(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            x = log_bin(x.transpose(1, 2).unflatten(2, grid))
         return x[:, None]
 
     def extract_saliency_maps(self, batch):
@@ -447,19 +447,18 @@ def attention(attn, x, rope=None):
 
 
 def log_bin(feats, hierarchy=2):
-    """Log-binned descriptors (Amir et al., section 3.2): map [B, C, h, w] -> [B, 17*C, h, w].
+    """Log-binned descriptors (Amir et al., section 3.2): map [B, C, h, w] -> tokens [B, h*w, 17*C].
 
     Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at distance 3^k, and the centre
     for k = 0, in row-major order; neighbours outside are clamped to the border.
     """
-    rows, columns = (torch.arange(n, device=feats.device) for n in feats.shape[2:])
-    bins = []
+    (b, _, h, w), bins = feats.shape, []
     for step in (3**k for k in range(hierarchy)):
         pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False)
-        for dy in (-step, 0, step):
-            band = pooled[:, :, (rows + dy).clamp(0, len(rows) - 1)]
-            bins += [band[..., (columns + dx).clamp(0, len(columns) - 1)] for dx in (-step, 0, step) if step == 1 or dy or dx]
-    return torch.cat(bins, 1)
+        padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1).contiguous()  # [B, h + 2*step, w + 2*step, C]
+        offsets = [(y, x) for y in (0, step, 2 * step) for x in (0, step, 2 * step) if step == 1 or (y, x) != (step, step)]
+        bins += [padded[:, y : y + h, x : x + w] for y, x in offsets]
+    return torch.stack(bins, 3).view(b, h * w, -1)
 
 
 def divisors(n):

@@ -275,6 +275,7 @@ def pca_rgb(maps):
     basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], the strongest first
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # a sign that does not depend on the solver
     colours = [((c - mean) @ basis).numpy() for c in cells]
-    low, high = np.percentile(np.concatenate(colours), (1, 99), axis=0)
+    spans = np.array([np.percentile(c, (1, 99), axis=0) for c in colours])  # [maps, 2, 3]; the finest map must not decide alone
+    low, high = spans[:, 0].min(0), spans[:, 1].max(0)
     scaled = [255 * np.clip((c - low) / np.maximum(high - low, 1e-9), 0, 1) for c in colours]
     return [c.round().astype(np.uint8).reshape(*m.shape[1:], 3) for c, m in zip(scaled, maps)]
