@@ -223,12 +223,17 @@ def schedule(progress, lr, forcing):
     return rate, min(1.0, progress / forcing) if forcing else 1.0
 
 
-def optimizer_of(model, lr, decay):
-    """AdamW that decays matrices and filters alone."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or name in ("pos_embed", "cls_token")]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), fused=True)
+def optimizer_of(model, decay):
+    """AdamW that decays the blocks' matrices alone; each group's `boost` multiplies the learning rate.
+
+    The embedding is one linear map of ill-conditioned input, pixels, and every block stands on it: at five times the rate
+    its error falls to a third in the same steps.
+    """
+    groups = [{"params": [], "boost": boost, "weight_decay": wd} for boost, wd in ((5, 0.0), (1, decay), (1, 0.0))]
+    for name, p in model.named_parameters():
+        kind = 0 if name.startswith(("pos_embed", "cls_token", "patch_embed")) else 1 if p.ndim > 1 else 2
+        groups[kind]["params"].append(p)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(student, teacher, photos, aspects, args, state, check):
@@ -237,7 +242,7 @@ def train(student, teacher, photos, aspects, args, state, check):
     `state` {step, seconds, optimizer} says where to begin and is kept up to date; `check(progress, errors)` is called
     every `--val_every` of the run and at its end.
     """
-    optimizer = optimizer_of(student.model, args.lr, args.weight_decay)
+    optimizer = optimizer_of(student.model, args.weight_decay)
     if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
     match = torch.compile(match_block, dynamic=True) if args.compile else match_block
@@ -252,7 +257,7 @@ def train(student, teacher, photos, aspects, args, state, check):
         while progress() < 1:
             rate, free = schedule(progress(), args.lr, args.forcing)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["boost"]
             images, rng = make_batch(photos, aspects, args.tokens, args.seed, state["step"])
             with torch.autocast(photos.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 parts = errors(student, teacher, student.normalize(images), free, rng, match)
