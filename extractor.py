@@ -453,9 +453,10 @@ def log_bin(feats, hierarchy=2):
     for k = 0, in row-major order; neighbours outside are clamped to the border.
     """
     (b, _, h, w), bins = feats.shape, []
+    feats = feats.contiguous(memory_format=torch.channels_last)
     for step in (3**k for k in range(hierarchy)):
         pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False)
-        padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1).contiguous()  # [B, h + 2*step, w + 2*step, C]
+        padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1)  # [B, h + 2*step, w + 2*step, C]
         offsets = [(y, x) for y in (0, step, 2 * step) for x in (0, step, 2 * step) if step == 1 or (y, x) != (step, step)]
         bins += [padded[:, y : y + h, x : x + w] for y, x in offsets]
     return torch.stack(bins, 3).view(b, h * w, -1)

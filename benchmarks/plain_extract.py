@@ -69,7 +69,7 @@ def plain_map(model, images, layer, facet, stride):
 def plain_log_bin(feats, hierarchy=2):
     """Log-binned descriptors [B, h*w, 17*C] of a map [B, C, h, w], position by position."""
     b, c, h, w = feats.shape
-    out = torch.zeros(b, h, w, 17 * c)
+    out = torch.zeros(b, 17 * c, h, w)
     pooled = [F.avg_pool2d(feats, 3**k, 1, 3**k // 2, count_include_pad=False) for k in range(hierarchy)]
     for y in range(h):
         for x in range(w):
@@ -80,9 +80,9 @@ def plain_log_bin(feats, hierarchy=2):
                         if (i, j) == (y, x) and k:
                             continue
                         i_in, j_in = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
-                        out[:, y, x, part * c : (part + 1) * c] = pooled[k][:, :, i_in, j_in]
+                        out[:, part * c : (part + 1) * c, y, x] = pooled[k][:, :, i_in, j_in]
                         part += 1
-    return out.flatten(1, 2)
+    return out.flatten(2).transpose(1, 2)
 
 
 def plain_norm(x, bn):
