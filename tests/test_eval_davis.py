@@ -86,9 +86,10 @@ def scores_of(folder, root, workers=2):
         return eval_davis.evaluate(folder, eval_davis.find_sequences(root, None, False), pool)
 
 
-def last_json(ran):
+def results_of(ran):
+    """What the last line of a run says, if it went well."""
     assert ran.code == 0, ran.err
-    return json.loads(ran.out.splitlines()[-1])
+    return json.loads(ran.out.splitlines()[-1])["results"]
 
 
 # ---- golden numbers -------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def golden(shared, key):
 def test_golden_scores(shared, cli, tmp_path):
     data = shared / "data"
     ran = cli("eval_davis", "--dataroot", data / "DAVIS", "--score_only", data / "DAVIS_osvos_results", "--output_dir", tmp_path)
-    found, wanted = last_json(ran), golden(shared, "osvos_results_scored")
+    found, wanted = results_of(ran), golden(shared, "osvos_results_scored")
     for metric in eval_davis.METRICS:
         assert found[metric] == pytest.approx(wanted[metric], abs=1e-6)
     assert found["per_object"].keys() == wanted["per_object"].keys()
@@ -114,7 +115,7 @@ def test_golden_scores(shared, cli, tmp_path):
 
 
 def check_propagation(shared, ran, key, names):
-    found, wanted = last_json(ran)["per_object"], golden(shared, key)["per_object"]
+    found, wanted = results_of(ran)["per_object"], golden(shared, key)["per_object"]
     assert list(found) == [f"{name}_1" for name in names]
     for name, values in found.items():
         assert np.mean(values) == pytest.approx(np.mean(wanted[name]), abs=0.002), name
@@ -308,19 +309,19 @@ def test_odd_videos_score_as_by_definition(tmp_path):
 def test_the_annotations_themselves_score_one(cli, tmp_path):
     root = write_tree(tmp_path / "DAVIS", odd_videos()[0], frames=False)
     ran = cli("eval_davis", "--dataroot", root, "--score_only", root / "Annotations/480p", "--output_dir", tmp_path / "out")
-    found = last_json(ran)
+    found = results_of(ran)
     assert found["J-Mean"] == found["F-Mean"] == found["J-Recall"] == 1 and found["F-Decay"] == 0
     assert "has label 255, which counts as background" in ran.err
-    assert "imsize" not in found and "model_type" not in found  # no part of a score
+    assert "imsize" not in json.loads(ran.out.splitlines()[-1])["settings"]  # it has no part in a score
 
 
 def test_two_frames_leave_nothing_to_score(cli, tmp_path):
     root = write_tree(tmp_path / "DAVIS", {"two": moving(2), "six": moving(6)}, frames=False)
     masks = root / "Annotations/480p"
     ran = cli("eval_davis", "--dataroot", root, "--score_only", masks, "--output_dir", tmp_path)
-    assert last_json(ran)["per_object"]["two_1"] == [None, None] and last_json(ran)["J&F-Mean"] == 1
+    assert results_of(ran)["per_object"]["two_1"] == [None, None] and results_of(ran)["J&F-Mean"] == 1
     assert "not scored" in ran.err and "two_1,,\n" in (tmp_path / "per-sequence_results-val.csv").read_text()
-    assert last_json(cli("eval_davis", "--dataroot", root, "--score_only", masks, "--sequences", "two"))["J-Mean"] is None
+    assert results_of(cli("eval_davis", "--dataroot", root, "--score_only", masks, "--sequences", "two"))["J-Mean"] is None
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -346,8 +347,10 @@ def test_command_equals_the_plain_pipeline(tree, rule_backbone, rule_lift, cli, 
     lift_flags = ["--lift_path", rule_lift] if flags == ["LIFT"] else flags
     common = ["--dataroot", tree, "--imsize", "64", "--output_dir", tmp_path / "out", "--json", tmp_path / "line.json"]
     ran = cli("eval_davis", *common, *rule_backbone, "--device", "cpu", *lift_flags)
-    found, masks = last_json(ran), tmp_path / "out" / folder
-    assert json.loads((tmp_path / "line.json").read_text()) == found
+    found, masks = results_of(ran), tmp_path / "out" / folder
+    line = json.loads((tmp_path / "line.json").read_text())
+    assert line["results"] == found and line == json.loads(ran.out.splitlines()[-1])
+    assert line["settings"]["layer"] == int(folder[-2:].strip("r")) and (line["sequences"], line["frames"]) == (3, 13)
     assert {path.name for path in masks.glob("*.csv")} == {"global_results-val.csv", "per-sequence_results-val.csv"}
 
     chosen = dict(zip(flags[::2], flags[1::2])) if flags != ["LIFT"] else {}
@@ -405,14 +408,14 @@ def test_interrupted_runs_resume_at_the_next_sequence(propagate, tree, tmp_path)
     assert len([path for path in before if path.parts[0] != "three"]) == 8
     assert not list(masks.rglob(".*")) and not list(masks.glob("*.csv"))
     broken.write_bytes(photo)
-    resumed = last_json(propagate())
+    resumed = results_of(propagate())
     after = dates(masks)
     assert all(after[path] == date for path, date in before.items() if path.parts[0] != "three") and len(after) == 13
-    assert dates(masks) == (last_json(propagate()), after)[1]  # finished: nothing is propagated again
+    assert dates(masks) == (results_of(propagate()), after)[1]  # finished: nothing is propagated again
     (masks / "one/00003.png").unlink()
-    assert last_json(propagate())["per_object"] == resumed["per_object"]
+    assert results_of(propagate())["per_object"] == resumed["per_object"]
     shutil.rmtree(tmp_path / "out")
-    assert last_json(propagate())["per_object"] == resumed["per_object"]
+    assert results_of(propagate())["per_object"] == resumed["per_object"]
 
 
 def test_nothing_of_another_run_is_taken_for_this_one(propagate, rule_backbone, tmp_path):
@@ -423,17 +426,17 @@ def test_nothing_of_another_run_is_taken_for_this_one(propagate, rule_backbone, 
     seen = [dates(masks)]
     weights = Path(rule_backbone[3])
     for flags in ([], ["--topk", "1"], ["--upsample", "bilinear"], []):
-        last_json(propagate(*flags))
+        results_of(propagate(*flags))
         assert "9.999" not in (masks / eval_davis.CSVS[0]).read_text()
         assert all(date != seen[-1].get(path) for path, date in dates(masks).items())
         seen.append(dates(masks))
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))  # trained anew under the same name
-    last_json(propagate())
+    results_of(propagate())
     assert all(date != seen[-1][path] for path, date in dates(masks).items())
 
 
 def test_overlay_and_video(propagate, tree, tmp_path):
-    last_json(propagate("--overlay", "--video", tmp_path / "all.mp4", "--sequences", "one", "three"))
+    results_of(propagate("--overlay", "--video", tmp_path / "all.mp4", "--sequences", "one", "three"))
     folder = tmp_path / "out/davis_vidseg_32_layer11"
     video = cv2.VideoCapture(str(tmp_path / "all.mp4"))
     frames = [video.read()[1] for _ in range(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))]
@@ -456,7 +459,7 @@ def test_another_methods_folder_needs_no_frames(tree, cli, tmp_path):
     shutil.copytree(tree / "Annotations/480p", results)
     (results / "one/00000.png").unlink()  # the first and the last are not scored
     Image.fromarray(np.array(Image.open(results / "one/00001.png"))).save(results / "one/00001.png")  # grey, no palette
-    assert last_json(cli("eval_davis", "--dataroot", tree, "--score_only", results))["J&F-Mean"] == 1
+    assert results_of(cli("eval_davis", "--dataroot", tree, "--score_only", results))["J&F-Mean"] == 1
     assert (results / eval_davis.CSVS[0]).is_file()
     ran = cli("eval_davis", "--dataroot", tree, "--score_only", results, "--overlay")
     assert ran.code == 2 and "JPEGImages" in ran.err
@@ -465,7 +468,7 @@ def test_another_methods_folder_needs_no_frames(tree, cli, tmp_path):
 def test_a_palette_is_made_where_there_is_none(propagate, tree, tmp_path):
     first = tree / "Annotations/480p/one/00000.png"
     Image.fromarray(np.array(Image.open(first))).save(first)
-    last_json(propagate("--sequences", "one"))
+    results_of(propagate("--sequences", "one"))
     palette = Image.open(tmp_path / "out/davis_vidseg_32_layer11/one/00003.png").getpalette()
     assert palette[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128] and palette == eval_davis.voc_palette()
 
@@ -505,14 +508,14 @@ BAD = {
     "broken annotation": (lambda root: cut(root / MASK), "restore it or write it anew"),
     "no PNG": (lambda root: (root / MASK).write_text("no picture"), "restore it or write it anew"),
     "RGB annotation": (lambda root: rgb(root / MASK), "restore it or write it anew"),
-    "frame of another size": (lambda root: resize(root / FRAME), "of one resolution"),
+    "frame of another size": (lambda root: resize(root / FRAME), "has 30x20 pixels, its annotation 90x60 pixels: take both"),
     "annotation of another size": (lambda root: resize(root / MASK), "to the annotation"),
 }
 BAD_RESULTS = {
     "no result": (lambda root: (root / RESULT).unlink(), "restore it"),
     "no folder": (lambda root: shutil.rmtree(root / "results"), "restore it"),
     "more objects": (lambda root: label(root / RESULT, 2), "label 2 where the first annotation has 1 objects: keep"),
-    "of another size": (lambda root: resize(root / RESULT), "has 30x20 pixels, its annotation 90x60: resize it"),
+    "of another size": (lambda root: resize(root / RESULT), "has 30x20 pixels, its annotation 90x60 pixels: resize"),
     "unreadable": (lambda root: cut(root / RESULT), "restore it or write it anew"),
     "RGB": (lambda root: rgb(root / RESULT), "restore it or write it anew"),
 }
@@ -545,6 +548,14 @@ def test_bad_results_are_one_line(tree, cli, case):
         assert (tree / "results/global_results-val.csv").read_text() == "of an earlier run"
 
 
+def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    masks = tree / "Annotations/480p"
+    ran = cli("eval_davis", "--dataroot", tree, "--score_only", masks, "--output_dir", tmp_path / "taken")
+    assert ran.code == 2 and "pass another --output_dir" in ran.err
+    assert json.loads(ran.out.splitlines()[-1])["results"]["J&F-Mean"] == 1  # the scores are not lost
+
+
 @pytest.mark.parametrize(
     "flags, text",
     [
@@ -568,5 +579,5 @@ def test_as_a_program(tree, tmp_path):
     root = Path(eval_davis.__file__).parent
     command = [sys.executable, root / "eval_davis.py", "--dataroot", tree, "--score_only", tree / "Annotations/480p"]
     ran = subprocess.run([*command, "--output_dir", tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 0 and json.loads(ran.stdout.splitlines()[-1])["J&F-Mean"] == 1
+    assert ran.returncode == 0 and json.loads(ran.stdout.splitlines()[-1])["results"]["J&F-Mean"] == 1
     assert "one_1" in ran.stdout and (tmp_path / "out" / eval_davis.CSVS[1]).is_file()
