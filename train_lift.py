@@ -52,7 +52,7 @@ from tqdm import tqdm
 from extractor import DTYPES, Command, ViTExtractor, add_backbone_args, list_images, pick_device, read_image, replacing, settings
 from lift import LiFT, double, load_lift, tokens_to_map, upsample
 
-LEVELS = ("full", "half", "quarter")  # a photo at S, S/2 and S/4 pixels
+LEVELS, FEATURES = ("full", "half", "quarter"), ("f1", "f2", "f3")  # a photo at S, S/2 and S/4 pixels, and its features
 ONLY_HOW = ("epochs", "resume", "save_every", "save_steps", "workers", "device", "tensorboard", "json", "val_dataroot", "compile")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -203,7 +203,10 @@ def cached(photos, extractor, folder, views, batch_size, workers):
             lock(file)
             if not path.exists():
                 keys = [(view, i) for view in range(views) for i in range(len(photos))]
-                fill(file, record, photos, extractor, keys, batch_size, workers)
+                try:
+                    fill(file, record, photos, extractor, keys, batch_size, workers)
+                except OSError as error:
+                    raise OSError(f"cannot write {part} ({error}): make room or pass another --cache_features") from error
                 part.rename(path)
     return Cached(path, record, views, photos.paths)
 
@@ -240,29 +243,28 @@ def fill(file, record, photos, extractor, keys, batch_size, workers):
     file.truncate(done * record.itemsize)
     missing, free = (len(keys) - done) * record.itemsize, shutil.disk_usage(Path(file.name).parent).free
     if missing > free:
-        raise OSError(f"cached features need {missing >> 20} MiB more, {free >> 20} are free: pass another --cache_features")
+        raise OSError(f"{missing >> 20} MiB are needed, {free >> 20} are free")
     batches = [keys[at : at + batch_size] for at in range(done, len(keys), batch_size)]
     loader = DataLoader(photos, batch_sampler=batches, num_workers=workers)
     for batch in tqdm(loader, "features", unit="batch", disable=None):
         images, feats = scales(batch, extractor)
         rows = np.zeros(len(images[0]), record)
-        rows["half"], rows["quarter"], rows["broken"] = (batch[name].numpy() for name in ("half", "quarter", "broken"))
-        rows["f1"], rows["f2"], rows["f3"] = (f.half().cpu().numpy() for f in feats)
+        for name, values in zip(record.names, (batch["half"], batch["quarter"], *feats, batch["broken"])):
+            rows[name] = values.cpu().numpy()
         file.write(rows.tobytes())
 
 
-def scales(batch, extractor):
+def scales(batch, extractor, levels=3):
     """A batch of Photos or Cached -> its images [B, 3, S/k, S/k], normalised, and features [B, C, S/k/p, S/k/p], k = 1, 2, 4.
 
-    The full image of a cached batch is missing: None.
+    `levels` is how many of these are wanted. The full image of a cached batch is missing: None.
     """
-    images = [
-        extractor.normalize(batch[level].to(extractor.device, non_blocking=True).float() / 255) if level in batch else None
-        for level in LEVELS
-    ]
-    if "f1" in batch:
-        return images, [batch[f].to(extractor.device, non_blocking=True).float() for f in ("f1", "f2", "f3")]
-    return images, [extractor(image) for image in images]
+
+    def moved(name):
+        return batch[name].to(extractor.device, non_blocking=True).float()
+
+    images = [extractor.normalize(moved(level) / 255) if level in batch else None for level in LEVELS[:levels]]
+    return images, [moved(feats) if feats in batch else extractor(image) for image, feats in zip(images, FEATURES)]
 
 
 def stream(n, batch_size, epochs, rank, world, seed, skip):
@@ -305,14 +307,14 @@ LOSSES = {"cosine": cosine_loss, "l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class Objective(nn.Module):
-    """The loss of LiFT at both scales (LiFT paper, equation 2)."""
+    """The loss of LiFT: images at S/2, S/4 and features at S, S/2, S/4 -> scalar (LiFT paper, section 3.2)."""
 
     def __init__(self, lift, loss):
         super().__init__()
         self.lift, self.loss = lift, LOSSES[loss]
 
-    def forward(self, half, quarter, f1, f2, f3):
-        return self.loss(self.lift(half, f2).float(), f1) + self.loss(self.lift(quarter, f3).float(), f2)
+    def forward(self, images, feats):
+        return sum(self.loss(self.lift(x, low).float(), high) for x, low, high in zip(images, feats[1:], feats))
 
 
 @torch.no_grad()
@@ -363,7 +365,7 @@ class Run:
         self.optimizer = OPTIMIZERS[args.optimizer](self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, total, args.schedule, args.warmup))
         self.step, self.losses, self.metrics, self.broken = 0, [], [], set()
-        self.folder, self.origin = run_folder(args), origin(args, extractor)
+        self.args, self.extractor, self.folder, self.origin = args, extractor, run_folder(args), origin(args, extractor)
         self.settings = json.loads(json.dumps(settings(args)))  # plain types, which last.pth may hold
 
     def parts(self):
@@ -393,11 +395,11 @@ class Run:
         self.broken.update(*(broken for _, broken, _ in told))
         return max(stop for _, _, stop in told)
 
-    def end_epoch(self, speed, extractor, val_loader, precision):
+    def end_epoch(self, speed, val_loader, precision):
         """Measure the module on the held-out photos and add a line to metrics.jsonl."""
         results = {"epoch": len(self.metrics) + 1, "step": self.step, "loss": float(np.mean(self.losses)), "photos_per_s": speed}
         if val_loader.dataset.paths:
-            results["val"] = evaluate(extractor, self.best().eval(), val_loader, precision)
+            results["val"] = evaluate(self.extractor, self.best().eval(), val_loader, precision)
             self.lift.train()
         self.losses = []
         self.metrics.append(results)
@@ -437,7 +439,7 @@ class Run:
 def run_folder(args):
     """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and the options that make another kind of module."""
     name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
-    kinds = ["residual"] * args.residual + ["resize"] * (args.downsample == "resize")
+    kinds = ["residual"] * args.residual + ["resize"] * (args.downsample == "resize") + ["single"] * args.single_scale
     parts = [name, args.lr, args.loss, "aug" if args.augment else "noaug", args.imsize, *kinds]
     return Path(args.output_dir) / "_".join(map(str, parts))
 
@@ -509,14 +511,14 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train_step(model, batches, count, extractor, optimizer, precision=nullcontext):
+def train_step(model, batches, count, extractor, optimizer, precision=nullcontext, levels=3):
     """One optimizer step on the mean loss of `count` batches; returns it (a scalar tensor) and the indices of unread photos."""
     total, broken = 0, []
     for i, batch in enumerate(batches, 1):
-        (_, half, quarter), feats = scales(batch, extractor)
+        images, feats = scales(batch, extractor, levels)
         with model.no_sync() if dist.is_initialized() and i < count else nullcontext():
             with precision():
-                loss = model(half, quarter, *feats) / count
+                loss = model(images[1:], feats) / count
             loss.backward()
         total += loss.detach()
         broken += [index for index in batch["broken"].tolist() if index >= 0]
@@ -525,19 +527,21 @@ def train_step(model, batches, count, extractor, optimizer, precision=nullcontex
     return total, broken
 
 
-def train(run, model, loader, val_loader, args, extractor, precision, batches):
-    """Train until `args.epochs` of `batches` batches are complete, or until a signal says stop (then SystemExit).
+def train(run, model, loader, val_loader, precision, batches):
+    """Train until all epochs of `batches` batches are complete, or until a signal says stop (then SystemExit).
 
     On a GPU losses are read every 10 steps only, so that it need not wait for them. ValueError where one is not finite.
     """
-    steps, often = math.ceil(batches / args.accumulate), 1 if extractor.device.type == "cpu" else 10
-    paths, loader, losses, broken, board = loader.dataset.paths, iter(loader), [], set(), tensorboard(args, run.folder)
+    args, paths, board, losses, broken = run.args, loader.dataset.paths, tensorboard(run.args, run.folder), [], set()
+    levels, often = 2 if args.single_scale else 3, 1 if run.extractor.device.type == "cpu" else 10
+    steps, loader = math.ceil(batches / args.accumulate), iter(loader)
     each = len(paths) / steps  # photos a step
     bar = tqdm(total=args.epochs * len(paths), initial=run.step * each, unit="photo", unit_scale=True, disable=quiet() or None)
     stop, began, begun_at = Stop(), time.time(), run.step
     while run.step < args.epochs * steps:
         count = min(args.accumulate, batches - run.step % steps * args.accumulate)
-        loss, unread = train_step(model, itertools.islice(loader, count), count, extractor, run.optimizer, precision)
+        group = itertools.islice(loader, count)
+        loss, unread = train_step(model, group, count, run.extractor, run.optimizer, precision, levels)
         run.advance()
         losses.append(loss)
         broken.update(str(paths[i]) for i in unread)
@@ -549,7 +553,7 @@ def train(run, model, loader, val_loader, args, extractor, precision, batches):
         losses, broken = [], set()
         bar.set_postfix(epoch=math.ceil(run.step / steps), loss=f"{run.losses[-1]:.4f}")
         if end:
-            run.end_epoch(round((run.step - begun_at) * each / (time.time() - began), 2), extractor, val_loader, precision)
+            run.end_epoch(round((run.step - begun_at) * each / (time.time() - began), 2), val_loader, precision)
             board(run.metrics[-1])
             if len(run.metrics) % args.save_every == 0:
                 run.export(f"lift_{len(run.metrics)}.pth")
@@ -589,13 +593,19 @@ def load(dataset, keys, args, extractor):
     """A DataLoader over lists of (epoch, index), whose workers stay."""
     return DataLoader(
         dataset, batch_sampler=keys, num_workers=args.workers, pin_memory=extractor.device.type == "cuda",
-        persistent_workers=args.workers > 0,
+        persistent_workers=args.workers > 0, worker_init_fn=ignore_interrupt,
     )  # fmt: skip
+
+
+def ignore_interrupt(worker):
+    """Ctrl-C reaches every process: the workers go on, so that the main one can finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepare(lift, args, extractor):
     """The loss module, distributed and compiled as asked, and the precision it runs in."""
-    model = Objective(lift, args.loss)
+    torch.backends.cudnn.benchmark = True  # sizes stay the same
+    model = Objective(lift.to(memory_format=torch.channels_last), args.loss)
     if args.compile:
         model.compile()
         extractor.compile()
@@ -666,6 +676,7 @@ def parser():
     group = command.add_argument_group("beyond the paper")
     group.add_argument("--residual", action="store_true", help="LiFT adds to the bilinearly doubled features")
     group.add_argument("--downsample", choices=("stride", "resize"), default="stride", help="every 2nd pixel, or antialiased")
+    group.add_argument("--single_scale", action="store_true", help="learn S/2 -> S alone, without S/4 -> S/2")
     group.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="(default: adam)")
     group.add_argument("--weight_decay", type=float, default=0.0, help="(default: 0)")
     group.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate")
@@ -704,10 +715,8 @@ def main(args):
     keys = stream(len(photos), args.batch_size, args.epochs, rank, world, args.seed, skip)
     val_keys = in_order(val_photos, args.batch_size, rank, world)
     model, precision = prepare(run.lift, args, extractor)
-    train(
-        run, model, load(photos, keys, args, extractor), load(val_photos, val_keys, args, extractor), args, extractor,
-        precision, batches,
-    )  # fmt: skip
+    loader, val_loader = load(photos, keys, args, extractor), load(val_photos, val_keys, args, extractor)
+    train(run, model, loader, val_loader, precision, batches)
     run.export("lift.pth")
     if run.broken and not quiet():
         print(f"{len(run.broken)} photos could not be read and were replaced: {', '.join(sorted(run.broken))}")

@@ -275,7 +275,7 @@ def command(*flags):
 
 def test_sigkill(cli, flags, tmp_path):
     """A real SIGKILL at whatever step the run has reached."""
-    long = ["--epochs", 20, "--save_every", 20, "--save_steps", 3]
+    long = ["--epochs", 12, "--save_every", 12, "--save_steps", 3]
     assert cli("train_lift", *flags(*long, "--output_dir", tmp_path / "whole/runs")).code == 0
     python, script, environment = command(*flags(*long))
     with subprocess.Popen([*python, *script], env=environment, stdout=subprocess.DEVNULL) as process:
