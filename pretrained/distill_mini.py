@@ -247,7 +247,7 @@ def train(student, teacher, photos, aspects, args, state, check):
         optimizer.load_state_dict(state["optimizer"])
     match = torch.compile(match_block, dynamic=True) if args.compile else match_block
     weights = torch.tensor([1 / 12] * 12 + [1 + 1 / 12, 1 / 12], device=photos.device)
-    started = time.time() - state["seconds"]
+    first, started = state["step"], time.time() - state["seconds"]
 
     def progress():
         return min(1.0, state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes)
@@ -266,6 +266,8 @@ def train(student, teacher, photos, aspects, args, state, check):
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if state["step"] == first:  # it may have compiled for a minute: the clock starts now
+                started = time.time() - state["seconds"]
             state.update(step=state["step"] + 1, seconds=time.time() - started)
             if state["step"] % 20 == 0:
                 bar.set_postfix_str(f"step {state['step']}, loss {loss.item():.3f}, {free:.0%} free", refresh=False)
