@@ -512,7 +512,7 @@ def parser():
     command.add_argument("--size_mask_neighborhood", type=at_least(0), default=12, help="window, in cells; 0: all (default: 12)")
     command.add_argument("--topk", type=at_least(1), default=5, help="context cells that vote (default: 5)")
     command.add_argument("--sequences", nargs="+", help="only these (default: ImageSets/2017/val.txt)")
-    command.add_argument("--score_only", metavar="DIR", help="score DIR/{sequence}/*.png; results go to --output_dir (default: DIR)")
+    command.add_argument("--score_only", metavar="DIR", help="score DIR/{sequence}/*.png; CSVs go to --output_dir (default: DIR)")
     command.add_argument("--workers", type=at_least(1), default=4, help="threads that read frames and score videos (default: 4)")
     command.add_argument("--overlay", action="store_true", help="also write overlay/{sequence}/*.jpg: masks over frames")
     command.add_argument("--video", metavar="MP4", help="also write masks over frames as a video, all sequences in one")
