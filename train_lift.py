@@ -53,7 +53,8 @@ from extractor import DTYPES, Command, ViTExtractor, add_backbone_args, list_ima
 from lift import LiFT, double, load_lift, tokens_to_map, upsample
 
 LEVELS, FEATURES = ("full", "half", "quarter"), ("f1", "f2", "f3")  # a photo at S, S/2 and S/4 pixels, and its features
-ONLY_HOW = ("epochs", "resume", "save_every", "save_steps", "workers", "device", "tensorboard", "json", "val_dataroot", "compile")
+# Flags that may change at --resume
+ONLY_HOW = ("epochs", "resume", "save_every", "save_steps", "workers", "device", "tensorboard", "json", "compile")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -366,7 +367,8 @@ class Run:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, total, args.schedule, args.warmup))
         self.step, self.losses, self.metrics, self.broken = 0, [], [], set()
         self.args, self.extractor, self.folder, self.origin = args, extractor, run_folder(args), origin(args, extractor)
-        self.settings = json.loads(json.dumps(settings(args)))  # plain types, which last.pth may hold
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.settings = json.loads(json.dumps(settings(args))) | {"processes": processes}  # plain types, as last.pth needs
 
     def parts(self):
         """What has a state_dict, by name."""
@@ -426,9 +428,12 @@ class Run:
         path = self.folder / "last.pth"
         if not path.is_file():
             return
-        last = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            last = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise nearly anything
+            raise ValueError(f"{path} is damaged ({str(error)[:100]}): remove it, and start again") from error
         for name, value in last["settings"].items():
-            if name not in (*ONLY_HOW, "versions") and value != self.settings[name]:
+            if name not in (*ONLY_HOW, "versions") and value != self.settings.get(name):
                 raise ValueError(f"{path} was made with --{name} {value}: pass the same, or another --output_dir")
         for name, part in self.parts().items():
             part.load_state_dict(last[name])
@@ -532,7 +537,7 @@ def train(run, model, loader, val_loader, precision, batches):
 
     On a GPU losses are read every 10 steps only, so that it need not wait for them. ValueError where one is not finite.
     """
-    args, paths, board, losses, broken = run.args, loader.dataset.paths, tensorboard(run.args, run.folder), [], set()
+    args, paths, tell, losses, broken = run.args, loader.dataset.paths, reporter(run.args, run.folder), [], set()
     levels, often = 2 if args.single_scale else 3, 1 if run.extractor.device.type == "cpu" else 10
     steps, loader = math.ceil(batches / args.accumulate), iter(loader)
     each = len(paths) / steps  # photos a step
@@ -554,7 +559,7 @@ def train(run, model, loader, val_loader, precision, batches):
         bar.set_postfix(epoch=math.ceil(run.step / steps), loss=f"{run.losses[-1]:.4f}")
         if end:
             run.end_epoch(round((run.step - begun_at) * each / (time.time() - began), 2), val_loader, precision)
-            board(run.metrics[-1])
+            tell(run.metrics[-1])
             if len(run.metrics) % args.save_every == 0:
                 run.export(f"lift_{len(run.metrics)}.pth")
             began, begun_at = time.time(), run.step
@@ -567,7 +572,7 @@ def train(run, model, loader, val_loader, precision, batches):
     bar.close()
 
 
-def tensorboard(args, folder):
+def reporter(args, folder):
     """A function that prints an epoch's results, and with --tensorboard shows them there. ValueError if it is not installed."""
     if quiet():
         return lambda results: None
@@ -579,14 +584,14 @@ def tensorboard(args, folder):
             raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
         writer = SummaryWriter(folder)
 
-    def board(results):
+    def tell(results):
         flat = {name: value for name, value in (results | results.get("val", {})).items() if isinstance(value, int | float)}
         tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in flat.items()))
         for name, value in flat.items():
             if writer:
                 writer.add_scalar(name, value, results["step"])
 
-    return board
+    return tell
 
 
 def load(dataset, keys, args, extractor):
@@ -718,9 +723,10 @@ def main(args):
     loader, val_loader = load(photos, keys, args, extractor), load(val_photos, val_keys, args, extractor)
     train(run, model, loader, val_loader, precision, batches)
     run.export("lift.pth")
-    if run.broken and not quiet():
-        print(f"{len(run.broken)} photos could not be read and were replaced: {', '.join(sorted(run.broken))}")
-    report(args, {"folder": str(run.folder), "metrics": run.metrics[-1], "unreadable": sorted(run.broken)})
+    unreadable = sorted(run.broken.union(run.metrics[-1].get("val", {}).get("unreadable", [])))
+    if unreadable and not quiet():
+        print(f"{len(unreadable)} photos could not be read: {', '.join(unreadable)}")
+    report(args, {"folder": str(run.folder), "metrics": run.metrics[-1], "unreadable": unreadable})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,28 @@ def test_a_signal_saves_and_says_how_to_go_on(cli, flags, tmp_path, monkeypatch)
     assert all(torch.equal(value, whole[name]) for name, value in read_run(tmp_path)[0].items())
 
 
+def test_a_damaged_checkpoint_is_not_resumed(cli, flags, tmp_path):
+    run = tmp_path / "runs" / "vit_tiny_patch16_224_0.001_cosine_noaug_64"
+    run.mkdir(parents=True)
+    (run / "last.pth").write_bytes(b"half a file")
+    ran = cli("train_lift", *flags("--resume"))
+    assert ran.code == 2 and "last.pth is damaged" in ran.err and ran.err.count("\n") == 1
+
+
+def test_tensorboard_shows_the_metrics(cli, flags, tmp_path, monkeypatch):
+    shown = {}
+    writer = types.SimpleNamespace(add_scalar=lambda name, value, step: shown.update({(name, step): value}))
+    stub = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    assert cli("train_lift", *flags("--tensorboard", "--val_fraction", 0.25)).code == 0
+    _, _, lines = read_run(tmp_path)
+    assert [shown["loss", 2], shown["loss", 4]] == [line["loss"] for line in lines]
+    assert shown["lift", 4] == lines[1]["val"]["lift"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    ran = cli("train_lift", *flags("--tensorboard", "--output_dir", tmp_path / "other"))
+    assert ran.code == 2 and "pip install tensorboard" in ran.err and ran.err.count("\n") == 1
+
+
 def command(*flags):
     """Environment and arguments of train_lift.py as a program of its own, on as many threads as this one."""
     here = Path(train_lift.__file__)
@@ -444,3 +467,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(cli, flags, tmp_path
     assert {file.name for file in last.parent.iterdir()} == {"last.pth", "metrics.jsonl"}
     monkeypatch.undo()
     assert cli("train_lift", *flags("--save_steps", 1, "--resume")).code == 0
+
+
+def test_a_full_disk_under_the_cache_is_one_line(cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_lift.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    ran = cli("train_lift", *flags("--cache_features", tmp_path / "cache"))
+    assert ran.code == 2 and "pass another --cache_features" in ran.err and ran.err.count("\n") == 1
