@@ -83,7 +83,7 @@ class MyExtractor(nn.Module):
         self.layer = self.facet = None
         self.mean, self.std = getattr(module, "mean", (0.485, 0.456, 0.406)), getattr(module, "std", (0.229, 0.224, 0.225))
         self.normalize = Normalize(self.mean, self.std)
-        _, self.width, rows, _ = self(torch.zeros(1, 3, imsize, imsize)).shape
+        self.width, rows, _ = probe(self, imsize)
         self.patch = self.stride = imsize // rows
 
     @torch.no_grad()
@@ -121,14 +121,20 @@ def build_extractor(args):
     if extractor.stride != patch:
         raise ValueError(f"LiFT is trained on the patch grid: leave out --stride {extractor.stride}")
     for size in (args.imsize, args.imsize // 2, args.imsize // 4):
-        try:
-            grid = tuple(extractor(torch.zeros(1, 3, size, size)).shape[2:])
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise ValueError(f"{extractor.name} does not take {size} pixels ({reason}): train on a backbone that does") from error
-        if grid != (size // patch, size // patch):
-            raise ValueError(f"{extractor.name} gives a grid of {grid} at {size} pixels: pass one with {patch} pixels a cell")
+        found, wanted = probe(extractor, size), (extractor.width, size // patch, size // patch)
+        if found != wanted:
+            what = f"{extractor.name} gives maps of {found} at {size} pixels, not {wanted}"
+            raise ValueError(f"{what}: pass another backbone or facet")
     return extractor
+
+
+def probe(extractor, size):
+    """The (C, h, w) that a square image of `size` pixels gets. ValueError where the backbone does not take it."""
+    try:
+        return tuple(extractor(torch.zeros(1, 3, size, size)).shape[1:])
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{extractor.name} does not take {size} pixels ({reason}): pass a backbone that does") from error
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------
@@ -613,7 +619,8 @@ def prepare(lift, args, extractor):
     model = Objective(lift.to(memory_format=torch.channels_last), args.loss)
     if args.compile:
         model.compile()
-        extractor.compile()
+        for part in extractor.model.blocks if isinstance(extractor, ViTExtractor) else [extractor.module]:
+            part.compile()  # blocks share their code: one compilation for all
     if dist.is_initialized():
         model = DistributedDataParallel(model)
     low = partial(torch.autocast, extractor.device.type, torch.bfloat16)

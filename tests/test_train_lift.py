@@ -289,6 +289,21 @@ def test_tensorboard_shows_the_metrics(cli, flags, tmp_path, monkeypatch):
     assert ran.code == 2 and "pip install tensorboard" in ran.err and ran.err.count("\n") == 1
 
 
+def test_compiled_equals_eager(cli, flags, tmp_path, monkeypatch):
+    """Everything but the code generator, which takes minutes on a CPU."""
+    assert cli("train_lift", *flags("--output_dir", tmp_path / "eager/runs")).code == 0
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_eagerly(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    assert cli("train_lift", *flags("--compile")).code == 0
+    assert compiled == ["Objective"] + ["Block"] * 12
+    close(read_run(tmp_path)[0], read_run(tmp_path / "eager")[0])
+
+
 def command(*flags):
     """Environment and arguments of train_lift.py as a program of its own, on as many threads as this one."""
     here = Path(train_lift.__file__)
@@ -388,6 +403,9 @@ class Tokens(nn.Module):
 def tokens(args):
     return Tokens(args.seed + 20, None)
 
+def other():
+    return nn.Linear(5, 5)
+
 def one_size(args):
     return Tokens(20, 64)
 """
@@ -410,6 +428,8 @@ def test_own_backbone(cli, flags, tmp_path, own, function, patch, width):
 
 BAD = {
     "own_size": (["--my_extractor", "own_backbone:one_size"], "does not take 32 pixels (made for 64)"),
+    "own_other": (["--my_extractor", "own_backbone:other"], "does not take 64 pixels"),
+    "attn": (["--facet", "attn"], "pass another backbone or facet"),
     "own_missing": (["--my_extractor", "own_backbone:nothing"], "pass --my_extractor module:function"),
     "own_bare": (["--my_extractor"], "my_extractor(args) in train_lift.py is still empty"),
     "imsize": (["--imsize", 100], "--imsize 100 is no multiple of 4 patches of 16: pass --imsize 64"),
