@@ -4,7 +4,6 @@ Every image is decoded in the loop, the backbone runs to its end in float32 with
 LiFT takes one Adam step. `python benchmarks/speed.py train` times the two beside each other.
 """
 
-import copy
 import itertools
 import tempfile
 from functools import partial
@@ -121,7 +120,9 @@ def setup(dtype="float32", cache=False):
         Image.fromarray(np.random.RandomState(k).randint(0, 256, (47, 63, 3), np.uint8)).resize((500, 375)).save(file)
     torch.manual_seed(0)
     vit = plain_vit("vit_small_patch16_224.augreg_in21k_ft_in1k")
-    extractor = ViTExtractor("vit_small_patch16_224", model=copy.deepcopy(vit), device="cpu", dtype=dtype)
+    model = timm.create_model("vit_small_patch16_224.augreg_in21k_ft_in1k", num_classes=0)
+    model.load_state_dict(vit.state_dict())
+    extractor = ViTExtractor("vit_small_patch16_224", model=model, device="cpu", dtype=dtype)
     photos = train_lift.Photos(files, 448)
     if cache:
         photos = train_lift.cached(photos, extractor, folder / "cache", views=1, batch_size=4, workers=0)
