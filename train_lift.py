@@ -1,4 +1,4 @@
-"""Train a LiFT module for one frozen backbone on any folder of photos (LiFT paper, section 3.2).
+r"""Train a LiFT module for one frozen backbone on any folder of photos (LiFT paper, section 3.2).
 
     python train_lift.py --dataroot FOLDER --model_type dino_vits16 --save_every 1 --epochs 5 --lr 0.001 --augment \
         --loss cosine --batch_size 256 --output_dir lift_imagenet_trains
@@ -18,6 +18,8 @@ module that is not above bilinear is not worth using. The last line is JSON: set
 Every random choice follows from --seed, epoch and photo alone, so neither --workers, nor a stop and --resume, nor the number of
 processes changes what is seen: N processes with batch b equal one with N*b (on GPUs batch norm is synchronised; on CPUs each
 process normalises its own b photos). On a CPU the same command gives the same weights, to the bit.
+
+ViT-S/16 at 448 on one CPU core: 1.6 photos/s in float32, 3.4 in bfloat16, 23 from cached features.
 """
 
 import hashlib
@@ -652,13 +654,15 @@ def report(args, results):
         write(args.json, (line + "\n").encode())
 
 
-def evaluate_files(args, extractor):
+def evaluate_files(args, extractor, rank, world):
     """--evaluate: measure a module on each --val_dataroot."""
     lift, results = load_lift(args.evaluate, extractor), {}
     for root in args.val_dataroot:
         photos = Photos(list_images(root), args.imsize, args.downsample)
-        results[root] = evaluate(extractor, lift, load(photos, in_order(photos, args.batch_size), args, extractor))
-        print(root, "  ".join(f"{name} {value}" for name, value in results[root].items()), sep="  ")
+        loader = load(photos, in_order(photos, args.batch_size, rank, world), args, extractor)
+        results[root] = evaluate(extractor, lift, loader)
+        if not quiet():
+            print(root, "  ".join(f"{name} {value}" for name, value in results[root].items()), sep="  ")
     return {"results": results}
 
 
@@ -710,7 +714,7 @@ def main(args):
     rank, world = start_processes(args)
     extractor = build_extractor(args)
     if args.evaluate:
-        return report(args, evaluate_files(args, extractor))
+        return report(args, evaluate_files(args, extractor, rank, world))
     train_paths, val_paths = split(args)
     photos = Photos(train_paths, args.imsize, args.downsample, args.augment, args.seed)
     val_photos = Photos(val_paths, args.imsize, args.downsample)
