@@ -242,7 +242,7 @@ def cache_key(photos, extractor):
     augment = photos.seed if photos.jitter else None
     key.update(repr((facts, files, photos.imsize, photos.downsample, augment)).encode())
     for name, value in extractor.state_dict().items():
-        key.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        key.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return key.hexdigest()[:20]
 
 

@@ -388,7 +388,7 @@ import torch
 from torch import nn
 
 def convolution():
-    return nn.Conv2d(3, 24, 8, 8)
+    return nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24))
 
 class Tokens(nn.Module):
     def __init__(self, channels, size):
@@ -419,7 +419,8 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("function", "patch", "width"), [("convolution", 8, 24), ("tokens", 16, 22)])
 def test_own_backbone(cli, flags, tmp_path, own, function, patch, width):
-    ran = cli("train_lift", *flags("--my_extractor", f"own_backbone:{function}", "--seed", 2))
+    more = ["--my_extractor", f"own_backbone:{function}", "--seed", 2, "--cache_features", tmp_path / "cache"]
+    ran = cli("train_lift", *flags(*more))
     assert ran.code == 0, ran.err
     state, about, _ = read_run(tmp_path)
     assert state["outc.weight"].shape[0] == about["width"] == width and about["patch"] == patch
