@@ -193,9 +193,7 @@ class Cached(Dataset):
         epoch, index = key
         records = np.memmap(self.path, self.record, "r")
         row = records[epoch % self.views * len(self) + index]
-        return {name: torch.from_numpy(row[name].copy()) for name in self.record.names if name != "broken"} | {
-            "broken": int(row["broken"])
-        }
+        return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
 
 
 def cached(photos, extractor, folder, views, batch_size, workers):
@@ -205,19 +203,21 @@ def cached(photos, extractor, folder, views, batch_size, workers):
     run goes on where it was; a second process waits for the first one. OSError where they do not fit on the disk.
     """
     record, path = record_type(extractor, photos.imsize), Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
-    part = path.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    dataset, part = Cached(path, record, views, photos.paths), path.with_suffix(".part")
+    if path.exists():
+        return dataset
+    keys = [(view, i) for view in range(views) for i in range(len(photos))]
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
             lock(file)
             if not path.exists():
-                keys = [(view, i) for view in range(views) for i in range(len(photos))]
-                try:
-                    fill(file, record, photos, extractor, keys, batch_size, workers)
-                except OSError as error:
-                    raise OSError(f"cannot write {part} ({error}): make room or pass another --cache_features") from error
+                fill(file, record, photos, extractor, keys, batch_size, workers)
                 part.rename(path)
-    return Cached(path, record, views, photos.paths)
+    except OSError as error:
+        raise OSError(f"cannot write {part} ({error}): make room or pass another --cache_features") from error
+    part.unlink(missing_ok=True)  # of a process that had to wait
+    return dataset
 
 
 def lock(file):
@@ -261,6 +261,7 @@ def fill(file, record, photos, extractor, keys, batch_size, workers):
         for name, values in zip(record.names, (batch["half"], batch["quarter"], *feats, batch["broken"])):
             rows[name] = values.cpu().numpy()
         file.write(rows.tobytes())
+    file.flush()
 
 
 def scales(batch, extractor, levels=3):
