@@ -720,7 +720,10 @@ def main(args):
     photos = Photos(train_paths, args.imsize, args.downsample, args.augment, args.seed)
     val_photos = Photos(val_paths, args.imsize, args.downsample)
     photos[0, 0]  # raises where no photo can be read
-    batches = math.ceil(math.ceil(len(photos) / world) / args.batch_size)  # an epoch and process
+    share = math.ceil(len(photos) / world)
+    batches = math.ceil(share / args.batch_size)  # an epoch and process
+    if args.imsize == 4 * extractor.patch and (share - 1) % args.batch_size == 0:
+        raise ValueError("a batch of one photo of 4 patches is too little for batch norm: pass a larger --imsize or --batch_size")
     steps = math.ceil(batches / args.accumulate)
     run = Run(args, extractor, args.epochs * steps)
     if args.resume:

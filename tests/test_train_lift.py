@@ -435,6 +435,7 @@ BAD = {
     "own_bare": (["--my_extractor"], "my_extractor(args) in train_lift.py is still empty"),
     "imsize": (["--imsize", 100], "--imsize 100 is no multiple of 4 patches of 16: pass --imsize 64"),
     "loss": (["--loss", "l3"], "unknown --loss l3: pass one of cosine, l1, l2"),
+    "one photo": (["--batch_size", 7], "pass a larger --imsize or --batch_size"),
     "stride": (["--stride", 8], "leave out --stride 8"),
     "epochs": (["--epochs", 0], "--epochs 0: pass 1 or more"),
     "no folder": (["--dataroot", "nowhere"], "no images at nowhere"),
