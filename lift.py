@@ -125,8 +125,8 @@ def upsample(lift, images, feats, iterations=1, return_all=False):
     Between two steps the current image [B, 3, H, W] is doubled bilinearly. The module's own precision is used inside.
     With `return_all` the features after every step are returned, as a list that begins with those given.
     """
-    dtype = lift.outc.weight.dtype
-    images, steps = images.to(feats.device, dtype), [feats.to(dtype)]
+    as_lift = {"device": feats.device, "dtype": lift.outc.weight.dtype, "memory_format": torch.channels_last}
+    images, steps = images.to(**as_lift), [feats.to(**as_lift)]
     for step in range(iterations):
         images = double(images) if step else images
         steps.append(lift(images, steps[-1] if return_all else steps.pop()))

@@ -190,8 +190,8 @@ def errors(student, teacher, images, free, rng, match=match_block):
     """
     grid = student.grid(*images.shape[2:])
     with torch.no_grad():
-        theirs = teacher._embed(images, grid)
-    ours = student._embed(images, grid)
+        theirs = teacher.embed(images, grid)
+    ours = student.embed(images, grid)
     result = [token_error(ours, theirs)]
     for mine, other in zip(student.model.blocks, teacher.model.blocks):
         own = torch.rand(len(images), 1, 1, device=images.device, generator=rng) < free
