@@ -108,7 +108,10 @@ def read_tensors(path):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints carry their flags
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise TypeError(f"a {type(state).__name__}, no state_dict")
+        return state
     except Exception as error:  # damaged files raise nearly anything
         raise ValueError(f"{path} holds no weights ({first_line(error)}): pass a .pth or .safetensors file") from error
 

@@ -162,11 +162,12 @@ def read_state(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {key.removeprefix("module."): value for key, value in state.items()}
-        assert all(isinstance(value, torch.Tensor) for value in state.values()), "entries that are no tensors"
+        if not all(isinstance(value, torch.Tensor) for value in state.values()) or "outc.weight" not in state:
+            raise TypeError("no tensor outc.weight, or entries that are no tensors")
         return state
     except Exception as error:  # damaged files raise nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a LiFT checkpoint ({reason[:150]}): pass a lift.pth written by train_lift.py") from error
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:150]
+        raise ValueError(f"{path} is not a LiFT checkpoint ({reason}): pass a lift.pth written by train_lift.py") from error
 
 
 def check_origin(origin, extractor, path):
@@ -203,8 +204,6 @@ def load_lift(path, extractor=None, patch_size=16, silent=False):
     Raises ValueError or FileNotFoundError in one sentence.
     """
     state, origin = read_state(path), read_origin(path)
-    if "outc.weight" not in state:
-        raise ValueError(f"{path} is not a LiFT checkpoint (no outc.weight): pass a lift.pth written by train_lift.py")
     if origin is None and not silent:
         print(f"note: no JSON beside {path} tells its backbone, layer and facet; taken on trust", file=sys.stderr)
     if extractor is not None:
