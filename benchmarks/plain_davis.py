@@ -7,6 +7,7 @@ davis2017-evaluation computes them. tests/test_eval_davis.py compares eval_davis
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -156,7 +157,7 @@ def one_frame(patch):
     def setup():
         torch.manual_seed(0)
         model = timm.create_model(f"vit_small_patch{patch}_224", num_classes=0)
-        extractor = ViTExtractor(f"dino_vits{patch}", model=model, device="cpu")
+        extractor = ViTExtractor(f"dino_vits{patch}", model=deepcopy(model), device="cpu")
         lift = LiFT(extractor.width, patch).eval().requires_grad_(False)
         side = 2 * 224 // patch
         image, context = torch.randn(1, 3, 224, 224), random_context(extractor.width, side)
