@@ -158,12 +158,11 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 
 clone, kwargs, image, output = sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]
-path = list(sys.path)
 features = torch.hub.load(clone, "lift", source="local", **kwargs)
 torch.save(features(torch.load(image)), output)
 
 import datasets, lift    # the host's own, after the hub
-assert sys.path == path and {m.WHOSE for m in (extractor, utils, datasets, lift)} == {"host"}
+assert clone not in sys.path and {m.WHOSE for m in (extractor, utils, datasets, lift)} == {"host"}
 """
 
 
