@@ -342,7 +342,7 @@ def test_two_processes_equal_the_plain_loop_on_both_their_batches(flags, folder,
     assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
     own = ("running_mean", "running_var", "num_batches_tracked")  # each process has its own statistics
     close(*({k: v for k, v in s.items() if not k.endswith(own)} for s in (state, lift.state_dict())))
-    printed = [line for line in ran.stdout.splitlines() if not line.startswith("[Gloo]")]
+    printed = [line for line in ran.stdout.splitlines() if line and not line.startswith("[Gloo]")]
     assert lines[-1]["val"]["photos"] == 8 and len(printed) == 3, "the first process alone prints"
 
 
