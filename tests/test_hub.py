@@ -113,6 +113,15 @@ def test_default_module_is_the_residual_one_if_there(tmp_path, monkeypatch, file
     assert torch.hub.load("clone", "lift_module", source="local", backbone=NAME).residual == ("_residual" in variants)
 
 
+def test_out_of_the_box():
+    """Without any path: the residual module and the backbone that lie in pretrained/."""
+    extractor = ViTExtractor("vit_mini16", device="cpu")
+    lift, normalised = load_lift(ROOT / "pretrained/lift_vit_mini16_residual.pth", extractor), (IMAGES - 0.5) / 0.5
+    wanted = upsample(lift, normalised, extractor(normalised))
+    torch.testing.assert_close(hub("lift")(IMAGES), wanted)
+    torch.testing.assert_close(hub("lift_module")(normalised, extractor(normalised)), wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
