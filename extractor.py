@@ -244,14 +244,14 @@ class ViTExtractor(nn.Module):
         backbone_path=None, layer=None, facet="key", dtype="float32",
     ):  # fmt: skip
         super().__init__()
-        self.name, self.facet, self.dtype = model_type, facet, DTYPES[dtype]
+        self.name, self.facet = model_type, facet
         row = resolve(model_type)
         self.tag = model_type if row.file else row.tag
         self.mean, self.std = row.mean_std
         self.normalize = Normalize(self.mean, self.std)
-        self.device = pick_device(device, dtype)
+        device = pick_device(device, dtype)
         model = model if model is not None else build_backbone(model_type, backbone_path)
-        self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
+        self.model = model.to(device, DTYPES[dtype]).requires_grad_(False).eval()
         speed_up_linears(self.model)
         self._read_facts(stride, layer)
         self.eval()
@@ -277,8 +277,22 @@ class ViTExtractor(nn.Module):
         self.width = descriptor_width(blocks[0].attn, self.facet, embed.proj.out_channels)
         if self.stride < 1 or self.patch % self.stride:
             raise ValueError(f"stride {stride} does not divide the patch ({self.patch}): pass one of {divisors(self.patch)}")
+
+    @property
+    def device(self):
+        """Where the backbone is."""
+        return self.model.patch_embed.proj.weight.device
+
+    @property
+    def dtype(self):
+        """The precision it runs in."""
+        return self.model.patch_embed.proj.weight.dtype
+
+    @property
+    def prefix(self):
+        """The tokens before the patches, each [1, n, D]: CLS, a distillation token, registers."""
         tokens = [getattr(self.model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-        self.prefix = [token for token in tokens if token is not None]
+        return [token for token in tokens if token is not None]
 
     def _layer(self, layer):
         layer = self.depth - 1 if layer is None else layer
@@ -332,8 +346,7 @@ class ViTExtractor(nn.Module):
         DINO's own code reads its weights; timm's antialiased resampling differs by up to 2e-2.
         """
         table = self.model.pos_embed
-        count = sum(token.shape[1] for token in self.prefix)
-        kept = 0 if getattr(self.model, "no_embed_class", False) else count
+        kept = 0 if getattr(self.model, "no_embed_class", False) else self._count()
         prefix, patches = table[:, :kept], table[:, kept:]
         side = round(patches.shape[1] ** 0.5)
         native = getattr(self.model.patch_embed, "grid_size", None) or (side, side)

@@ -51,13 +51,6 @@ class _Features(nn.Module):
         """Keep both frozen networks in eval mode, also inside a model that trains."""
         return super().train(False)
 
-    def _apply(self, fn, recurse=True):
-        """Let the extractor know where and in what precision .to(), .cuda() or .half() put its weights."""
-        super()._apply(fn, recurse)
-        weight = next(self.extractor.parameters())
-        self.extractor.device, self.extractor.dtype = weight.device, weight.dtype
-        return self
-
     @torch.no_grad()
     def forward(self, images, **options):
         """`iterations`, `out_size` and `return_backbone`, where given, hold for this call."""

@@ -1,6 +1,8 @@
-"""One line of the speed table: what is timed, against what, and how the two results are compared."""
+"""What the benchmarks share: a line of the speed table, and what is known of the machine and this process."""
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -16,3 +18,16 @@ class Case(NamedTuple):
     setup: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]
     same: Callable[[Any, Any], None]
     memory: float | None = None
+
+
+def processor():
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def resident(field):
+    """VmRSS (now) or VmHWM (peak) of this process, in MiB; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

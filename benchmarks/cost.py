@@ -28,6 +28,7 @@ from pathlib import Path
 
 import timm
 import torch
+from case import processor, resident
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -56,9 +57,7 @@ def build(name, device, dtype):
 
 def without_storage(extractor, lift):
     """Copies of both on the meta device, where everything has a shape and nothing a value."""
-    extractor, lift = (copy.deepcopy(module).to("meta") for module in (extractor, lift))
-    extractor.device, extractor.prefix = torch.device("meta"), [token.to("meta") for token in extractor.prefix]
-    return extractor, lift
+    return [copy.deepcopy(module).to("meta") for module in (extractor, lift)]
 
 
 def parameters(module):
@@ -73,12 +72,6 @@ def count_macs(run):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops() // 2
-
-
-def resident(field):
-    """VmRSS (now) or VmHWM (peak) of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def start_peak(device):
@@ -182,12 +175,7 @@ def exponent(records, steps):
 
 def machine(device):
     """The machine, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"one core of {names[0] if names else platform.processor()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one core of {processor()}"
 
 
 def report(records, growth, facts, about):

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py [WORDS] [--repeats 5] [--json speed.json] [--markdown speed.md] [--no_memory]
 
-Each line: the medians of both (with the spread of ours), plain/ours beside the ratio asked for, and the ratio of the peak memories,
-each side in a process of its own, above what it holds before it starts. WORDS choose the lines that contain any of them.
+Each line: the medians of both (with the spread of ours), plain/ours beside the ratio asked for, and the ratio of the peak
+memories, each side in a process of its own, above what it holds before it starts. WORDS choose the lines that contain any.
 Results are checked to be the same before anything is timed. All of it takes about ten minutes on 2 cores.
 """
 
@@ -29,6 +29,7 @@ import plain_train  # noqa: E402
 import plain_visualize  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+from case import processor, resident  # noqa: E402
 
 PLAINS = (plain_extract, plain_train, plain_spair, plain_davis, plain_tokencut, plain_visualize)
 CASES = [case for plain in PLAINS for case in plain.CASES]
@@ -64,12 +65,6 @@ def peak_of(case, side):
     return resident("VmHWM") - before
 
 
-def resident(field):
-    """A line of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
 def memory_ratio(case):
     """Peak of the plain side over ours, each in a fresh process."""
     peaks = []
@@ -81,9 +76,9 @@ def memory_ratio(case):
 
 def machine():
     """What the figures depend on."""
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine())
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]} | versions
+    versions = {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in (torch, timm, np)}
+    load = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    return {"cpu": processor(), "cores": os.cpu_count()} | load | versions
 
 
 def cell(value):
