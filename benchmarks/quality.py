@@ -4,23 +4,20 @@
 
 Runs this repository's own command lines on whatever of SPair-71k, DAVIS, VOC (2007, 2012) and COCO20k lies in DATAROOT, at
 --imsize pixels, all pairs of SPair-71k, and the cosine measure of train_lift.py on --photos. MACs, time and peak memory are
-those of the features of one image, each row in a process of its own. Writes OUTPUT.json and, from it, OUTPUT.md; a table of
+those of the features of one image, as in cost.py. Writes OUTPUT.json and, from it, OUTPUT.md; a table of
 another backbone that OUTPUT.json holds stays. The last line printed is this run's part of that JSON, commands included.
 
-With the small data sets of the tables in benchmarks/ 9 minutes on one CPU core. A run that was stopped goes on where it was
+With the small data sets of the tables in benchmarks/ about 6 minutes on one CPU core. A run that was stopped goes on where it was
 if --runs names a folder to keep its masks and boxes in.
 """
 
 import json
-import multiprocessing
 import platform
-import resource
 import shlex
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -28,15 +25,17 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie one folder up
 
+from cost import measure
+
 from extractor import Command, ViTExtractor, add_backbone_args, replacing, settings
 from lift import read_origin, upsampler
 
-NO_LIFT = {"stride": None, "upsample": None, "lift_path": None, "lift_iter": 1}
+BACKBONE = ("model_type", "backbone_path", "facet", "layer", "stride", "device", "dtype")
+NO_LIFT = {"upsample": None, "lift_path": None, "lift_iter": 1}
 
 # What train_lift.py's cosine says of a row: features made from S/2, and from S/4 pixels, against the backbone's own at S
 COSINES = {"backbone": ("nearest", None), "+ bilinear": ("bilinear", "bilinear_twice"), "+ LiFT": ("lift", None)}
@@ -55,8 +54,8 @@ Written by `benchmarks/quality.py`; the commands behind every figure are in `qua
 "PCK@.1 cos" renormalises descriptors after interpolation (`--match cosine`). "cosine x2": with the backbone's own features at
 double size, of what is made from --imsize pixels (backbone: nearest neighbour); "cosine x4": of what is made from half of that;
 photos are halved as in the module's training (strided, or antialiased for the residual modules that ship).
-MACs are those of linear layers, convolutions and attention for one image (torch.utils.flop_counter), ms the median for one
-image, MiB what memory grows by while its features are computed.
+MACs are those of linear layers, convolutions and attention for one image (torch.utils.flop_counter), ms the fastest of 2
+to 10 runs (CPU time of all threads), MiB what memory grows by meanwhile.
 """
 NOT_RUN = """
 ## DINO S/16 in the LiFT paper (not run here)
@@ -167,44 +166,27 @@ def linear_flops(x, weight, *_, **__):
     return 2 * prod(x) * weight[0]
 
 
-def count_macs(function, *inputs):
-    """Multiply-accumulates of function(*inputs), half of what torch.utils.flop_counter counts; element-wise work is free.
+def count_macs(run):
+    """Multiply-accumulates of run(), half of what torch.utils.flop_counter counts; element-wise work is free.
 
     The fused attention of CPUs is not counted by it either: the plain one, with as many, takes its place.
     """
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping={onednn: linear_flops}) as counter:
-        function(*inputs)
+        run()
     return counter.get_total_flops() // 2
-
-
-def peak(device):
-    """Bytes of the most memory that this process has held on the device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cost(args):
     """MACs, time and memory of the features of one image, as columns."""
     extractor = ViTExtractor.from_args(args)
-    up, image = upsampler(args, extractor), torch.rand(1, 3, args.imsize, args.imsize, device=extractor.device)
+    up, image = upsampler(args, extractor), torch.rand(1, 3, args.imsize, args.imsize)
 
-    def features(images):
-        return up(images, extractor(images))
+    def features():
+        return up(image, extractor(image))
 
-    before = peak(extractor.device)
-    features(image)
-    grown = peak(extractor.device) - before
-    timer = Timer("features(image)", globals=locals(), num_threads=torch.get_num_threads())
-    milliseconds = 1e3 * timer.blocked_autorange(min_run_time=2).median
-    return {"GMACs": count_macs(features, image) / 1e9, "ms": milliseconds, "MiB": grown / 2**20}
-
-
-def apart(function, argument):
-    """function(argument), in a fresh process: what others left in memory does not count."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, argument).result()
+    spent = measure(features, extractor.device)
+    return {"GMACs": count_macs(features) / 1e9, "ms": spent["ms"], "MiB": spent["peak_mb"]}
 
 
 def machine(device):
@@ -273,15 +255,16 @@ def main(args):
     if not any(home(args.dataroot, task) for task in TASKS):
         raise ValueError(f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k: correct --dataroot")
     given, command = settings(args), shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
-    backbone = {name: getattr(args, name) for name in ("model_type", "backbone_path", "facet", "layer", "device", "dtype")}
+    backbone = {name: getattr(args, name) for name in BACKBONE}
     args.photos = args.photos or [str(p) for p in (Path(args.dataroot, name) for name in ("voc", "coco20k")) if p.is_dir()]
     lines, commands, everything = {}, [], Path(f"{args.output}.json")
     with tempfile.TemporaryDirectory() as temporary:
         args.runs = args.runs or temporary
         near = cosines(args, backbone, commands) if args.photos else {}
         for name, row in rows(args.lift_path, args.imsize).items():
-            spent = apart(cost, Namespace(**NO_LIFT | backbone | row))
+            spent = cost(Namespace(**NO_LIFT | backbone | row))
             lines[name] = quality(args, name, row, backbone, commands) | near.get(name, {}) | spent
+    commands = [text.replace(args.runs, "runs") for text in commands]
     record = {"command": command, "settings": given, "machine": machine(args.device), "rows": lines, "commands": commands}
     records = (json.loads(everything.read_text()) if everything.is_file() else {}) | {args.model_type: record}
     with replacing(everything) as file:

@@ -34,7 +34,7 @@ def last(ran):
 
 
 def test_cells_are_those_of_the_scripts(cli, dataroot, tmp_path, rule_backbone, rule_lift, monkeypatch):
-    monkeypatch.setattr(quality, "apart", lambda function, args: {"GMACs": args.imsize, "ms": args.lift_iter})
+    monkeypatch.setattr(quality, "cost", lambda args: {"GMACs": args.imsize, "ms": args.lift_iter})
     output, photos = tmp_path / "table", dataroot / "SPair-71k/JPEGImages"
     other = {"settings": {"versions": {}}, "command": "another", "machine": "another", "rows": {}}
     output.with_suffix(".json").write_text(json.dumps({"other": other}))
@@ -73,11 +73,12 @@ def test_macs_are_those_of_a_count_by_hand(rule_backbone):
     extractor = ViTExtractor(rule_backbone[1], device="cpu", backbone_path=rule_backbone[3])
     images, width, tokens, cells = torch.zeros(1, 3, 224, 224), 192, 197, 196
     block = 12 * tokens * width**2 + 2 * tokens**2 * width
-    assert quality.count_macs(extractor, images) == cells * 768 * width + 11 * block + tokens * width**2
+    assert quality.count_macs(lambda: extractor(images)) == cells * 768 * width + 11 * block + tokens * width**2
     mid, half = (width + 32) // 2, width // 2
     photo = 112**2 * 32 * 27 + 56**2 * 32 * 288 + 14**2 * 32 * 288
     fused = cells * (width + 32) * 4 * mid + 4 * cells * 9 * half * (mid + 32 + half) + 4 * cells * half * width
-    assert quality.count_macs(LiFT(width).eval(), images, torch.zeros(1, width, 14, 14)) == photo + fused
+    lift, feats = LiFT(width).eval(), torch.zeros(1, width, 14, 14)
+    assert quality.count_macs(lambda: lift(images, feats)) == photo + fused
 
 
 def test_no_data_is_one_line(cli, tmp_path):
