@@ -70,9 +70,9 @@ def find_sequences(dataroot, names, with_frames):
     root, val = Path(dataroot), Path(dataroot) / "ImageSets/2017/val.txt"
     if not names and not val.is_file():
         raise FileNotFoundError(f"no list of sequences at {val}: correct --dataroot, or name sequences with --sequences")
-    names = list(dict.fromkeys(names or val.read_text().split()))
-    if not names:
-        raise ValueError(f"{val} names no sequence: restore it, or name sequences with --sequences")
+    names = list(dict.fromkeys(names or val.read_text(errors="replace").split()))
+    if not names or max(map(len, names)) > 255:
+        raise ValueError(f"{val} names no sequence, or what can be none: restore it, or name sequences with --sequences")
     return [find_sequence(root, name, with_frames) for name in names]
 
 
@@ -307,7 +307,7 @@ def provenance(args):
 def finished(sequence, masks, record, made_by):
     """Whether all masks of the sequence are there, made by the same settings."""
     there = all((masks / sequence.name / path.name).is_file() for path in sequence.masks)
-    return there and record.is_file() and record.read_text() == made_by
+    return there and record.is_file() and record.read_text(errors="replace") == made_by
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -433,12 +433,9 @@ def write_csv(folder, results):
     """
     per_object = [(name, *map(three, values)) for name, values in results["per_object"].items()]
     tables = [[METRICS, [three(results[metric]) for metric in METRICS]], [("Sequence", "J-Mean", "F-Mean"), *per_object]]
-    try:
-        for name, rows in zip(CSVS, tables):
-            with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise OSError(f"no CSV files can be written in {folder} ({error.strerror}): pass another --output_dir") from error
+    for name, rows in zip(CSVS, tables):
+        with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def print_table(results):

@@ -76,7 +76,7 @@ def read_pair(path, images):
         x0, y0, x1, y1 = entry["trg_bndbox"]
         names = (images / entry["src_imname"], images / entry["trg_imname"])
         return Pair(path, images.name, *names, source, target, float(max(x1 - x0, y1 - y0)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no SPair-71k annotation ({error!r}): extract the data set again") from error
 
 

@@ -142,7 +142,7 @@ def coco20k_index(root):
         with replacing(kept) as temporary:
             temporary.write_text(json.dumps(selection))
     except OSError as error:
-        print(f"note: {kept} is not kept ({error.strerror}): it will be built again", file=sys.stderr)
+        print(f"note: it will be built again: {error}", file=sys.stderr)
     return selection
 
 
@@ -347,7 +347,8 @@ class Predictions(dict):
         if lines and lines[0].get("settings") != settings:
             raise ValueError(f"{path} was written with other settings: pass another --output_dir, or remove it to begin again")
         keys = {"name", "box", "photo_box", "seed"}
-        self.update((line["name"], line) for line in lines[1:] if line.keys() in (keys, keys | {"iou", "correct"}))
+        whole = [line for line in lines[1:] if line.keys() in (keys, keys | {"iou", "correct"})]
+        self.update((line["name"], line) for line in whole if isinstance(line["name"], str))
         if self:
             print(f"note: {len(self)} images are taken from {path}: remove it to begin again", file=sys.stderr)
         with replacing(path) as temporary:
@@ -365,7 +366,7 @@ def read_lines(path):
     for line in text.splitlines():
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [line for line in lines if isinstance(line, dict)]
 

@@ -22,8 +22,10 @@ import os
 import platform
 import socket
 import tempfile
+import warnings
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -48,6 +50,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".p
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
 
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the error, at twice the size, is enough
 os.umask(UMASK := os.umask(0))  # only reading it changes it, so once, before there are threads
 
 
@@ -144,6 +147,8 @@ def load_backbone_file(model, path):
     wrong = [f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})" for what, keys in found.items() if keys]
     if wrong:
         raise ValueError(f"{path} does not fit the backbone, {'; '.join(wrong)}: pass the --model_type it belongs to")
+    if not all(state[key].isfinite().all() for key in wanted):
+        raise ValueError(f"{path} holds NaN or infinite weights: restore it or pass another file")
     model.load_state_dict(state)
 
 
@@ -499,14 +504,17 @@ def log_bin(feats, hierarchy=2):
     Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at distance 3^k, and the centre
     for k = 0, in row-major order; neighbours outside are clamped to the border.
     """
-    (b, _, h, w), bins = feats.shape, []
+    b, c, h, w = feats.shape
     feats = feats.contiguous(memory_format=torch.channels_last)
+    bins = feats.new_empty(b, h, w, 1 + 8 * hierarchy, c)
+    parts = iter(bins.unbind(3))
     for step in (3**k for k in range(hierarchy)):
-        pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False)
+        pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False) if step > 1 else feats
         padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1)  # [B, h + 2*step, w + 2*step, C]
-        offsets = [(y, x) for y in (0, step, 2 * step) for x in (0, step, 2 * step) if step == 1 or (y, x) != (step, step)]
-        bins += [padded[:, y : y + h, x : x + w] for y, x in offsets]
-    return torch.stack(bins, 3).view(b, h * w, -1)
+        for y, x in product((0, step, 2 * step), repeat=2):
+            if step == 1 or (y, x) != (step, step):
+                next(parts).copy_(padded[:, y : y + h, x : x + w])
+    return bins.view(b, h * w, -1)
 
 
 def divisors(n):
@@ -528,7 +536,7 @@ def read_image(path):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
-                values = np.asarray(image, dtype=np.float32)
+                values = np.nan_to_num(np.asarray(image, dtype=np.float32))
                 scale = 257 if values.max(initial=0) > 255 else 1
                 image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
@@ -596,7 +604,9 @@ class Command(argparse.ArgumentParser):
             main(args)
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:  # torch's own kinds of it, on a GPU and on a CPU
+            if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
+                raise
             self.error(f"out of memory ({first_line(error)}): pass smaller images or batches")
         except (ValueError, OSError) as error:
             if os.environ.get("LIFT_TRACEBACK"):

@@ -148,7 +148,7 @@ def read_origin(path):
     try:
         origin = json.loads(beside.read_text())
         return {key: origin[key] for key in ("backbone", "layer", "facet")} | origin
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{beside} does not say backbone, layer and facet ({error!r}): restore or delete it") from error
 
 
@@ -164,6 +164,8 @@ def read_state(path):
         state = {key.removeprefix("module."): value for key, value in state.items()}
         if not all(isinstance(value, torch.Tensor) for value in state.values()) or "outc.weight" not in state:
             raise TypeError("no tensor outc.weight, or entries that are no tensors")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("NaN or infinite weights")
         return state
     except Exception as error:  # damaged files raise nearly anything
         reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:150]

@@ -243,7 +243,7 @@ def main(args):
     check_facts(extractor, args.channel, args.patch)
     up = upsampler(args, extractor)
     photos = Photos([photo for photo, _ in jobs], extractor, args.load_size or None)
-    bar, unreadable = tqdm(total=len(jobs), unit="photo", disable=len(jobs) < 2), []
+    bar, unreadable = tqdm(total=len(jobs), unit="photo", disable=len(jobs) < 2 or None), []
     for batch in batches(DataLoader(photos, batch_size=None, num_workers=args.workers), args.batch_size):
         if batch[0][1] is None:
             unreadable.append(batch[0][2])

@@ -51,7 +51,18 @@ from torchvision.transforms import ColorJitter, Normalize
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
 from tqdm import tqdm
 
-from extractor import DTYPES, Command, ViTExtractor, add_backbone_args, list_images, pick_device, read_image, replacing, settings
+from extractor import (
+    DTYPES,
+    Command,
+    ViTExtractor,
+    add_backbone_args,
+    first_line,
+    list_images,
+    pick_device,
+    read_image,
+    replacing,
+    settings,
+)  # fmt: skip
 from lift import LiFT, double, load_lift, tokens_to_map, upsample
 
 LEVELS, FEATURES = ("full", "half", "quarter"), ("f1", "f2", "f3")  # a photo at S, S/2 and S/4 pixels, and its features
@@ -439,14 +450,21 @@ class Run:
             return
         try:
             last = torch.load(path, map_location="cpu", weights_only=True)
+            changed = {name: value for name, value in last["settings"].items() if value != self.settings.get(name)}
+            if not changed.keys() - {*ONLY_HOW, "versions"}:
+                self.restore(last)
+                return
         except Exception as error:  # damaged files raise nearly anything
-            raise ValueError(f"{path} is damaged ({str(error)[:100]}): remove it, and start again") from error
-        for name, value in last["settings"].items():
-            if name not in (*ONLY_HOW, "versions") and value != self.settings.get(name):
-                raise ValueError(f"{path} was made with --{name} {value}: pass the same, or another --output_dir")
+            raise ValueError(f"{path} is damaged ({first_line(error)}): remove it, and start again") from error
+        name = min(changed.keys() - {*ONLY_HOW, "versions"})
+        raise ValueError(f"{path} was made with --{name} {changed[name]}: pass the same, or another --output_dir")
+
+    def restore(self, last):
+        """Take over what `save` wrote."""
         for name, part in self.parts().items():
             part.load_state_dict(last[name])
-        self.step, self.losses, self.metrics, self.broken = last["step"], last["losses"], last["metrics"], set(last["broken"])
+        self.step, self.losses, self.metrics = int(last["step"]), list(last["losses"]), list(last["metrics"])
+        self.broken = set(last["broken"])
         torch.set_rng_state(last["rng"])
 
 

@@ -131,7 +131,7 @@ def setup_lifted(name, dtype):
 
 def setup_log_bin():
     torch.manual_seed(0)
-    feats = torch.randn(1, 384, 28, 28)
+    feats = torch.randn(1, 28 * 28, 384).transpose(1, 2).unflatten(2, (28, 28))  # tokens, as a backbone gives them
     return lambda: plain_log_bin(feats), lambda: log_bin(feats)
 
 

@@ -193,12 +193,6 @@ def case(tree, tmp_path):
         yield folder
 
 
-def known(values, broken, reason):
-    """Values to parametrize a test with; those for which `broken` is true are bugs that are known and not yet mended."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=mark) if broken(v) else v for v in values]
-
-
 # ---- what is right --------------------------------------------------------------------------------------------------
 
 
@@ -504,14 +498,7 @@ def damage(used, folder, target, name, how, seed, cli):
         return said
 
 
-DEEP = [("lift.json", "npz"), ("out_voc/predictions.jsonl", "voc")]
-
-
-@pytest.mark.parametrize(
-    ("target", "name"),
-    known(TARGETS, DEEP.__contains__, "RecursionError of deep JSON"),
-    ids=lambda value: value.rsplit("/", 1)[-1],
-)
+@pytest.mark.parametrize(("target", "name"), TARGETS, ids=lambda value: value.rsplit("/", 1)[-1])
 def test_damaged_files(used, cli, tmp_path, target, name):
     """Two kinds of damage for each file; the long part takes all of them."""
     at = TARGETS.index((target, name))
@@ -520,7 +507,6 @@ def test_damaged_files(used, cli, tmp_path, target, name):
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="deep JSON; last.pth, predictions.jsonl, val.txt and records of DAVIS that are damaged")
 def test_campaign_of_damaged_files(used, cli, tmp_path, capfd):
     figures, failed = Counter(), []
     for target, name in TARGETS:
@@ -590,7 +576,7 @@ def mounted(folder, *options):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("name", known(COMMANDS, ["score"].__contains__, "OSError of `replacing` has no strerror"))
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(cli, case, whole, name):
     """Half of the room that is needed: refused; what was written is whole; with more room the run goes on to the same result."""
     expected, out = whole(name), case / f"out_{name}"
@@ -677,13 +663,11 @@ def test_a_huge_photo_among_others_is_named_and_left_out(case, fork, name):
     assert "photos/1.png" in "".join(process.log())
 
 
-@pytest.mark.xfail(strict=True, reason="DecompressionBombWarning is printed besides the one line")
 def test_a_photo_that_memory_does_not_hold(case, fork):
     write_huge(case / "photos/1.png", 13000)
     assert fork("npz", memory=2**28).wait() == "refused"
 
 
-@pytest.mark.xfail(strict=True, reason="torch's allocator raises RuntimeError, which Command.run lets through")
 def test_features_that_memory_does_not_hold(case, fork):
     assert fork("extractor", memory=2**25, more="--load_size 1280").wait() == "refused"
 
@@ -733,7 +717,7 @@ def black(size):
     return Image.new("RGB", size)
 
 
-@pytest.mark.parametrize("picture", known([black, nan_pixels], [nan_pixels].__contains__, "read_image casts NaN to uint8"))
+@pytest.mark.parametrize("picture", [black, nan_pixels])
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_constant_images_and_nan_pixels(cli, case, name, picture):
@@ -746,11 +730,8 @@ def test_constant_images_and_nan_pixels(cli, case, name, picture):
 
 
 NAN = [(name, where) for name in FEATURES for where in ("backbone", "lift.pth")]
-MADE = [("extractor", "backbone"), ("safetensors", "backbone")]
-MADE += [(name, where) for name, where in NAN if name in ("folder", "npz", "evaluate", "spair", "davis", "visualize")]
 
-
-@pytest.mark.parametrize(("name", "where"), known(NAN, MADE.__contains__, "weights that hold NaN are taken"))
+@pytest.mark.parametrize(("name", "where"), NAN)
 def test_nan_features(cli, case, name, where):
     """Weights that hold NaN make no result that looks like one."""
     state = torch.load(case / where)
