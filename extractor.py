@@ -504,17 +504,14 @@ def log_bin(feats, hierarchy=2):
     Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at distance 3^k, and the centre
     for k = 0, in row-major order; neighbours outside are clamped to the border.
     """
-    b, c, h, w = feats.shape
-    feats = feats.contiguous(memory_format=torch.channels_last)
-    bins = feats.new_empty(b, h, w, 1 + 8 * hierarchy, c)
-    parts = iter(bins.unbind(3))
+    (b, _, h, w), bins = feats.shape, []
+    feats = feats.clone(memory_format=torch.channels_last)  # contiguous() would keep odd strides of a batch of one
     for step in (3**k for k in range(hierarchy)):
         pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False) if step > 1 else feats
         padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1)  # [B, h + 2*step, w + 2*step, C]
-        for y, x in product((0, step, 2 * step), repeat=2):
-            if step == 1 or (y, x) != (step, step):
-                next(parts).copy_(padded[:, y : y + h, x : x + w])
-    return bins.view(b, h * w, -1)
+        offsets = [at for at in product((0, step, 2 * step), repeat=2) if step == 1 or at != (step, step)]
+        bins += [padded[:, y : y + h, x : x + w] for y, x in offsets]
+    return torch.stack(bins, 3).view(b, h * w, -1)
 
 
 def divisors(n):

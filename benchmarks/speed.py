@@ -57,11 +57,11 @@ def measure(case, repeats):
 
 def peak_of(case, side):
     """MiB that one side takes above what stands before it is called; for a process of its own."""
-    call = case.setup()[side]
+    both = case.setup()  # either may hold on to files of the other
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = resident("VmRSS")
     with torch.no_grad() if case.name.startswith("extract") else torch.enable_grad():
-        call()
+        both[side]()
     return resident("VmHWM") - before
 
 
