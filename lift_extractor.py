@@ -96,14 +96,13 @@ def find_photos(given):
 def find_jobs(args):
     """This process's share of the work: list of (photo, output file)."""
     photos, output = find_photos(args.image_path), Path(args.output_path)
-    if len(photos) == 1 and output.suffix[1:] in FORMATS and not output.is_dir():
-        jobs = [(photo, output) for photo in photos]
-    elif output.is_file():
+    one_file = len(photos) == 1 and output.suffix[1:] in FORMATS and not output.is_dir()
+    if output.is_file() and not one_file:
         raise ValueError(f"{output} is a file, but {len(photos)} photos need a folder: pass another --output_path")
-    else:
-        jobs = [(photo, output / f"{name}.{args.format}") for photo, name in photos.items()]
-        jobs = [job for job in jobs if args.overwrite or not job[1].exists()]
-    return jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    jobs = [(photo, output if one_file else output / f"{name}.{args.format}") for photo, name in photos.items()]
+    # shared out before looking at what exists: the other processes are writing by now
+    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    return [job for job in jobs if one_file or args.overwrite or not job[1].exists()]
 
 
 class Photos(Dataset):
