@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,7 @@ def test_from_a_host_project_with_files_of_the_same_names(tmp_path, files, by_ha
     torch.save(IMAGES, host / "images.pth")
     kwargs = json.dumps({key: str(value) for key, value in files.items()})
     command = [sys.executable, "run.py", str(ROOT), kwargs, "images.pth", "dense.pth"]
-    done = subprocess.run(command, cwd=host, capture_output=True, text=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(host / "dense.pth"), by_hand(IMAGES)[1])
