@@ -9,7 +9,7 @@ One image and an --output_path that ends in .pth, .npz or .safetensors: that fil
 file a photo (cat.jpg.pth, in the photo's subfolder); what exists is skipped, what cannot be read is named at the end.
 A .pth is a CPU tensor [1, t, C], row by row; .npz and .safetensors hold the map [C, h, w], its grid, the photo's size, where its
 cells lie in the photo (cell (i, j) is centred on pixel (first_x + j*step_x, first_y + i*step_y)) and the settings.
-The last line printed is JSON: settings and counts. A 224 photo takes about 0.1 s on a laptop's CPU.
+The last line printed is JSON: settings and counts. A photo at 224 takes 30 ms on one CPU core with vit_mini16 and LiFT.
 """
 
 import json
