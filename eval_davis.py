@@ -39,7 +39,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from extractor import Command, ViTExtractor, add_backbone_args, read_image, replacing, settings
+from extractor import Command, ViTExtractor, add_backbone_args, first_line, read_image, replacing, settings
 from lift import add_lift_args, upsampler
 
 TEMPERATURE = 0.1
@@ -103,8 +103,7 @@ def read_indexed(path):
                 raise ValueError(f"its mode is {image.mode}")
             return np.array(image).astype(np.uint8), image.getpalette()
     except Exception as error:  # damaged files raise nearly anything
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{path} is not a readable indexed PNG ({reason}): restore it or write it anew") from error
+        raise ValueError(f"{path} is not a readable indexed PNG ({first_line(error)}): restore it or write it anew") from error
 
 
 def read_labels(path):

@@ -173,6 +173,8 @@ def download_backbone(tag):
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # the cache is still read
     try:
         return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # of a model that is not built this way: for build_backbone to explain
+        raise
     except Exception as error:  # the hub's client, the network and the disk each raise their own
         raise ValueError(
             f"cannot download {tag} ({first_line(error)}): fetch model.safetensors from "
@@ -185,11 +187,11 @@ def build_backbone(name, backbone_path=None):
     row = resolve(name)
     path = backbone_path or (row.file and Path(__file__).parent / row.file)
     try:
+        if not path:
+            return download_backbone(row.tag)
         model = timm.create_model(row.tag, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError as error:
         raise ValueError(f"{name} takes images of one size only, so it is no plain ViT: pass a ViT of timm") from error
-    if not path:
-        return download_backbone(row.tag)
     load_backbone_file(model, path)
     return model
 
