@@ -349,8 +349,11 @@ def fork():
     context, patch = multiprocessing.get_context("forkserver"), pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     patch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # here too: runs in this process are compared with theirs, to the bit
     context.set_forkserver_preload([__name__, *{script for script, _, _ in COMMANDS.values()}])
     yield partial(Forked, context)
+    torch.set_num_threads(threads)
     patch.undo()
 
 
