@@ -1,0 +1,303 @@
+"""The shell around every script: flags, one-line errors, settings, files written whole or not at all.
+
+Nothing here needs torch at import, so that a script answers `--help` and wrong flags at once:
+
+    if __name__ == "__main__":
+        parser().parse_args()  # before the imports that take seconds
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import secrets
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+FACETS = ("key", "query", "value", "token", "attn")
+PRECISIONS = ("float32", "bfloat16", "float16")
+UPSAMPLE = ("none", "bilinear", "lift")
+
+RECORD = "record.json"  # what made the results of a folder
+
+
+# ---- command lines ------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an exception's text; one of over 150 characters is cut between two words."""
+    text = str(error).strip().split("\n")[0]
+    if not text:
+        return type(error).__name__
+    if len(text) <= 150:
+        return text
+    return textwrap.shorten(text, 150, placeholder=" ...")
+
+
+class Command(argparse.ArgumentParser):
+    """An argument parser for one script: whatever is wrong is one line on stderr, and status 2."""
+
+    def __init__(self, doc: str | None):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: object) -> None:  # type: ignore[override]
+        one_line = " ".join(str(message).split())
+        self.exit(2, f"{self.prog}: {one_line}\n")
+
+    def run(self, main: Callable[[argparse.Namespace], Any], argv: list[str] | None = None) -> None:
+        """Call main(args); ValueError and OSError are bad input (LIFT_TRACEBACK=1 raises them)."""
+        args = self.parse_args(argv)
+        try:
+            main(args)
+        except KeyboardInterrupt:
+            self.exit(130, f"{self.prog}: interrupted\n")
+        except (ValueError, OSError) as error:
+            if os.environ.get("LIFT_TRACEBACK"):
+                raise
+            self.error(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.error(f"out of memory ({first_line(error)}): pass smaller images or batches")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch raises a RuntimeError, with other words on a GPU than on a CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the flags that extractor.build_extractor reads; `defaults` overrides theirs by name."""
+    group = parser.add_argument_group("backbone")
+    add = group.add_argument
+    add("--model_type", "--model", default="dino_vits8", help="of the README, or a ViT of timm")
+    add("--backbone_path", help="weight file (.pth, .safetensors) instead of a download")
+    add(
+        "--my_extractor", nargs="?", const="extractor:my_extractor", metavar="MODULE:FUNCTION",
+        help="a backbone of one's own: a function that returns it",
+    )  # fmt: skip
+    add("--facet", default="key", choices=FACETS, help="facet of the descriptors (default: key)")
+    add("--layer", type=int, help="layer, counted from 0 (default: the last)")
+    add("--stride", type=int, help="pixels between descriptors, divides the patch (default: patch)")
+    add("--channel", type=int, help="channels of the descriptors; only checked")
+    add("--patch", type=int, help="patch of the backbone; only checked")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", default="float32", choices=PRECISIONS, help="precision (default: float32)")
+    parser.set_defaults(**defaults)
+
+
+def add_lift_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that lift.upsampler reads."""
+    group = parser.add_argument_group("LiFT")
+    add = group.add_argument
+    add("--lift_path", help="LiFT checkpoint (.pth); without it the backbone's own features")
+    add("--lift_iter", type=int, default=1, help="how often resolution is doubled (default: 1)")
+    add("--upsample", choices=UPSAMPLE, help="how (default: lift with --lift_path, else none)")
+
+
+def check_range(args: argparse.Namespace, **lowest: float) -> None:
+    """Raise ValueError for the first flag that is given and below its lowest value."""
+    for flag, least in lowest.items():
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value} is too small: pass {least} or more")
+
+
+def rank() -> int:
+    """Which process of a torchrun this is; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes a torchrun has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ---- what made a result -------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
+    """Every flag of a run and the versions behind its numbers, as a dict that JSON can hold.
+
+    Args:
+        resolved: what was left out on the command line, as it was resolved (layer, device, ...).
+    """
+    import numpy
+    import timm
+    import torch
+    import torchvision
+
+    versions = {"python": platform.python_version()}
+    for library in (torch, torchvision, timm, numpy):
+        versions[library.__name__] = library.__version__
+    return {**plain(vars(args)), **plain(resolved), "versions": versions}
+
+
+def record(
+    args: argparse.Namespace,
+    *,
+    leave_out: Iterable[str] = (),
+    paths: Iterable[str] = (),
+    **resolved: Any,
+) -> dict[str, Any]:
+    """What decides a result: two runs with equal records make the same one.
+
+    Weight files count by the digests in `resolved`, not by their names or dates. The device does
+    not count.
+
+    Args:
+        leave_out: flags that change how the work is done, or where it goes, but not what comes out.
+        paths: flags whose values are paths; they are recorded as absolute ones.
+        resolved: extractor.facts(), up.facts(), and whatever else was left out on the command line.
+    """
+    unimportant = {*leave_out, "backbone_path", "lift_path", "device"}
+    kept = {}
+    for name, value in vars(args).items():
+        if name in unimportant:
+            continue
+        if name in paths and value is not None:
+            value = absolute(value)
+        kept[name] = value
+    return plain({**kept, **resolved})
+
+
+def absolute(value: Any) -> Any:
+    """A path, or a list of paths, made absolute."""
+    if isinstance(value, (list, tuple)):
+        return [absolute(path) for path in value]
+    return str(Path(value).resolve())
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first setting in which two records differ, as "lift_iter 1, not 2"; "" for none."""
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            return f"{name} {old.get(name)}, not {new.get(name)}"
+    return ""
+
+
+def claim_folder(
+    folder: str | Path, made_by: dict[str, Any], remedy: str, renew: bool = False
+) -> None:
+    """Write the record of what is made into FOLDER/record.json, or check it against the one there.
+
+    Args:
+        made_by: a record (see `record`).
+        remedy: the end of the message where another record is there, e.g. "pass --overwrite".
+        renew: replace another record instead of refusing it.
+    Raises:
+        ValueError: the folder holds results of other settings, or a record that cannot be read.
+    """
+    path = Path(folder) / RECORD
+    if path.is_file() and not renew:
+        try:
+            before = json.loads(path.read_text())
+            changed = difference(before, plain(made_by))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
+        if changed:
+            raise ValueError(f"{folder} was made with {changed}: {remedy}")
+        return
+    write_text(path, json.dumps(plain(made_by), indent=1) + "\n")
+
+
+def weights_digest(module: Any) -> str:
+    """A digest of all tensors of a torch module, by name and content: 16 hexadecimal digits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode())
+        digest.update(content.numpy())
+    return digest.hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON: paths become text, tuples lists, and numbers that are not finite null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def report(line: dict[str, Any], path: str | Path | None = None) -> None:
+    """Print a dict as one line of JSON, and write it to `path`, where there is one, too."""
+    text = json.dumps(plain(line), allow_nan=False)
+    print(text)
+    if path:
+        write_text(path, text + "\n")
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def inside(root: str | Path, name: str) -> Path:
+    """ROOT/NAME for a name from somebody's list. Raises ValueError where it leaves the folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"the name {name!r} leaves the folder {root}: correct the list it is in")
+    return Path(root) / path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, renamed to it at the end and removed on failure.
+
+    Makes the folder. Links are followed; what is no file (/dev/null, a pipe) is given as it is.
+
+    Raises:
+        OSError: in one line that names the file, for whatever keeps it from being written.
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            yield target
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None:  # not the system's: Pillow's, for an encoder that is missing
+            raise
+        remedy = "free some space or pass another path"
+        raise OSError(f"cannot write {path} ({first_line(error)}): {remedy}") from error
+    finally:
+        with suppress(OSError):  # the folder may be missing, or be a file
+            temporary.unlink(missing_ok=True)  # still there only if something went wrong
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def save_tensors(path: str | Path, tensors: Any) -> None:
+    """torch.save, whole or not at all.
+
+    To memory first: torch's own writer turns a full disk into an error that does not say so.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_bytes(path, buffer.getvalue())

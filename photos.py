@@ -1,0 +1,267 @@
+"""Photos in and pictures out: read and list any image, fit it to a patch grid, show features as colours.
+
+    photo = read_image("assets/sample.jpg")                  # PIL, RGB, upright
+    photo = fit(photo, patch=16, load_size=224)              # sides are multiples of 16
+    coarse, fine = pca_rgb([feats, dense])                   # [C, h, w] each -> uint8 [h, w, 3]
+
+Notation: C channels, H W image pixels, h w the grid of a map.
+"""
+
+import glob
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.functional import to_pil_image
+
+from command import first_line
+
+IMAGES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".bmp", ".gif", ".tif", ".tiff",
+    ".webp", ".avif", ".ppm", ".pgm",
+}  # fmt: skip
+
+# Pillow's error, at twice the size, is enough
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read any image file as an RGB PIL image, upright; 16-bit greys are scaled to 8 bits.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the file, for a missing, damaged or
+            over-large one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no image at {path}: correct the path")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I") or upright.mode == "F":
+                upright = eight_bits(upright)
+            return upright.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to be read safely ({error}): make it smaller") from error
+    except Exception as error:  # damaged files raise nearly anything
+        reason = first_line(error)
+        raise ValueError(f"{path} is not a readable image ({reason}): replace or remove it") from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits as one of 8; Pillow itself would clip it at 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    if values.max(initial=0) > 255:
+        values = values / 257  # 65535 becomes 255
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def as_photo(image: Any) -> Image.Image:
+    """An RGB PIL image of a path, a PIL image, an array or a tensor.
+
+    Args:
+        image: a path; a PIL image; an array [H, W, 3] uint8; or a tensor [3, H, W] or [1, 3, H, W],
+            uint8 or floating point in 0..1.
+    Raises:
+        FileNotFoundError, ValueError: for what is none of these.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, torch.Tensor):
+        return tensor_photo(image)
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        given = f"{array.dtype} of shape {list(array.shape)}"
+        raise ValueError(f"an array of {given} is no photo: pass [H, W, 3] uint8")
+    return Image.fromarray(array)
+
+
+def tensor_photo(image: torch.Tensor) -> Image.Image:
+    """A tensor [3, H, W] or [1, 3, H, W], uint8 or in 0..1, as a PIL image; ValueError for others."""
+    if image.ndim == 4 and len(image) == 1:
+        image = image[0]
+    if image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"a tensor of shape {list(image.shape)} is no photo: pass [3, H, W]")
+    if image.is_floating_point():
+        low, high = image.min().item(), image.max().item()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"a photo with values in {low:.3g}..{high:.3g}: pass 0..1, or uint8")
+        image = image.float()
+    return to_pil_image(image.cpu())
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """Images of a file, a folder with its subfolders, or a glob pattern, sorted.
+
+    Folders behind links are searched, each once. Hidden files and folders are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if Path(path).is_file():
+        return [Path(path)]
+    if Path(path).is_dir():
+        found = walk(Path(path))
+    else:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+
+    images = []
+    for file in found:
+        if file.suffix.lower() in IMAGES and not file.name.startswith(".") and file.is_file():
+            images.append(file)
+    if not images:
+        raise ValueError(f"no images at {path}: pass an image, a folder of them or a quoted pattern")
+    return sorted(images)
+
+
+def walk(root: Path) -> list[Path]:
+    """All files below a folder, through links too; a folder that two ways lead to counts once."""
+    seen = {root.resolve()}
+    files = []
+    for folder, below, names in os.walk(root, followlinks=True):
+        files += [Path(folder, name) for name in names]
+        enter = []
+        for name in sorted(below):
+            place = Path(folder, name).resolve()
+            if not name.startswith(".") and place not in seen:
+                seen.add(place)
+                enter.append(name)
+        below[:] = enter  # os.walk goes on with what is left here
+    return files
+
+
+# ---- fitting ------------------------------------------------------------------------------------
+
+
+def fitted_size(
+    width: int, height: int, patch: int, load_size: int | tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """The size (W, H) at which a photo of width x height pixels is read (protocol of section 1).
+
+    A size with a side that is no multiple of the patch goes, both sides, to the nearest multiples,
+    so that LiFT and backbone see one grid.
+
+    Args:
+        load_size: pixels of the shorter side, or both sides (H, W); None leaves the photo's own.
+    Raises:
+        ValueError: less than one patch.
+    """
+    if isinstance(load_size, int):
+        shorter = min(width, height)
+        if width == shorter:
+            new_width = load_size
+        else:
+            new_width = int(load_size * width / shorter)
+        if height == shorter:
+            new_height = load_size
+        else:
+            new_height = int(load_size * height / shorter)
+        width, height = new_width, new_height
+    elif load_size is not None:
+        height, width = load_size
+
+    if min(width, height) < patch:
+        size = f"{width}x{height} pixels are less than one patch ({patch})"
+        raise ValueError(f"{size}: pass a larger --load_size")
+    if width % patch or height % patch:
+        width = int(width / patch + 0.5) * patch
+        height = int(height / patch + 0.5) * patch
+    return width, height
+
+
+def fit(
+    photo: Image.Image, patch: int, load_size: int | tuple[int, int] | None = None
+) -> Image.Image:
+    """Resize an RGB photo to its fitted size, once, with LANCZOS."""
+    size = fitted_size(photo.width, photo.height, patch, load_size)
+    if size == photo.size:
+        return photo
+    return photo.resize(size, Image.Resampling.LANCZOS)
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
+    """Show maps of one image in common colours: their first three principal components as RGB.
+
+    One basis is fitted on the L2-normalised cells of all maps, each map weighing the same, so that a
+    colour means the same in every picture. Cells that stand far apart from all others, as corner
+    cells of some ViTs do, have no part in the basis and in the range of colours.
+
+    Args:
+        maps: tensors [C, h_i, w_i] with one C.
+    Returns:
+        uint8 arrays [h_i, w_i, 3].
+    """
+    cells = []    # of every map, [h*w, C]
+    typical = []  # those of them that make basis and range
+    for feats in maps:
+        unit = F.normalize(feats.detach().cpu().float().flatten(1).t(), dim=1)
+        cells.append(unit)
+        typical.append(unit[is_typical(unit)])
+
+    mean = torch.stack([unit.mean(0) for unit in typical]).mean(0)
+    covariance = torch.zeros(len(mean), len(mean))
+    for unit in typical:
+        covariance += (unit - mean).t() @ (unit - mean) / len(unit)
+    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], the strongest first
+
+    # a sign that does not depend on the solver: the largest entry of a component is positive
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    basis = basis * largest.sign()
+
+    # every map's own percentiles: the finest map must not decide alone
+    spans = []
+    for unit in typical:
+        spans.append(np.percentile(((unit - mean) @ basis).numpy(), (1, 99), axis=0))
+    low = np.min([span[0] for span in spans], axis=0)
+    high = np.max([span[1] for span in spans], axis=0)
+
+    pictures = []
+    for feats, unit in zip(maps, cells):
+        colours = ((unit - mean) @ basis).numpy()
+        scaled = 255 * np.clip((colours - low) / np.maximum(high - low, 1e-9), 0, 1)
+        pictures.append(scaled.round().astype(np.uint8).reshape(*feats.shape[1:], 3))
+    return pictures
+
+
+def is_typical(unit: torch.Tensor) -> torch.Tensor:
+    """Which of the unit cells [n, C] are not far from all others: a mask [n].
+
+    Far is a cosine to the mean cell that lies more than five median deviations below the median.
+    """
+    similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [n]
+    median = similarity.median()
+    deviation = (similarity - median).abs().median()
+    return similarity >= median - 5 * deviation
+
+
+def titled_sheet(panels: list[tuple[str, Image.Image]], height: int = 336) -> Image.Image:
+    """Pictures side by side on white, all of one height, each with its title above.
+
+    The first panel is enlarged smoothly, as a photo; the others cell by cell, as maps.
+    """
+    bar, gap, font = 28, 8, ImageFont.load_default(16)
+    photo = panels[0][1]
+    width = round(height * photo.width / photo.height)
+    sheet = Image.new("RGB", (gap + len(panels) * (width + gap), height + bar + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    method = Image.Resampling.LANCZOS
+    left = gap
+    for title, panel in panels:
+        sheet.paste(panel.resize((width, height), method), (left, bar))
+        draw.text((left, 5), title, "black", font)
+        left += width + gap
+        method = Image.Resampling.NEAREST
+    return sheet
