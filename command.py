@@ -1,4 +1,4 @@
-"""The shell around every script: flags, one-line errors, settings, files written whole or not at all.
+"""The shell around every script: flags, one-line errors, settings, whole or no files.
 
 Nothing here needs torch at import, so that a script answers `--help` and wrong flags at once:
 
@@ -12,9 +12,11 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import secrets
 import textwrap
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +33,7 @@ RECORD = "record.json"  # what made the results of a folder
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of an exception's text; one of over 150 characters is cut between two words."""
+    """The first line of an exception's text; over 150 characters it is cut between two words."""
     text = str(error).strip().split("\n")[0]
     if not text:
         return type(error).__name__
@@ -68,7 +70,7 @@ class Command(argparse.ArgumentParser):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch raises a RuntimeError, with other words on a GPU than on a CPU."""
+    """Whether memory ran out; torch says so by a RuntimeError, in other words on every device."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
@@ -289,6 +291,50 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str, Any]:
+    """The dict of a .pth or .safetensors file, on the CPU; nothing in the file is executed.
+
+    Args:
+        if_missing, if_damaged: the remedies at the ends of the messages.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, unsafe, holds no dict, or unpacks to more than a file of tensors.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}: {if_missing}")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        refuse_packed(path)
+        # DINO's checkpoints carry their flags as a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise TypeError(f"a {type(state).__name__}, no state_dict")
+        return state
+    except pickle.UnpicklingError as error:  # torch's text speaks of its own history
+        raise ValueError(f"{path} is damaged or holds more than tensors: {if_damaged}") from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise ValueError(f"{path} holds no weights ({first_line(error)}): {if_damaged}") from error
+
+
+def refuse_packed(path: str | Path) -> None:
+    """Raise ValueError for a zip archive that says itself that it unpacks to twice its size.
+
+    torch.save never compresses, and a small file must not fill the memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = Path(path).stat().st_size
+    if unpacked > 2 * packed:
+        raise ValueError(f"{packed} bytes that unpack to {unpacked}")
 
 
 def save_tensors(path: str | Path, tensors: Any) -> None:

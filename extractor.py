@@ -1,65 +1,87 @@
 """Dense descriptors of frozen ViTs: any layer, any facet, any stride, any photo.
 
-    python extractor.py --image_path assets/sample.jpg --output_path sample.pth --model_type dino_vits8 --stride 4 [--bin]
+    python extractor.py --image_path assets/sample.jpg --output_path sample.pth \\
+        --model_type dino_vits8 --stride 4 [--bin]
 
 writes the descriptors of one image as a CPU tensor [1, 1, t, C]. In Python:
 
-    extractor = ViTExtractor("dino_vits16", device="cpu")
+    extractor = ViTExtractor("dino_vits16", stride=16, device="cpu")
     images, photo = extractor.preprocess("assets/sample.jpg", load_size=224)
     feats = extractor(images)                                            # [B, C, h, w]
 
-The facets and their use as dense descriptors: Amir et al., "Deep ViT Features as Dense Visual Descriptors", 2021
-(arXiv 2112.05814). Backbones come from timm.
+The facets and their use as dense descriptors: Amir et al., "Deep ViT Features as Dense Visual
+Descriptors", 2021 (arXiv 2112.05814). Backbones come from timm.
 
-Notation: B batch, C channels, p patch size, s stride, H W image pixels, h w descriptor grid, t = h*w, T = t + prefix tokens
-(CLS, registers), d channels of one attention head.
+Notation: B batch, C channels, p patch size, s stride, H W image pixels, h w descriptor grid,
+t = h*w, T = t + prefix tokens (CLS, registers), D channels of the ViT, d those of one head.
 """
 
 import argparse
-import glob
-import json
+import importlib
+import inspect
+import math
 import os
-import platform
 import socket
-import tempfile
-import warnings
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from command import (
+    FACETS,
+    PRECISIONS,
+    Command,
+    add_backbone_args,
+    check_range,
+    first_line,
+    load_tensors,
+    report,
+    save_tensors,
+    settings,
+    weights_digest,
+)
+
+
+def parser() -> Command:
+    """The command line of this file: descriptors of one image, as in Amir et al.'s release."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--image_path", required=True, help="the image")
+    add("--output_path", required=True, help="the .pth to write")
+    add("--load_size", type=int, default=224, help="pixels of the shorter side (default: 224)")
+    add("--bin", nargs="?", const="True", default="False", help="log-binned (True or False)")
+    add_backbone_args(command, stride=4)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
+
 import huggingface_hub
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from timm.layers import apply_rot_embed_cat
-from torch import nn
-from torchvision.transforms import Normalize
+from PIL import Image
+from timm.layers import apply_rot_embed_cat, resample_abs_pos_embed
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
-FACETS = ("key", "query", "value", "token", "attn")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
+from photos import as_photo, fit, fitted_size
 
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the error, at twice the size, is enough
-os.umask(UMASK := os.umask(0))  # only reading it changes it, so once, before there are threads
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of red, green and blue
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Backbone(NamedTuple):
-    """A named backbone: timm's full tag (untagged names change their weights between releases), normalisation, own file."""
+    """A named backbone."""
 
-    tag: str
-    mean_std: tuple
-    file: str | None = None
+    tag: str  # timm's full name: a name without a tag changes its weights between releases
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]]
+    file: str | None = None  # weights in this repository
 
 
 BACKBONES = {
@@ -67,6 +89,7 @@ BACKBONES = {
     "dino_vits8": Backbone("vit_small_patch8_224.dino", IMAGENET),
     "dino_vitb16": Backbone("vit_base_patch16_224.dino", IMAGENET),
     "dino_vitb8": Backbone("vit_base_patch8_224.dino", IMAGENET),
+    "vit_tiny_patch16_224": Backbone("vit_tiny_patch16_224.augreg_in21k_ft_in1k", HALF),
     "vit_small_patch16_224": Backbone("vit_small_patch16_224.augreg_in21k_ft_in1k", HALF),
     "vit_base_patch16_224": Backbone("vit_base_patch16_224.augreg2_in21k_ft_in1k", HALF),
     "vit_base_patch8_224": Backbone("vit_base_patch8_224.augreg2_in21k_ft_in1k", HALF),
@@ -74,577 +97,961 @@ BACKBONES = {
 }
 
 
-def first_line(error):
-    """The first line of an exception's text, at most 150 characters, for messages."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:150]
+# ---- backbones and their weights ----------------------------------------------------------------
 
 
-# ---- backbones and their weights ------------------------------------------------------------------------------------
+def resolve(name: str) -> Backbone:
+    """The row of BACKBONES of this name, or one made for any other model of timm.
 
-
-def resolve(name):
-    """The Backbone of a row of BACKBONES or of any timm name. Raises ValueError for a name that neither knows."""
+    Raises:
+        ValueError: neither knows the name.
+    """
     if name in BACKBONES:
         return BACKBONES[name]
     if name == "vit_small_patch8_224":
-        raise ValueError("no supervised weights of vit_small_patch8_224 exist: take dino_vits8 or vit_base_patch8_224")
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"unknown model {name}: pass one of {', '.join(BACKBONES)}, or the name of a ViT in timm")
+        instead = "take dino_vits8 or vit_base_patch8_224"
+        raise ValueError(f"no supervised weights of vit_small_patch8_224 exist: {instead}")
+
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"unknown model {name}: pass one of {known}, or the name of a ViT in timm")
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        known = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "no tag at all"
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "no tag at all"
         raise ValueError(f"timm has no weights {name}: pass one of {known}") from error
     if cfg is None:
-        raise ValueError(f"timm has no weights of {name}: pass a ViT of timm.list_pretrained('vit_*')")
-    return Backbone(f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name, (tuple(cfg.mean), tuple(cfg.std)))
+        known = "a ViT of timm.list_pretrained('vit_*')"
+        raise ValueError(f"timm has no weights of {name}: pass {known}")
+
+    tag = name
+    if cfg.tag:
+        tag = f"{cfg.architecture}.{cfg.tag}"
+    return Backbone(tag, (tuple(cfg.mean), tuple(cfg.std)))
 
 
-def read_tensors(path):
-    """The dict of tensors in a .safetensors or .pth file, on the CPU; nothing in the file is executed.
+def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The backbone's own tensors of a checkpoint.
 
-    Raises ValueError for a damaged or unsafe file, FileNotFoundError for a missing one.
+    Wrappers and prefixes of DINO's and timm's training scripts are taken off; classification and
+    projection heads are dropped.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}: correct --backbone_path")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints carry their flags
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise TypeError(f"a {type(state).__name__}, no state_dict")
-        return state
-    except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{path} holds no weights ({first_line(error)}): pass a .pth or .safetensors file") from error
-
-
-def unwrap(state):
-    """The backbone's own entries of a checkpoint: wrappers and prefixes off, classification and projection heads dropped."""
     for wrapper in ("teacher", "state_dict", "model"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    if any(key.startswith("teacher.") for key in state):
-        state = {key: value for key, value in state.items() if key.startswith("teacher.")}
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+
+    only_teacher = any(key.startswith("teacher.") for key in state)
     tensors = {}
     for key, value in state.items():
+        if only_teacher and not key.startswith("teacher."):
+            continue
         while key.startswith(("module.", "backbone.", "teacher.")):
             key = key.split(".", 1)[1]
-        if isinstance(value, torch.Tensor) and not key.startswith(("head.", "head_dist.", "mask_token")):
+        if isinstance(value, Tensor) and not key.startswith(("head.", "head_dist.", "mask_token")):
             tensors[key] = value
     return tensors
 
 
-def load_backbone_file(model, path):
-    """Fill the timm ViT `model` from a file, strictly: ValueError names missing and surplus keys and wrong shapes."""
-    state, wanted = unwrap(read_tensors(path)), model.state_dict()
-    missing, surplus = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} where {tuple(value.shape)} is wanted"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    found = {"missing": missing, "surplus": surplus, "of another shape": shapes}
-    wrong = [f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})" for what, keys in found.items() if keys]
+def load_backbone_file(model: nn.Module, path: str | Path) -> None:
+    """Fill a timm ViT from a weight file, strictly.
+
+    Raises:
+        ValueError: names missing and surplus keys, wrong shapes, or weights that are not finite.
+    """
+    loaded = load_tensors(path, "correct --backbone_path", "pass a .pth or .safetensors file")
+    state = unwrap(loaded)
+    wanted = model.state_dict()
+
+    shapes = []
+    for key, value in wanted.items():
+        if key in state and state[key].shape != value.shape:
+            given = tuple(state[key].shape)
+            shapes.append(f"{key} {given} where {tuple(value.shape)} is wanted")
+    found = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "surplus": sorted(state.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+
+    wrong = []
+    for what, keys in found.items():
+        if keys:
+            examples = ", ".join(keys[:3])
+            if len(keys) > 3:
+                examples += ", ..."
+            wrong.append(f"{len(keys)} {what} ({examples})")
     if wrong:
-        raise ValueError(f"{path} does not fit the backbone, {'; '.join(wrong)}: pass the --model_type it belongs to")
+        all_wrong = "; ".join(wrong)
+        remedy = "pass the --model_type it belongs to"
+        raise ValueError(f"{path} does not fit the backbone, {all_wrong}: {remedy}")
     if not all(state[key].isfinite().all() for key in wanted):
         raise ValueError(f"{path} holds NaN or infinite weights: restore it or pass another file")
     model.load_state_dict(state)
 
 
-def hub_unreachable():
-    """Whether a direct connection to timm's model hub fails; its client would try for a minute before it says so."""
+def hub_unreachable() -> bool:
+    """Whether a direct connection to timm's model hub fails.
+
+    The hub's own client would try for a minute before it says so.
+    """
     hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if getproxies():
         return False
     try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        socket.create_connection((str(hub.hostname), hub.port or 443), timeout=5).close()
         return False
     except OSError:
         return True
 
 
-def download_backbone(tag):
-    """timm's ViT `tag` with its weights, from the hub's cache or by download (timm shows the progress).
+@contextmanager
+def hub_offline_if_unreachable() -> Iterator[None]:
+    """Let the hub's client read nothing but its cache where there is no way to the hub.
 
-    Raises ValueError, naming the file to fetch, where neither is possible.
+    Its own setting is put back afterwards, for a later try and for the host program.
     """
-    if hub_unreachable():
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # the cache is still read
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    if not before and hub_unreachable():
+        constants.HF_HUB_OFFLINE = True
     try:
-        return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def download_backbone(tag: str) -> nn.Module:
+    """timm's ViT with its weights, from the hub's cache or by download; timm shows the progress.
+
+    Raises:
+        ValueError: neither is possible; names the file to fetch.
+    """
+    try:
+        with hub_offline_if_unreachable():
+            return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
     except TypeError:  # of a model that is not built this way: for build_backbone to explain
         raise
     except Exception as error:  # the hub's client, the network and the disk each raise their own
         raise ValueError(
             f"cannot download {tag} ({first_line(error)}): fetch model.safetensors from "
-            f"https://huggingface.co/timm/{tag} where there is a network, and pass --backbone_path FILE"
+            f"https://huggingface.co/timm/{tag} where there is a network, and pass "
+            "--backbone_path FILE"
         ) from error
 
 
-def build_backbone(name, backbone_path=None):
-    """The timm ViT `name` without head; weights from `backbone_path`, else this repository, else timm's download."""
+def build_backbone(name: str, backbone_path: str | Path | None = None) -> nn.Module:
+    """The timm ViT of a name, without head.
+
+    Its weights come from `backbone_path`, else from this repository, else by timm's download.
+
+    Raises:
+        ValueError: the name is not known, is no ViT's, or its weights cannot be had.
+        FileNotFoundError: there is no such file.
+    """
     row = resolve(name)
-    path = backbone_path or (row.file and Path(__file__).parent / row.file)
+    path = backbone_path
+    if path is None and row.file:
+        path = Path(__file__).parent / row.file
     try:
-        if not path:
+        if path is None:
             return download_backbone(row.tag)
         model = timm.create_model(row.tag, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError as error:
-        raise ValueError(f"{name} takes images of one size only, so it is no plain ViT: pass a ViT of timm") from error
+        remedy = "pass a ViT of timm"
+        raise ValueError(f"{name} is no plain ViT for images of any size: {remedy}") from error
     load_backbone_file(model, path)
     return model
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
+# ---- devices ------------------------------------------------------------------------------------
 
 
-def pick_device(device, dtype="float32"):
-    """torch.device for auto|cpu|cuda|cuda:N|mps; ValueError if it is not there or cannot multiply in `dtype`.
+def pick_device(device: str | torch.device | None, dtype: str = "float32") -> torch.device:
+    """The torch.device of auto, cpu, cuda, cuda:N or mps; under torchrun, cuda is this process's.
 
-    Under torchrun, cuda is the GPU of this process.
+    Raises:
+        ValueError: it is not there, or cannot multiply in `dtype`.
     """
     if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
     if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         one = torch.ones(1, 1, device=device, dtype=DTYPES[dtype])
         (one @ one).item()
-        return torch.device(device)
+        return torch.device(str(device))
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"no {dtype} on device {device} ({first_line(error)}): pass --device cpu --dtype float32") from error
+        reason = first_line(error)
+        remedy = "pass --device cpu --dtype float32"
+        raise ValueError(f"no {dtype} on device {device} ({reason}): {remedy}") from error
 
 
-def linear(layer, x):
-    """nn.Linear; float32 on a CPU without gradients goes to oneDNN, at twice the rate of MKL on AMD's processors."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return F.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> torch.device:
+    """pick_device, where code of earlier releases asks for cuda on a machine without: then auto."""
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        chosen = pick_device("auto", dtype)
+        print(f"note: no GPU here for device={device!r}, running on {chosen}", file=sys.stderr)
+        return chosen
+    return pick_device(device, dtype)
 
 
-def speed_up_linears(model):
-    """Let the linear layers of `model` run by `linear`, where torch has oneDNN; parameters and results stay as they are."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for layer in model.modules():
-            if type(layer) is nn.Linear:
-                layer.forward = partial(linear, layer)
+def use_full_float32() -> None:
+    """Let float32 mean float32 on CUDA: without this torch runs convolutions in TF32, 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
-# ---- the extractor --------------------------------------------------------------------------------------------------
+# ---- what every extractor has -------------------------------------------------------------------
 
 
-class ViTExtractor(nn.Module):
-    """A frozen ViT whose call gives a map of descriptors: normalised images [B, 3, H, W] -> [B, C, h, w] float32.
+class DenseExtractor(nn.Module):
+    """A frozen network from normalised images [B, 3, H, W] to a map of descriptors [B, C, h, w].
 
-    `model_type` is a row of BACKBONES or a timm name; `model` a ViT module to use instead of building one;
-    `backbone_path` a weight file instead of a download. `stride` (default: the patch) must divide the patch; `layer` counts
-    from 0 (default: the last). Facets: `key`, `query`, `value` are outputs of that block's qkv projection before attention;
-    `token` is the block's output before the final norm; `attn` its softmax attention to all T tokens.
+    Attributes: name, tag (the name that a LiFT module's origin is compared with), layer, facet,
+    patch and step (pixels), width (C), mean, std, digest (of the weights).
+    """
 
-    Attributes: name, tag (timm's full name), patch, stride, heads, depth, width (C of the chosen facet), layer, facet,
-    mean, std, normalize, device, dtype. Raises ValueError for what does not exist or does not fit.
+    name: str
+    tag: str
+    layer: int | None
+    facet: str | None
+    patch: int
+    step: int
+    width: int | None
+    digest: str
+    mean_rgb: Tensor
+    std_rgb: Tensor
+
+    def set_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Keep mean and std as numbers, and as buffers, which are on the device already."""
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.register_buffer("mean_rgb", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_rgb", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images [..., 3, H, W] in 0..1 -> normalised, where they are."""
+        mean = self.mean_rgb.to(images.device)
+        std = self.std_rgb.to(images.device)
+        return (images - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo `normalize`: [..., 3, H, W] -> the same in 0..1."""
+        mean = self.mean_rgb.to(images.device)
+        std = self.std_rgb.to(images.device)
+        return images * std + mean
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The descriptor grid (h, w) of an image of H x W pixels: 1 + (side - p)//s each."""
+        rows = 1 + (height - self.patch) // self.step
+        columns = 1 + (width - self.patch) // self.step
+        return rows, columns
+
+    def size(
+        self, width: int, height: int, load_size: int | tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """The size (W, H) at which a photo is read (photos.fitted_size)."""
+        return fitted_size(width, height, self.patch, load_size)
+
+    def fit(
+        self, photo: Image.Image, load_size: int | tuple[int, int] | None = None
+    ) -> Image.Image:
+        """Resize an RGB photo to `size`, once."""
+        return fit(photo, self.patch, load_size)
+
+    def preprocess(
+        self, image_path: Any, load_size: int | tuple[int, int] | None = None
+    ) -> tuple[Tensor, Image.Image]:
+        """Read, fit and normalise one photo.
+
+        Args:
+            image_path: a path, a PIL image, an array [H, W, 3] uint8 or a tensor [3, H, W].
+            load_size: pixels of the shorter side, or (H, W); None leaves the photo's own.
+        Returns:
+            The normalised tensor [1, 3, H, W] on the CPU, and the resized PIL image.
+        """
+        photo = self.fit(as_photo(image_path), load_size)
+        mean = self.mean_rgb.cpu()
+        std = self.std_rgb.cpu()
+        return ((to_tensor(photo) - mean) / std)[None], photo
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the features, for settings and records."""
+        return {
+            "backbone": self.tag,
+            "layer": self.layer,
+            "facet": self.facet,
+            "stride": self.step,
+            "digest": self.digest,
+        }
+
+
+# ---- frozen ViTs --------------------------------------------------------------------------------
+
+
+class Side(int):
+    """A number of pixels for both axes, which serves as an int and as timm's pair alike."""
+
+    def __getitem__(self, axis: int) -> int:
+        return (int(self), int(self))[axis]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((int(self), int(self)))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class ViTExtractor(DenseExtractor):
+    """A frozen ViT whose call gives a map of descriptors.
+
+    Facets: `key`, `query` and `value` are outputs of a block's qkv projection, before attention;
+    `token` is the block's output, before the final norm; `attn` is its softmax attention to all T
+    tokens.
+
+    Attributes: those of DenseExtractor, and model_type, model, device, dtype, depth, heads; `p`
+    (the patch) and `stride` (the pair (s, s)) for code written for dino-vit-features, and, after an
+    extraction, `num_patches` (h, w) and `load_size` (H, W) of the last batch.
+
+    Args:
+        model_type: a row of BACKBONES or the name of a ViT in timm.
+        stride: pixels between descriptors, a divisor of the patch; None is the patch.
+        model: a ViT module to use instead of building one.
+        device: cuda on a machine without one falls back to what there is, with a note.
+        backbone_path: a weight file instead of a download.
+        layer: counted from 0; None is the last.
+        dtype: precision inside; descriptors are float32.
+        requires_grad: let gradients reach the images; the ViT stays frozen.
+    Raises:
+        ValueError: something does not exist or does not fit.
     """
 
     def __init__(
-        self, model_type="dino_vits8", stride=None, model=None, device="auto",
-        backbone_path=None, layer=None, facet="key", dtype="float32",
-    ):  # fmt: skip
+        self,
+        model_type: str = "dino_vits8",
+        stride: int | None = 4,
+        model: nn.Module | None = None,
+        device: str | torch.device | None = "cuda",
+        backbone_path: str | Path | None = None,
+        layer: int | None = None,
+        facet: str = "key",
+        dtype: str = "float32",
+        requires_grad: bool = False,
+    ):
         super().__init__()
-        self.name, self.facet = model_type, facet
         row = resolve(model_type)
-        self.tag = model_type if row.file else row.tag
-        self.mean, self.std = row.mean_std
-        self.normalize = Normalize(self.mean, self.std)
-        device = pick_device(device, dtype)
-        model = model if model is not None else build_backbone(model_type, backbone_path)
+        self.name = self.model_type = model_type
+        self.tag = row.tag
+        if row.file:
+            self.tag = model_type
+        self.gradients = requires_grad
+        self.set_normalization(*row.mean_std)
+
+        device = pick_device_or_fall_back(device, dtype)
+        if model is None and backbone_path is None:
+            model = self.create_model(model_type)
+        elif model is None:
+            model = build_backbone(model_type, backbone_path)
+        self.digest = weights_digest(model)  # of the weights as they are in the file
         self.model = model.to(device, DTYPES[dtype]).requires_grad_(False).eval()
-        speed_up_linears(self.model)
-        self._read_facts(stride, layer)
+        self.to(device)
+
+        self._read_facts(stride, layer, facet)
+        self.num_patches: tuple[int, int] | None = None
+        self.load_size: tuple[int, int] | None = None
         self.eval()
 
-    @classmethod
-    def from_args(cls, args):
-        """The extractor that the flags of add_backbone_args ask for."""
-        return cls(
-            args.model_type, args.stride, device=args.device, backbone_path=args.backbone_path,
-            layer=args.layer, facet=args.facet, dtype=args.dtype,
-        )  # fmt: skip
+    @staticmethod
+    def create_model(model_type: str) -> nn.Module:
+        """The ViT of a name, with its weights (build_backbone)."""
+        return build_backbone(model_type)
 
-    def _read_facts(self, stride, layer):
-        """Read patch, heads, depth, width and native grid off the model, and check stride, layer and facet against them."""
-        embed, blocks = getattr(self.model, "patch_embed", None), getattr(self.model, "blocks", None)
-        plain = isinstance(getattr(embed, "proj", None), nn.Conv2d) and embed.proj.in_channels == 3
-        if not plain or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
-            raise ValueError(f"{self.name} is no plain ViT (patches of RGB, then blocks with attention): pass a ViT of timm")
-        self.patch, self.depth = embed.proj.kernel_size[0], len(blocks)
-        self.stride, self.layer = self.patch if stride is None else stride, self._layer(layer)
-        check_facet(self.facet)
-        self.heads = blocks[0].attn.num_heads
-        self.width = descriptor_width(blocks[0].attn, self.facet, embed.proj.out_channels)
-        if self.stride < 1 or self.patch % self.stride:
-            raise ValueError(f"stride {stride} does not divide the patch ({self.patch}): pass one of {divisors(self.patch)}")
+    @staticmethod
+    def patch_vit_resolution(model: nn.Module, stride: int) -> nn.Module:
+        """Change the stride of a ViT's patch embedding, in place, and return the ViT.
 
-    @property
-    def device(self):
-        """Where the backbone is."""
-        return self.model.patch_embed.proj.weight.device
+        A ViTExtractor does this for itself, without touching the model.
+        """
+        projection: Any = model.patch_embed.proj  # type: ignore[union-attr]
+        patch = projection.kernel_size[0]
+        if stride < 1 or patch % stride:
+            raise ValueError(f"stride {stride} does not divide the patch ({patch})")
+        projection.stride = (stride, stride)
+        return model
 
-    @property
-    def dtype(self):
-        """The precision it runs in."""
-        return self.model.patch_embed.proj.weight.dtype
+    def _read_facts(self, stride: int | None, layer: int | None, facet: str) -> None:
+        """Read patch, heads, depth and width off the model; check stride, layer and facet."""
+        embed: Any = getattr(self.model, "patch_embed", None)
+        blocks: Any = getattr(self.model, "blocks", None)
+        projection: Any = getattr(embed, "proj", None)
+        of_rgb_patches = isinstance(projection, nn.Conv2d) and projection.in_channels == 3
+        if not of_rgb_patches or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
+            what = f"{self.name} is no plain ViT (patches of RGB, then blocks with attention)"
+            raise ValueError(f"{what}: pass a ViT of timm")
 
-    @property
-    def prefix(self):
-        """The tokens before the patches, each [1, n, D]: CLS, a distillation token, registers."""
-        tokens = [getattr(self.model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-        return [token for token in tokens if token is not None]
+        self.patch = projection.kernel_size[0]
+        embed.patch_size = Side(self.patch)
+        if stride is None:
+            stride = self.patch
+        self.step = stride
+        if self.step < 1 or self.patch % self.step:
+            possible = divisors(self.patch)
+            what = f"stride {stride} does not divide the patch ({self.patch})"
+            raise ValueError(f"{what}: pass one of {possible}")
 
-    def _layer(self, layer):
-        layer = self.depth - 1 if layer is None else layer
+        self.depth = len(blocks)
+        self.layer = self._checked_layer(layer)
+        check_facet(facet)
+        self.facet = facet
+        attention_layer = blocks[self.layer].attn
+        self.heads = attention_layer.num_heads
+        self.width = descriptor_width(attention_layer, facet, projection.out_channels)
+
+    def _checked_layer(self, layer: int | None) -> int:
+        """A layer that exists; None is the last one."""
+        if layer is None:
+            return self.depth - 1
         if not 0 <= layer < self.depth:
-            raise ValueError(f"layer {layer} is out of range: {self.name} has layers 0 to {self.depth - 1}, pass one of these")
+            layers = f"{self.name} has layers 0 to {self.depth - 1}"
+            raise ValueError(f"layer {layer} is out of range: {layers}, pass one of these")
         return layer
 
-    # -- geometry --
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.model.patch_embed.proj.weight.device  # type: ignore[union-attr,return-value]
 
-    def grid(self, height, width):
-        """Descriptor grid (h, w) of an image of height x width pixels: 1 + (side - p)//s each."""
-        return 1 + (height - self.patch) // self.stride, 1 + (width - self.patch) // self.stride
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it runs in."""
+        return self.model.patch_embed.proj.weight.dtype  # type: ignore[union-attr,return-value]
 
-    def size(self, width, height, load_size=None):
-        """The size (W, H) at which a photo of width x height pixels is read.
+    @property
+    def p(self) -> int:
+        """The patch, under the name of dino-vit-features."""
+        return self.patch
 
-        An integer `load_size` is the shorter side, a pair (H, W) both. A size with a side that is no multiple of the patch
-        goes, both sides, to the nearest multiples, so that LiFT and backbone see one grid. Raises ValueError below one patch.
-        """
-        if isinstance(load_size, int):
-            short = min(width, height)
-            width, height = (load_size if s == short else int(load_size * s / short) for s in (width, height))
-        elif load_size is not None:
-            height, width = load_size
-        if min(width, height) < self.patch:
-            raise ValueError(f"{width}x{height} pixels are less than one patch ({self.patch}): pass a larger --load_size")
-        if width % self.patch or height % self.patch:
-            width, height = (int(side / self.patch + 0.5) * self.patch for side in (width, height))
-        return width, height
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels between descriptors along both axes, as dino-vit-features has them: (s, s)."""
+        return self.step, self.step
 
-    def fit(self, photo, load_size=None):
-        """Resize an RGB photo (PIL) to `size`, once, with LANCZOS."""
-        size = self.size(*photo.size, load_size)
-        return photo if size == photo.size else photo.resize(size, Image.Resampling.LANCZOS)
-
-    def preprocess(self, image_path, load_size=None):
-        """Read and fit an image: (normalised tensor [1, 3, H, W] on the CPU, the resized PIL image)."""
-        photo = self.fit(read_image(image_path), load_size)
-        return self.normalize(to_tensor(photo))[None], photo
-
-    def denormalize(self, images):
-        """Undo `normalize`: [..., 3, H, W] -> the same in 0..1."""
-        return images * images.new_tensor(self.std)[:, None, None] + images.new_tensor(self.mean)[:, None, None]
+    def facts(self) -> dict[str, Any]:
+        """What decides the features, for settings and records."""
+        return {**super().facts(), "dtype": str(self.dtype).removeprefix("torch.")}
 
     # -- the forward pass --
 
-    def _positions(self, grid):
-        """Learned absolute positions for a grid: ([1, t, D], those of the prefix tokens or None).
+    def _prefix_tokens(self) -> list[Tensor]:
+        """The tokens before the patches, each [1, n, D]: CLS, a distillation token, registers."""
+        names = ("cls_token", "dist_token", "reg_token")
+        tokens = [getattr(self.model, name, None) for name in names]
+        return [token for token in tokens if token is not None]
 
-        Off the native grid: bicubic, not antialiased, and with the scale factor (n + 0.1)/sqrt(N) given as such. This is how
-        DINO's own code reads its weights; timm's antialiased resampling differs by up to 2e-2.
-        """
-        table = self.model.pos_embed
-        kept = 0 if getattr(self.model, "no_embed_class", False) else self._count()
-        prefix, patches = table[:, :kept], table[:, kept:]
+    def _prefix_count(self) -> int:
+        """How many tokens stand before those of the patches."""
+        return sum(token.shape[1] for token in self._prefix_tokens())
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Learned absolute positions for a grid: [1, t, D], and those of the prefix tokens."""
+        table: Any = self.model.pos_embed
+        kept = self._prefix_count()
+        if getattr(self.model, "no_embed_class", False):
+            kept = 0
+        prefix = table[:, :kept]
+        patches = table[:, kept:]
+
         side = round(patches.shape[1] ** 0.5)
         native = getattr(self.model.patch_embed, "grid_size", None) or (side, side)
-        if tuple(grid) != tuple(native):
-            scale = tuple((n + 0.1) / m for n, m in zip(grid, native))
-            square = patches.transpose(1, 2).unflatten(2, native).float()  # [1, D, sqrt(N), sqrt(N)]
-            square = F.interpolate(square, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False)
-            patches = square.flatten(2).transpose(1, 2).to(table.dtype)
-        return patches, prefix
+        if tuple(grid) == tuple(native):
+            return patches, prefix
+        if self.name in BACKBONES:
+            return interpolate_positions(patches, native, grid), prefix
+        resampled = resample_abs_pos_embed(patches, list(grid), list(native), num_prefix_tokens=0)
+        return resampled, prefix
 
-    def embed(self, images, grid):
-        """Images -> the tokens that enter the first block [B, T, D], prefix first."""
-        embed = self.model.patch_embed
-        x = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=self.stride)  # [B, D, h, w]
-        x = getattr(embed, "norm", nn.Identity())(x.flatten(2).transpose(1, 2))       # [B, t, D]
-        prefix = [token.expand(len(x), -1, -1) for token in self.prefix]
+    def embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images [B, 3, H, W] -> the tokens that enter the first block [B, T, D], prefix first."""
+        embed: Any = self.model.patch_embed
+        x = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=self.step)  # [B, D, h, w]
+        x = x.flatten(2).transpose(1, 2)                                            # [B, t, D]
+        if getattr(embed, "norm", None) is not None:
+            x = embed.norm(x)
+
+        prefix = self._prefix_tokens()
         if getattr(self.model, "pos_embed", None) is not None:
-            patches, first = self._positions(grid)
-            x = x + patches
-            prefix = [torch.cat(prefix, 1) + first] if prefix and first.shape[1] else prefix
-        return getattr(self.model, "norm_pre", nn.Identity())(torch.cat([*prefix, x], 1))
+            patch_positions, prefix_positions = self._positions(grid)
+            x = x + patch_positions
+            if prefix and prefix_positions.shape[1]:
+                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
+        before = [token.expand(x.shape[0], -1, -1) for token in prefix]
+        x = torch.cat([*before, x], dim=1)                                          # [B, T, D]
+        if getattr(self.model, "norm_pre", None) is not None:
+            x = self.model.norm_pre(x)  # type: ignore[operator]
+        return x
 
-    def _rotary(self, grid):
-        """Keyword arguments of each block: rotary positions for the grid where the model has them."""
+    def _rotary(self, grid: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Keyword arguments of each block: rotary positions where the model has them."""
         if getattr(self.model, "rope", None) is None:
-            return [{}] * self.depth
-        rope = self.model.rope.get_embed(shape=grid)
-        return [{"rope": rope[i] if getattr(self.model, "rope_mixed", False) else rope} for i in range(self.depth)]
+            return [{} for _ in range(self.depth)]
+        rope = self.model.rope.get_embed(shape=grid)  # type: ignore[union-attr,operator]
+        if getattr(self.model, "rope_mixed", False):  # positions of its own for each block
+            return [{"rope": rope[number]} for number in range(self.depth)]
+        return [{"rope": rope} for _ in range(self.depth)]
 
-    def _check_images(self, images):
-        height, width = images.shape[-2:]
+    def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {list(images.shape)}: pass [B, 3, H, W]")
-        if height % self.patch or width % self.patch or not height * width:
-            raise ValueError(f"an image of {height}x{width} pixels: resize it to a multiple of the patch ({self.patch})")
+        height, width = images.shape[-2:]
+        if min(height, width) < self.patch:
+            what = f"an image of {height}x{width} pixels is less than one patch ({self.patch})"
+            raise ValueError(f"{what}: pass a larger one")
 
-    @torch.no_grad()
-    def _facet(self, images, layer, facet):
-        """One facet of one layer for all T tokens, split by head: [B, heads, T, d] (`token`: one head; `attn`: d = T).
-
-        Stops where the facet is complete: no later block, no unused projection, attention or MLP.
-        """
-        self._check_images(images)
-        grid = self.grid(*images.shape[-2:])
-        x, rotary = self.embed(images.to(self.device, self.dtype), grid), self._rotary(grid)
-        self._choose_attention(x.shape[1])
-        for block, kwargs in zip(self.model.blocks[:layer], rotary):
-            x = block(x, **kwargs)
-        block = self.model.blocks[layer]
-        if facet == "token":
-            return block(x, **rotary[layer])[:, None]
-        post_norm = "PostNorm" in type(block).__name__ or "ResPost" in type(block).__name__
-        x = x if post_norm else block.norm1(x)
-        if facet == "attn":
-            return attention(block.attn, x, **rotary[layer])
-        return project(block.attn, x, facet)
-
-    def _choose_attention(self, tokens):
-        """On a CPU, torch's fused bfloat16 attention takes twice the time of plain products for few tokens."""
+    def _choose_attention(self, tokens: int) -> None:
+        """On a CPU, torch's fused bfloat16 attention takes twice the time of plain products for
+        few tokens."""
+        if torch.compiler.is_compiling():
+            return
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            for block in self.model.blocks:
+            for block in self.model.blocks:  # type: ignore[union-attr]
                 block.attn.fused_attn = tokens > 512
 
-    def forward(self, images):
-        """Normalised images [B, 3, H, W] -> map [B, C, h, w] float32 of the extractor's layer and facet."""
-        x = self._facet(images, self.layer, self.facet)[:, :, self._count() :]
-        return join_heads(x).transpose(1, 2).unflatten(2, self.grid(*images.shape[-2:]))
+    def _facets(self, images: Tensor, wanted: list[tuple[int, str]]) -> list[Tensor]:
+        """(layer, facet) pairs of one forward pass, for all T tokens, split by head.
 
-    def _count(self):
-        return sum(token.shape[1] for token in self.prefix)
+        Stops where the last one is complete: no later block, no unused projection or attention.
 
-    def extract_descriptors(self, batch, layer=None, facet=None, bin=False, include_cls=False):
-        """Descriptors [B, 1, t, C] float32 of normalised images [B, 3, H, W] (Amir et al., section 3).
-
-        Channels are head_dim-major: descriptor channel = d * heads + head, which released LiFT weights rely on. With
-        `include_cls` the CLS token comes first (t + 1); registers are always dropped. With `bin` every descriptor gets its
-        surroundings, 17 bins of C channels. Raises ValueError for what the backbone does not have.
+        Returns:
+            A tensor a pair: [B, heads, T, d]; of `token` [B, 1, T, D], of `attn` [B, heads, T, T].
         """
-        layer, facet = self._layer(self.layer if layer is None else layer), facet or self.facet
-        check_facet(facet)
+        self._check_images(images)
+        height, width = images.shape[-2:]
+        self.load_size = (height, width)
+        self.num_patches = self.grid(height, width)
+
+        found: dict[tuple[int, str], Tensor] = {}
+        last = max(layer for layer, _ in wanted)
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            x = self.embed(images.to(self.device, self.dtype), self.num_patches)
+            rotary = self._rotary(self.num_patches)
+            self._choose_attention(x.shape[1])
+            for number in range(last + 1):
+                block: Any = self.model.blocks[number]  # type: ignore[index]
+                facets = [facet for layer, facet in wanted if layer == number]
+                if any(facet != "token" for facet in facets):
+                    entering = attention_input(block, x)
+                for facet in facets:
+                    if facet == "attn":
+                        found[number, facet] = attention(block.attn, entering, **rotary[number])
+                    elif facet != "token":
+                        found[number, facet] = project(block.attn, entering, facet)
+                if number < last or "token" in facets:
+                    x = block(x, **rotary[number])
+                if "token" in facets:
+                    found[number, "token"] = x[:, None]
+        return [found[pair] for pair in wanted]
+
+    def _wanted(self, layer: Any, facet: Any) -> tuple[list[tuple[int, str]], bool]:
+        """The (layer, facet) pairs that are asked for, and whether as a list.
+
+        A list of layers goes with one facet, a list of facets with one layer, and two lists of one
+        length pair by pair. None is the extractor's own.
+        """
+        several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
+        layers = as_list(layer)
+        facets = as_list(facet)
+        if len(layers) == 1:
+            layers = layers * len(facets)
+        if len(facets) == 1:
+            facets = facets * len(layers)
+        if len(layers) != len(facets) or not layers:
+            given = f"{len(layers)} layers and {len(facets)} facets"
+            raise ValueError(f"{given} do not pair: pass as many of both, or one of either")
+
+        pairs = []
+        for one_layer, one_facet in zip(layers, facets):
+            if one_layer is None:
+                one_layer = self.layer
+            if one_facet is None:
+                one_facet = self.facet
+            check_facet(one_facet)
+            pairs.append((self._checked_layer(one_layer), one_facet))
+        return pairs, several
+
+    def forward(self, images: Tensor, layer: Any = None, facet: Any = None) -> Any:
+        """Normalised images [B, 3, H, W] -> map [B, C, h, w] float32.
+
+        Rows and columns of pixels at the end that fill no patch are dropped.
+
+        Args:
+            layer, facet: the extractor's own where left out; a list of either gives a list of maps
+                from one pass.
+        Raises:
+            ValueError: the images have another shape, or layer or facet do not exist.
+        """
+        pairs, several = self._wanted(layer, facet)
+        maps = []
+        for x in self._facets(images, pairs):
+            patches = x[:, :, self._prefix_count() :]                             # [B, heads, t, d]
+            grid = self.grid(*images.shape[-2:])
+            tokens = join_heads(patches)                                          # [B, t, C]
+            maps.append(tokens.transpose(1, 2).unflatten(2, grid))                # [B, C, h, w]
+        if several:
+            return maps
+        return maps[0]
+
+    def _extract_features(
+        self, batch: Tensor, layers: list[int], facet: str = "key"
+    ) -> list[Tensor]:
+        """Several layers in one pass, all T tokens, under the name of dino-vit-features.
+
+        Returns:
+            A tensor a layer: [B, heads, T, d], of `token` [B, T, D], of `attn` [B, heads, T, T].
+        """
+        pairs, _ = self._wanted(list(layers), facet)
+        found = self._facets(batch, pairs)
+        if facet == "token":
+            return [x[:, 0] for x in found]
+        return found
+
+    def extract_descriptors(
+        self,
+        batch: Tensor,
+        layer: Any = None,
+        facet: Any = None,
+        bin: bool = False,
+        include_cls: bool = False,
+    ) -> Any:
+        """Descriptors [B, 1, t, C] float32 of normalised images [B, 3, H, W].
+
+        Channels are head_dim-major: descriptor channel = d * heads + head. Released LiFT weights
+        rely on it. Registers are always dropped.
+
+        Args:
+            layer, facet: the extractor's own where left out; a list of either gives a list.
+            bin: add the surroundings of every descriptor, 17 bins of C channels.
+            include_cls: put the CLS token first (t + 1).
+        Raises:
+            ValueError: the backbone does not have what is asked for.
+        Source: Amir et al., section 3.
+        """
         if include_cls and (bin or getattr(self.model, "cls_token", None) is None):
-            raise ValueError("include_cls needs a backbone with a CLS token, and no bin: leave one of them out")
-        x = self._facet(batch, layer, facet)                            # [B, heads, T, d]
-        patches = x[:, :, self._count() :]
-        x = torch.cat([x[:, :, :1], patches], 2) if include_cls else patches
-        x = join_heads(x)                                               # [B, t, C]
-        if bin:
-            grid = self.grid(*batch.shape[-2:])
-            x = log_bin(x.transpose(1, 2).unflatten(2, grid))
-        return x[:, None]
+            what = "include_cls needs a backbone with a CLS token, and no bin"
+            raise ValueError(f"{what}: leave one of them out")
 
-    def extract_saliency_maps(self, batch):
-        """Saliency [B, t] in 0..1: attention of CLS in the last layer, mean of heads 0, 2, 4 and 5, min-max per image.
+        pairs, several = self._wanted(layer, facet)
+        descriptors = []
+        for x in self._facets(batch, pairs):                       # [B, heads, T, d]
+            patches = x[:, :, self._prefix_count() :]
+            if include_cls:
+                patches = torch.cat([x[:, :, :1], patches], dim=2)
+            tokens = join_heads(patches)                           # [B, t, C]
+            if bin:
+                grid = self.grid(*batch.shape[-2:])
+                tokens = log_bin(tokens.transpose(1, 2).unflatten(2, grid))
+            descriptors.append(tokens[:, None])
+        if several:
+            return descriptors
+        return descriptors[0]
 
-        Raises ValueError for a backbone without CLS token or with fewer than six heads.
+    def extract_saliency_maps(self, batch: Tensor) -> Tensor:
+        """Saliency [B, t] in 0..1: what CLS attends to in the last layer.
+
+        The mean of heads 0, 2, 4 and 5, min-max normalised for each image.
+
+        Raises:
+            ValueError: the backbone has no CLS token, or fewer than six heads.
         """
         if self.heads < 6 or getattr(self.model, "cls_token", None) is None:
-            raise ValueError(f"saliency needs a CLS token and 6 heads, {self.name} has {self.heads} heads: pass dino_vits8")
-        attn = self._facet(batch, self.depth - 1, "attn")[:, [0, 2, 4, 5], 0, self._count() :].float().mean(1)  # [B, t]
-        low, high = attn.amin(1, keepdim=True), attn.amax(1, keepdim=True)
-        return (attn - low) / (high - low).clamp(min=torch.finfo(attn.dtype).tiny)
+            what = f"saliency needs a CLS token and 6 heads, {self.name} has {self.heads} heads"
+            raise ValueError(f"{what}: pass dino_vits8")
+        (attn,) = self._facets(batch, [(self.depth - 1, "attn")])            # [B, heads, T, T]
+        of_cls = attn[:, [0, 2, 4, 5], 0, self._prefix_count() :]            # [B, 4, t]
+        saliency = of_cls.float().mean(1)                                    # [B, t]
+        low = saliency.amin(1, keepdim=True)
+        high = saliency.amax(1, keepdim=True)
+        return (saliency - low) / (high - low).clamp(min=torch.finfo(saliency.dtype).tiny)
 
 
-def check_facet(facet):
+def interpolate_positions(
+    patches: Tensor, native: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """Positions [1, N, D] of the native grid -> [1, t, D] of another one, as DINO's own code does.
+
+    Bicubic, not antialiased, with the scale factor (n + 0.1)/sqrt(N) given as such. timm's
+    antialiased resampling differs by up to 2e-2.
+    """
+    square = patches.transpose(1, 2).unflatten(2, native).float()              # [1, D, H0, W0]
+    scale = ((grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1])
+    resized = F.interpolate(
+        square,
+        scale_factor=scale,
+        mode="bicubic",
+        align_corners=False,
+        recompute_scale_factor=False,
+    )
+    if tuple(resized.shape[2:]) != tuple(grid):  # at a few sizes the rule loses a row
+        resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(patches.dtype)                # [1, t, D]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of a list, a tuple or a single value."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
+
+
+def check_facet(facet: str) -> None:
     """Raise ValueError for a facet that does not exist."""
     if facet not in FACETS:
         raise ValueError(f"unknown facet {facet}: pass one of {', '.join(FACETS)}")
 
 
-def project(attn, x, facet):
-    """One of query, key, value of an attention layer, before any q/k norm: tokens [B, T, D] -> [B, heads, T, d]."""
+def attention_input(block: Any, x: Tensor) -> Tensor:
+    """What a block's attention reads, of its tokens: the normed ones, except in post-norm blocks."""
+    kind = type(block).__name__
+    if "PostNorm" in kind or "ResPost" in kind:
+        return x
+    return block.norm1(x)
+
+
+def project(attn: Any, x: Tensor, facet: str) -> Tensor:
+    """One of query, key and value of an attention layer, before any norm of queries and keys.
+
+    Args:
+        x: tokens [B, T, D].
+    Returns:
+        [B, heads, T, d].
+    """
     index = ("query", "key", "value").index(facet)
     if attn.qkv is None:
-        y = (attn.q_proj, attn.k_proj, attn.v_proj)[index](x)
+        layers = (attn.q_proj, attn.k_proj, attn.v_proj)
+        y = layers[index](x)
     else:
         bias = attn.qkv.bias
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        y = F.linear(x, attn.qkv.weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index])
+        if bias is not None:
+            bias = bias.chunk(3)[index]
+        y = F.linear(x, attn.qkv.weight.chunk(3)[index], bias)
     return y.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
 
 
-def join_heads(x):
+def join_heads(x: Tensor) -> Tensor:
     """[B, heads, T, d] -> tokens [B, T, C] float32, head_dim-major: channel = d * heads + head."""
     return x.permute(0, 2, 3, 1).flatten(2).float()
 
 
-def descriptor_width(attn, facet, dim):
-    """C of a facet of a ViT of `dim` channels; None for `attn`, where it grows with the number of tokens."""
-    if facet in ("token", "attn"):
-        return dim if facet == "token" else None
+def descriptor_width(attn: Any, facet: str, dim: int) -> int | None:
+    """C of a facet of a ViT of `dim` channels; None for `attn`, where it grows with the tokens."""
+    if facet == "token":
+        return dim
+    if facet == "attn":
+        return None
     if attn.qkv is None:
-        return getattr(attn, {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[facet]).out_features
+        name = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[facet]
+        return getattr(attn, name).out_features
     return attn.qkv.out_features // 3
 
 
-def attention(attn, x, rope=None):
-    """Softmax attention of an attention layer: tokens [B, T, D] -> [B, heads, T, T]."""
-    q, k = project(attn, x, "query"), project(attn, x, "key")
-    q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
+def attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    """The softmax attention of an attention layer: tokens [B, T, D] -> [B, heads, T, T]."""
+    q = project(attn, x, "query")
+    k = project(attn, x, "key")
+    if getattr(attn, "q_norm", None) is not None:
+        q = attn.q_norm(q)
+    if getattr(attn, "k_norm", None) is not None:
+        k = attn.k_norm(k)
     if rope is not None:
-        first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
-        q, k = (torch.cat([y[:, :, :first], apply_rot_embed_cat(y[:, :, first:], rope, half=half)], 2) for y in (q, k))
+        q = rotate(attn, q, rope)
+        k = rotate(attn, k, rope)
     return (q * attn.scale @ k.transpose(2, 3)).softmax(-1)
 
 
-def log_bin(feats, hierarchy=2):
-    """Log-binned descriptors (Amir et al., section 3.2): map [B, C, h, w] -> tokens [B, h*w, 17*C].
+def rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
+    """Apply rotary positions to queries or keys [B, heads, T, d]; prefix tokens have none."""
+    first = attn.num_prefix_tokens
+    half = getattr(attn, "rotate_half", False)
+    rotated = apply_rot_embed_cat(x[:, :, first:], rope, half=half)
+    return torch.cat([x[:, :, :first], rotated], dim=2)
 
-    Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at distance 3^k, and the centre
-    for k = 0, in row-major order; neighbours outside are clamped to the border.
+
+def log_bin(feats: Tensor, hierarchy: int = 2) -> Tensor:
+    """Log-binned descriptors: map [B, C, h, w] -> tokens [B, h*w, 17*C].
+
+    Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at
+    distance 3^k, and the centre for k = 0, in row-major order; neighbours outside are clamped to
+    the border.
+
+    Source: Amir et al., section 3.2.
     """
-    (b, _, h, w), bins = feats.shape, []
-    feats = feats.clone(memory_format=torch.channels_last)  # contiguous() would keep odd strides of a batch of one
-    for step in (3**k for k in range(hierarchy)):
-        pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False) if step > 1 else feats
-        padded = F.pad(pooled, [step] * 4, mode="replicate").permute(0, 2, 3, 1)  # [B, h + 2*step, w + 2*step, C]
-        offsets = [at for at in product((0, step, 2 * step), repeat=2) if step == 1 or at != (step, step)]
-        bins += [padded[:, y : y + h, x : x + w] for y, x in offsets]
-    return torch.stack(bins, 3).view(b, h * w, -1)
+    batch, _, height, width = feats.shape
+    feats = feats.clone(memory_format=torch.channels_last)  # contiguous() would keep odd strides
+    bins = []
+    for level in range(hierarchy):
+        step = 3**level
+        pooled = feats
+        if step > 1:
+            pooled = F.avg_pool2d(
+                feats, step, stride=1, padding=step // 2, count_include_pad=False
+            )
+        padded = F.pad(pooled, [step] * 4, mode="replicate")
+        padded = padded.permute(0, 2, 3, 1)                 # [B, h + 2*step, w + 2*step, C]
+        for top in (0, step, 2 * step):
+            for left in (0, step, 2 * step):
+                centre = top == left == step
+                if level > 0 and centre:
+                    continue
+                bins.append(padded[:, top : top + height, left : left + width])
+    return torch.stack(bins, 3).view(batch, height * width, -1)
 
 
-def divisors(n):
+def divisors(n: int) -> str:
     """The divisors of n as text, for messages."""
     return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- one's own backbone -------------------------------------------------------------------------
 
 
-def read_image(path):
-    """Read any image file, upright, as an RGB PIL image; 16-bit greys are scaled to 8 bits.
+def my_extractor(args: argparse.Namespace) -> nn.Module:
+    """Bare --my_extractor uses what this returns: write it. `args` are the flags."""
+    raise ValueError(
+        "my_extractor(args) in extractor.py is still empty: return there a module that takes "
+        "images [B, 3, H, W] to [B, C, h, w] or [B, h*w, C], or pass --my_extractor "
+        "module:function"
+    )
 
-    Raises ValueError or OSError, in one line that names the file, for a missing, damaged or over-large one.
+
+class MyExtractor(DenseExtractor):
+    """Any module from images [B, 3, H, W] to [B, C, h, w] or [B, T, C], used like a ViTExtractor.
+
+    The module's attributes `mean` and `std`, where it has them, normalise the images, else
+    ImageNet's do. Of T tokens the last h*w are taken: CLS and registers are dropped.
+
+    Args:
+        imsize: pixels of the square image by which patch and width are found out.
+    Raises:
+        ValueError: the module does not take such an image.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no image at {path}: correct the path")
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
-                values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-                scale = 257 if values.max(initial=0) > 255 else 1
-                image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to be read safely ({error}): make it smaller") from error
-    except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{path} is not a readable image ({first_line(error)}): replace or remove it") from error
 
+    def __init__(self, module: nn.Module, name: str, imsize: int, device: str, dtype: str):
+        super().__init__()
+        self.name = self.tag = name
+        self.layer = self.facet = None
+        mean = getattr(module, "mean", IMAGENET[0])
+        std = getattr(module, "std", IMAGENET[1])
+        self.set_normalization(mean, std)
 
-def list_images(path):
-    """Images of a file, a folder (with its subfolders) or a glob pattern, sorted. Raises ValueError if there is none."""
-    if Path(path).is_file():
-        return [Path(path)]
-    found = Path(path).rglob("*") if Path(path).is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(f for f in found if f.suffix.lower() in IMAGES and f.is_file())
-    if not files:
-        raise ValueError(f"no images at {path}: pass an image, a folder of images or a quoted pattern")
-    return files
+        self.device = pick_device(device, dtype)
+        self.dtype = DTYPES[dtype]
+        self.digest = weights_digest(module)
+        self.module = module.to(self.device, self.dtype).requires_grad_(False).eval()
+        self.to(self.device)
 
-
-@contextmanager
-def replacing(path):
-    """Give a temporary path beside `path`, renamed to it at the end and removed on failure; makes the folder.
-
-    Raises OSError, in one line that names the file, for whatever keeps it from being written.
-    """
-    path, name = Path(path), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        yield Path(name)
-        os.chmod(name, 0o666 & ~UMASK)  # mkstemp's files are private
-        os.replace(name, path)
-    except Exception as error:  # a full disk is an OSError to Python, a RuntimeError to torch
-        raise OSError(f"cannot write {path} ({first_line(error)}): free some space or pass another path") from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)  # still there only if something went wrong
-
-
-def settings(args):
-    """Every flag of a run and the versions that made its numbers, as a dict that JSON can hold."""
-    libraries = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
-    versions = {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | {"versions": versions}
-
-
-# ---- command lines --------------------------------------------------------------------------------------------------
-
-
-class Command(argparse.ArgumentParser):
-    """An argument parser for one script: whatever is wrong is one line on stderr, and exit status 2."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
-
-    def run(self, main, argv=None):
-        """Call main(args). ValueError and OSError are bad input (with LIFT_TRACEBACK=1 they are raised)."""
-        args = self.parse_args(argv)
         try:
-            main(args)
-        except KeyboardInterrupt:
-            self.exit(130, f"{self.prog}: interrupted\n")
-        except (MemoryError, RuntimeError) as error:  # torch's own kinds of it, on a GPU and on a CPU
-            if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
-                raise
-            self.error(f"out of memory ({first_line(error)}): pass smaller images or batches")
-        except (ValueError, OSError) as error:
-            if os.environ.get("LIFT_TRACEBACK"):
-                raise
-            self.error(error)
+            with torch.no_grad():
+                out = self.module(torch.zeros(1, 3, imsize, imsize).to(self.device, self.dtype))
+            rows = out.shape[2]
+            if out.ndim == 3:
+                rows = math.isqrt(out.shape[1])
+            self.width = out.shape[-1] if out.ndim == 3 else out.shape[1]
+            self.patch = self.step = imsize // rows
+        except (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
+            reason = first_line(error)
+            what = f"{name} does not take {imsize} pixels ({reason})"
+            raise ValueError(f"{what}: pass a backbone that does") from error
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> map [B, C, h, w] float32."""
+        x = self.module(images.to(self.device, self.dtype))
+        if x.ndim == 3:
+            rows, columns = self.grid(*images.shape[-2:])
+            x = x[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return x.float()
 
 
-def add_backbone_args(parser, **defaults):
-    """Add the flags that ViTExtractor.from_args reads; `defaults` overrides theirs by name."""
-    group = parser.add_argument_group("backbone")
-    group.add_argument("--model_type", "--model", default="dino_vits16", help=f"{', '.join(BACKBONES)}, or any timm ViT")
-    group.add_argument("--backbone_path", help="weight file (.pth, .safetensors) instead of a download")
-    group.add_argument("--facet", default="key", choices=FACETS, help="facet of the descriptors (default: key)")
-    group.add_argument("--layer", type=int, help="layer, counted from 0 (default: the last)")
-    group.add_argument("--stride", type=int, help="pixels between descriptors, a divisor of the patch (default: the patch)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument("--dtype", default="float32", choices=list(DTYPES), help="precision inside (default: float32)")
-    parser.set_defaults(**defaults)
+def call_function(name: str, args: argparse.Namespace) -> nn.Module:
+    """Call `module:function`, with the flags if it takes an argument.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        remedy = "pass --my_extractor module:function"
+        raise ValueError(f"no function {name} ({error}): {remedy}") from error
+    if inspect.signature(build).parameters:
+        return build(args)
+    return build()
 
 
-def parser():
-    """The command line of this file: descriptors of one image, as in Amir et al.'s release."""
-    command = Command(__doc__)
-    command.add_argument("--image_path", required=True, help="the image")
-    command.add_argument("--output_path", required=True, help="the .pth to write")
-    command.add_argument("--load_size", type=int, default=224, help="pixels of the shorter side (default: 224)")
-    command.add_argument("--bin", nargs="?", const="True", default="False", help="log-binned descriptors (True or False)")
-    add_backbone_args(command, model_type="dino_vits8", stride=4)
-    return command
+# ---- from flags ---------------------------------------------------------------------------------
 
 
-def main(args):
+def build_extractor(args: argparse.Namespace) -> DenseExtractor:
+    """The frozen network that the flags of add_backbone_args ask for.
+
+    Raises:
+        ValueError: something does not exist, or does not fit together.
+    """
+    use_full_float32()
+    extractor: DenseExtractor
+    if args.my_extractor:
+        module = call_function(args.my_extractor, args)
+        imsize = getattr(args, "imsize", 224)
+        extractor = MyExtractor(module, args.my_extractor, imsize, args.device, args.dtype)
+    else:
+        extractor = ViTExtractor(
+            args.model_type,
+            args.stride,
+            device=pick_device(args.device, args.dtype),
+            backbone_path=args.backbone_path,
+            layer=args.layer,
+            facet=args.facet,
+            dtype=args.dtype,
+        )
+    check_facts(extractor, args.channel, args.patch)
+    return extractor
+
+
+def check_facts(
+    extractor: DenseExtractor, channel: int | None = None, patch: int | None = None
+) -> None:
+    """Raise ValueError if channel or patch, where given, are not the extractor's."""
+    for flag, given, real in (
+        ("channel", channel, extractor.width),
+        ("patch", patch, extractor.patch),
+    ):
+        if given not in (None, real):
+            what = f"--{flag} {given}, but {extractor.name} {extractor.facet} has {real}"
+            raise ValueError(f"{what}: leave --{flag} out")
+
+
+def main(args: argparse.Namespace) -> None:
     """Write the descriptors [1, 1, t, C] of one image."""
-    extractor = ViTExtractor.from_args(args)
+    check_range(args, load_size=1)
+    as_photo(args.image_path)  # a missing photo is told before a backbone is built
+    extractor = build_extractor(args)
     images, _ = extractor.preprocess(args.image_path, args.load_size)
-    descriptors = extractor.extract_descriptors(images, bin=args.bin.lower() in ("true", "1", "yes")).cpu()
-    with replacing(args.output_path) as temporary:
-        torch.save(descriptors, temporary)
-    print(json.dumps(settings(args) | {"shape": list(descriptors.shape), "grid": extractor.grid(*images.shape[-2:])}))
+    bin = args.bin.lower() in ("true", "1", "yes")
+    if not isinstance(extractor, ViTExtractor):
+        raise ValueError("this script shows a ViT's facets: leave --my_extractor out")
+    descriptors = extractor.extract_descriptors(images, bin=bin).cpu()
+    save_tensors(args.output_path, descriptors)
+    grid = extractor.grid(*images.shape[-2:])
+    report({**settings(args, **extractor.facts()), "shape": list(descriptors.shape), "grid": grid})
 
 
 if __name__ == "__main__":

@@ -1,282 +1,462 @@
-"""LiFT: a small convolutional module that doubles the resolution of a frozen ViT's dense descriptors.
+"""LiFT: a small convolutional module that doubles the resolution of a frozen ViT's descriptors.
 
     lift = load_lift("pretrained/lift_vit_mini16.pth", extractor)
     dense = upsample(lift, images, extractor(images), iterations=2)      # [B, C, 4h, 4w]
 
-Suri et al., "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors", ECCV 2024 (arXiv 2403.14625).
+Suri et al., "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors",
+ECCV 2024 (arXiv 2403.14625).
 
-Notation: B batch, C descriptor channels, p patch size, H W image pixels, h = H/p and w = W/p the patch grid, t = h*w tokens.
+Notation: B batch, C descriptor channels, p patch size, H W image pixels, h = H/p and w = W/p the
+patch grid, t = h*w tokens, R the radius of attention in cells.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-UPSAMPLE = ("none", "bilinear", "lift")
+from command import first_line, load_tensors, weights_digest
+
+# ---- tokens and maps ----------------------------------------------------------------------------
 
 
-# ---- tokens and maps ------------------------------------------------------------------------------------------------
-
-
-def tokens_to_map(tokens, grid):
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens [B, h*w, C] in row-major order, and their grid (h, w) -> map [B, C, h, w]."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def map_to_tokens(feats):
+def map_to_tokens(feats: Tensor) -> Tensor:
     """Map [B, C, h, w] -> tokens [B, h*w, C] in row-major order."""
     return feats.flatten(2).transpose(1, 2)
 
 
-def double(x):
+def double(x: Tensor) -> Tensor:
     """Bilinear upsampling of [B, C, h, w] to [B, C, 2h, 2w], corners not aligned."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-# ---- the module -----------------------------------------------------------------------------------------------------
+# ---- the module ---------------------------------------------------------------------------------
 
 
-def conv_bn_relu(c_in, c_out, stride=1, bias=True):
-    """The layers of a 3x3 convolution, its batch norm and a ReLU, as a list."""
-    return [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+def conv_bn_relu(c_in: int, c_out: int, stride: int = 1, bias: bool = True) -> list[nn.Module]:
+    """The layers of a 3x3 convolution, its batch norm and a ReLU."""
+    convolution = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
+    return [convolution, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
 
 
 class DoubleConv(nn.Module):
-    """Two 3x3 convolutions without bias, each with batch norm and ReLU: [B, c_in, h, w] -> [B, c_out, h, w]."""
+    """Two 3x3 convolutions without bias, each with batch norm and ReLU."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.double_conv = nn.Sequential(*conv_bn_relu(c_in, c_out, bias=False), *conv_bn_relu(c_out, c_out, bias=False))
+        layers = conv_bn_relu(c_in, c_out, bias=False) + conv_bn_relu(c_out, c_out, bias=False)
+        self.double_conv = nn.Sequential(*layers)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, h, w] -> [B, c_out, h, w]."""
         return self.double_conv(x)
 
 
 class Up(nn.Module):
-    """Double the grid of `x` [B, c_in, h, w] and fuse it with `skip` [B, c_skip, 2h, 2w] -> [B, c_out, 2h, 2w]."""
+    """Double the grid of a map and fuse it with a finer one."""
 
-    def __init__(self, c_in, c_skip, c_out):
+    def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in // 2, 2, stride=2)
         self.conv_1 = DoubleConv(c_in // 2 + c_skip, c_out)
 
-    def forward(self, x, skip):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """[B, c_in, h, w] and [B, c_skip, 2h, 2w] -> [B, c_out, 2h, 2w]."""
         return self.conv_1(torch.cat([self.up(x), skip], dim=1))
 
 
 class LiFT(nn.Module):
     """The LiFT module of one backbone, layer and facet (LiFT paper, section 3 and figure 2).
 
-    `in_channels` is C, `patch_size` the backbone's p. With `pre_shape` features come as tokens [B, h*w, C], with
-    `post_shape` they are returned as tokens. With `residual` (not in the paper) the bilinearly doubled features are
-    added to the output and the last layer starts at zero: an untrained module is bilinear upsampling, and training
-    learns the correction. All variants have the same state_dict keys.
+    Two variants are not in the paper. Both add the paper's output, which then starts at zero, to an
+    upsampling of the features, so that training learns the correction:
+
+    - `residual`: to the bilinearly doubled features;
+    - `attend` R: to an attention over the coarse features, the (2R+1)^2 around each fine cell (the
+      local attender of UPLiFT, Walmer et al., arXiv 2601.17950). Its weights are one more 1x1
+      convolution of what feeds the last layer.
+
+    The paper's module has the reference's state_dict keys. A variant has one entry more, `options`,
+    by which load_lift knows it.
+
+    Args:
+        in_channels: C.
+        patch_size: the backbone's p.
+        pre_shape: features may come as tokens [B, h*w, C], as the reference's callers give them.
+        post_shape: they are then returned as tokens. A map that comes where tokens may is returned
+            as a map.
     """
 
-    def __init__(self, in_channels, patch_size=16, pre_shape=False, post_shape=False, residual=False):
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int = 16,
+        pre_shape: bool = True,
+        post_shape: bool = True,
+        residual: bool = False,
+        attend: int = 0,
+    ):
         super().__init__()
-        self.patch_size, self.pre_shape, self.post_shape, self.residual = patch_size, pre_shape, post_shape, residual
-        pool = [] if patch_size == 8 else [nn.MaxPool2d(2)]
-        self.image_convs_1 = nn.Sequential(*conv_bn_relu(3, 32, 2), *conv_bn_relu(32, 32, 2), *pool)
+        self.patch_size = patch_size
+        self.pre_shape = pre_shape
+        self.post_shape = post_shape
+        self.residual = residual
+        self.radius = attend
+
+        layers = conv_bn_relu(3, 32, 2) + conv_bn_relu(32, 32, 2)
+        if patch_size != 8:
+            layers.append(nn.MaxPool2d(2))
+        self.image_convs_1 = nn.Sequential(*layers)
         self.image_convs_2 = nn.Sequential(*conv_bn_relu(32, 32, 2))
         self.up1 = Up(in_channels + 32, 32, in_channels // 2)
         self.outc = nn.Conv2d(in_channels // 2, in_channels, 1)
-        if residual:
+        if attend:
+            self.attend = nn.Conv2d(in_channels // 2, (2 * attend + 1) ** 2, 1)
+        if residual or attend:
             nn.init.zeros_(self.outc.weight)
-            nn.init.zeros_(self.outc.bias)
+            nn.init.zeros_(self.outc.bias)  # type: ignore[arg-type]
+            options = torch.tensor([patch_size, int(residual), attend], dtype=torch.float32)
+            self.register_buffer("options", options)
 
-    def forward(self, images, feats):
-        """Normalised images [B, 3, H, W] and their features [B, C, h, w] -> features [B, C, 2h, 2w].
+    def forward(self, images: Tensor, feats: Tensor) -> Tensor:
+        """Double the resolution of an image's features.
 
-        Raises ValueError unless h = H/p and w = W/p.
+        Args:
+            images: normalised, [B, 3, H, W].
+            feats: [B, C, h, w]; with `pre_shape` tokens [B, h*w, C] too.
+        Returns:
+            [B, C, 2h, 2w]; with `post_shape`, for tokens, [B, 4*h*w, C].
+        Raises:
+            ValueError: not h = H/p and w = W/p.
         """
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
-        if self.pre_shape and feats.shape[1] == grid[0] * grid[1]:
+        as_tokens = self.post_shape
+        if self.pre_shape and feats.ndim == 4:
+            as_tokens = False
+        if self.pre_shape and feats.ndim == 3 and feats.shape[1] == grid[0] * grid[1]:
             feats = tokens_to_map(feats, grid)
         self._check(images, feats, grid)
-        if self.patch_size not in (8, 16):  # any other patch takes the path of p = 16, on an image of 16 pixels a cell
-            images = F.interpolate(images, size=(16 * grid[0], 16 * grid[1]), mode="bilinear", antialias=True)
+
+        if self.patch_size not in (8, 16):
+            images = resize_to_cells(images, grid)                   # the path of p = 16
         image_2x = self.image_convs_1(images)                        # [B, 32, 2h, 2w]
         image_1x = self.image_convs_2(image_2x)                      # [B, 32, h, w]
         x = self.up1(torch.cat([feats, image_1x], dim=1), image_2x)  # [B, C//2, 2h, 2w]
-        x = self.outc(x)                                             # [B, C, 2h, 2w]
-        if self.residual:
-            x = x + double(feats)
-        return map_to_tokens(x) if self.post_shape else x
+        out = self.outc(x)                                           # [B, C, 2h, 2w]
+        if self.radius:
+            out = out + attend(feats, self.attend(x), self.radius)
+        elif self.residual:
+            out = out + double(feats)
 
-    def _check(self, images, feats, grid):
-        p, size = self.patch_size, tuple(images.shape[2:])
-        if size != (grid[0] * p, grid[1] * p) or tuple(feats.shape[2:]) != grid:
-            given = "x".join(map(str, feats.shape[2:] if feats.ndim == 4 else feats.shape[1:]))
-            raise ValueError(
-                f"the feature grid is {given} but an image of {size[0]}x{size[1]} gives {grid[0]}x{grid[1]}: resize the image "
-                f"to a multiple of the patch ({p}) and take its features at stride {p}"
-            )
+        if as_tokens:
+            return map_to_tokens(out)
+        return out
+
+    def _check(self, images: Tensor, feats: Tensor, grid: tuple[int, int]) -> None:
+        """Raise ValueError unless the features are those of the patches of the images."""
+        p = self.patch_size
+        height, width = images.shape[2:]
+        if (height, width) == (grid[0] * p, grid[1] * p) and tuple(feats.shape[2:]) == grid:
+            return
+        given = "x".join(str(size) for size in feats.shape[1:])
+        if feats.ndim == 4:
+            given = f"{feats.shape[2]}x{feats.shape[3]}"
+        raise ValueError(
+            f"the feature grid is {given} but an image of {height}x{width} gives "
+            f"{grid[0]}x{grid[1]}: resize the image to a multiple of the patch ({p}) and take its "
+            f"features at stride {p}"
+        )
 
 
-def upsample(lift, images, feats, iterations=1, return_all=False):
-    """Apply LiFT `iterations` times (LiFT paper, section 3.3): features [B, C, h, w] -> [B, C, 2^n h, 2^n w], float32.
+def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize images of any patch size to 16 pixels a cell, antialiased.
 
-    Between two steps the current image [B, 3, H, W] is doubled bilinearly. The module's own precision is used inside.
-    With `return_all` the features after every step are returned, as a list that begins with those given.
+    In float32: antialiasing does not exist in half precision on a CPU.
     """
-    as_lift = {"device": feats.device, "dtype": lift.outc.weight.dtype, "memory_format": torch.channels_last}
-    images, steps = images.to(**as_lift), [feats.to(**as_lift)]
+    size = (16 * grid[0], 16 * grid[1])
+    resized = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return resized.to(images.dtype)
+
+
+def attend(feats: Tensor, scores: Tensor, radius: int) -> Tensor:
+    """Give every fine cell a weighted mean of the coarse features around its parent.
+
+    At the border the outermost features are repeated.
+
+    Args:
+        feats: the coarse features [B, C, h, w].
+        scores: [B, (2R+1)^2, 2h, 2w]; their softmax weighs the neighbours, in row-major order.
+    Returns:
+        [B, C, 2h, 2w].
+    """
+    height, width = feats.shape[2:]
+    weights = scores.softmax(dim=1)                                       # [B, K, 2h, 2w]
+    weights = weights.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, K, h, 2, w, 2]
+    padded = F.pad(feats, [radius] * 4, mode="replicate")                 # [B, C, h + 2R, w + 2R]
+
+    total = torch.zeros((), dtype=feats.dtype, device=feats.device)
+    number = 0
+    for top in range(2 * radius + 1):
+        for left in range(2 * radius + 1):
+            neighbour = padded[:, :, top : top + height, left : left + width]
+            total = total + neighbour[:, :, :, None, :, None] * weights[:, number, None]
+            number += 1
+    return total.flatten(4, 5).flatten(2, 3)                              # [B, C, 2h, 2w]
+
+
+def upsample(
+    lift: nn.Module, images: Tensor, feats: Tensor, iterations: int = 1, return_all: bool = False
+) -> Any:
+    """Apply LiFT several times (LiFT paper, section 3.3).
+
+    Between two steps the current image is doubled bilinearly. Inside, the module's own precision is
+    used.
+
+    Args:
+        images: normalised, [B, 3, H, W].
+        feats: [B, C, h, w].
+        iterations: n, 0 or more.
+        return_all: return the features after every step, as a list that begins with those given.
+    Returns:
+        [B, C, 2^n h, 2^n w] float32.
+    """
+    if iterations < 0:
+        raise ValueError(f"{iterations} iterations: pass 0 or more")
+    outc: Any = lift.outc
+    weight = outc.weight
+    current = images.to(feats.device, weight.dtype, memory_format=torch.channels_last)
+    x = feats.to(weight.dtype, memory_format=torch.channels_last)
+    steps = [x]
     for step in range(iterations):
-        images = double(images) if step else images
-        steps.append(lift(images, steps[-1] if return_all else steps.pop()))
-    return [x.float() for x in steps] if return_all else steps[-1].float()
+        if step > 0:
+            current = double(current)
+        x = lift(current, x)
+        if return_all:
+            steps.append(x)
+    if return_all:
+        return [feats.float() for feats in steps]
+    return x.float()
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints --------------------------------------------------------------------------------
 
 
-def read_origin(path):
-    """What the module in `path` was trained for: the dict of `NAME.json`, or `lift.json`, beside it; None if neither is there.
+class Options(NamedTuple):
+    """What changes the forward of a module."""
 
-    Raises ValueError if that file is no JSON object.
+    patch: int | None = None  # None: the checkpoint does not say
+    residual: bool = False
+    attend: int = 0
+
+
+def read_origin(path: str | Path) -> dict[str, Any] | None:
+    """What a module was trained for: the dict of `NAME.json`, or `lift.json`, beside it.
+
+    Returns:
+        At least backbone, layer and facet; None if there is neither file.
+    Raises:
+        ValueError: the file is no JSON object with these.
     """
     path = Path(path)
-    beside = next((f for f in (path.with_suffix(".json"), path.with_name("lift.json")) if f.is_file()), None)
-    if beside is None:
-        return None
-    try:
-        origin = json.loads(beside.read_text())
-        return {key: origin[key] for key in ("backbone", "layer", "facet")} | origin
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{beside} does not say backbone, layer and facet ({error!r}): restore or delete it") from error
+    for beside in (path.with_suffix(".json"), path.with_name("lift.json")):
+        if not beside.is_file():
+            continue
+        try:
+            origin = json.loads(beside.read_text())
+            for key in ("backbone", "layer", "facet"):
+                origin[key]
+            return origin
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f"{beside} does not say backbone, layer and facet ({error!r})"
+            raise ValueError(f"{what}: restore or delete it") from error
+    return None
 
 
-def read_state(path):
-    """The state_dict of a LiFT checkpoint on the CPU, without a `module.` prefix. Never executes what the file holds.
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state_dict of a LiFT checkpoint on the CPU, without a `module.` prefix.
 
-    Raises ValueError for a file that is no checkpoint of tensors, FileNotFoundError for a missing one.
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no LiFT checkpoint, or its weights are not finite.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no LiFT checkpoint at {path}: train one with train_lift.py or correct --lift_path")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not all(isinstance(value, torch.Tensor) for value in state.values()) or "outc.weight" not in state:
-            raise TypeError("no tensor outc.weight, or entries that are no tensors")
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("NaN or infinite weights")
-        return state
-    except Exception as error:  # damaged files raise nearly anything
-        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:150]
-        raise ValueError(f"{path} is not a LiFT checkpoint ({reason}): pass a lift.pth written by train_lift.py") from error
+        remedy = "train one with train_lift.py or correct --lift_path"
+        raise FileNotFoundError(f"no LiFT checkpoint at {path}: {remedy}")
+    remedy = "pass a lift.pth written by train_lift.py"
+    loaded = load_tensors(path, remedy, remedy)
+
+    state = {}
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} is not a LiFT checkpoint ({key} is no tensor): {remedy}")
+        if not value.isfinite().all():
+            raise ValueError(f"{path} holds NaN or infinite weights: {remedy}")
+        state[key.removeprefix("module.")] = value
+    if "outc.weight" not in state or state["outc.weight"].ndim != 4:
+        raise ValueError(f"{path} is not a LiFT checkpoint (no outc.weight): {remedy}")
+    return state
 
 
-def check_origin(origin, extractor, path):
-    """Raise ValueError, in one sentence, if a module with this origin does not belong to the extractor."""
+def read_options(state: dict[str, Tensor], origin: dict[str, Any]) -> Options:
+    """What a checkpoint says of its module's forward; the reference's bare files are plain.
+
+    Residual modules of before the `options` entry are known by their JSON alone.
+    """
+    if "options" in state:
+        patch, residual, attend = state["options"].tolist()
+        return Options(int(patch), bool(residual), int(attend))
+    return Options(origin.get("patch"), bool(origin.get("residual", False)))
+
+
+def check_origin(origin: dict[str, Any], extractor: Any, path: str | Path) -> None:
+    """Compare a module's origin with the extractor that it is to be used with.
+
+    Other weights under the backbone's name are noted on stderr: fine-tuned ones may be meant.
+
+    Raises:
+        ValueError: in one sentence, for another backbone, layer or facet.
+    """
     ours = {"backbone": extractor.tag, "layer": extractor.layer, "facet": extractor.facet}
-    wrong = [f"{key} {origin[key]}, not {value}" for key, value in ours.items() if origin[key] != value]
+    wrong = []
+    for key, value in ours.items():
+        if origin[key] != value:
+            wrong.append(f"{key} {origin[key]}, not {value}")
     if wrong:
-        raise ValueError(f"{path} was trained for {' and '.join(wrong)}: choose the same or another --lift_path")
+        differences = " and ".join(wrong)
+        remedy = "choose the same or another --lift_path"
+        raise ValueError(f"{path} was trained for {differences}: {remedy}")
+    if origin.get("digest") not in (None, extractor.digest):
+        what = f"{path} was trained on other weights of {extractor.name} than these"
+        print(f"note: {what} ({origin['digest']}, not {extractor.digest})", file=sys.stderr)
 
 
-def check_width(state, extractor, path):
-    """Raise ValueError if the module's width or the extractor's stride makes the two unusable together."""
+def check_width(state: dict[str, Tensor], extractor: Any, path: str | Path) -> None:
+    """Raise ValueError if the module's width or the extractor's stride makes both unusable."""
     width = state["outc.weight"].shape[0]
     if width != extractor.width:
         ours = extractor.width or "as many as there are tokens"
         raise ValueError(
-            f"{path} is for descriptors of {width} channels, but {extractor.name} {extractor.facet} has {ours}: "
-            "choose its own backbone or another --lift_path"
+            f"{path} is for descriptors of {width} channels, but {extractor.name} "
+            f"{extractor.facet} has {ours}: choose its own backbone or another --lift_path"
         )
-    if extractor.stride != extractor.patch:
+    if extractor.step != extractor.patch:
         raise ValueError(
-            f"LiFT works on the patch grid, and stride {extractor.stride} is finer than the patch ({extractor.patch}): "
-            "leave out --stride for LiFT, or --lift_path for a finer stride"
+            f"LiFT works on the patch grid, and stride {extractor.step} is finer than the patch "
+            f"({extractor.patch}): leave out --stride for LiFT, or --lift_path for a finer stride"
         )
 
 
-def load_lift(path, extractor=None, patch_size=16, silent=False):
-    """Read the LiFT module at `path` for `extractor` (a ViTExtractor), in eval mode, on its device and in its precision.
+def load_lift(
+    path: str | Path, extractor: Any = None, patch_size: int = 16, silent: bool = False
+) -> LiFT:
+    """Read a LiFT module, frozen and in eval mode, for an extractor, on its device, in its dtype.
 
-    The width is read from the file; a `module.` prefix is stripped; the file is loaded on the CPU with weights only. If a
-    JSON file beside it tells the module's origin (see read_origin), another backbone, layer or facet is refused; if none
-    does, a line on stderr says so (unless `silent`). Without an extractor only the file is read, and `patch_size` holds
-    unless the JSON tells.
-    Raises ValueError or FileNotFoundError in one sentence.
+    If a JSON file beside it tells the module's origin (see read_origin), another backbone, layer or
+    facet is refused; if none does, a line on stderr says so.
+
+    Args:
+        extractor: a ViTExtractor or MyExtractor; without one only the file is read.
+        patch_size: p, where neither extractor nor file tell it.
+        silent: keep that line back.
+    Raises:
+        ValueError, FileNotFoundError: in one sentence.
     """
-    state, origin = read_state(path), read_origin(path)
+    state = read_state(path)
+    origin = read_origin(path)
     if origin is None and not silent:
-        print(f"note: no JSON beside {path} tells its backbone, layer and facet; taken on trust", file=sys.stderr)
+        what = f"no JSON beside {path} tells its backbone, layer and facet"
+        print(f"note: {what}; taken on trust", file=sys.stderr)
+    options = read_options(state, origin or {})
+    patch = options.patch or patch_size
+
     if extractor is not None:
         check_width(state, extractor, path)
         if origin:
             check_origin(origin, extractor, path)
-    origin = origin or {}
-    patch_size = extractor.patch if extractor is not None else origin.get("patch", patch_size)
-    lift = LiFT(state["outc.weight"].shape[0], patch_size, residual=bool(origin.get("residual", False)))
+        if options.patch not in (None, extractor.patch):
+            what = f"{path} is for patches of {options.patch} pixels, not {extractor.patch}"
+            raise ValueError(f"{what}: choose its own backbone or another --lift_path")
+        patch = extractor.patch
+
+    width = state["outc.weight"].shape[0]
     try:
+        lift = LiFT(width, patch, residual=options.residual, attend=options.attend)
+        if (options.residual or options.attend) and "options" not in state:
+            state["options"] = lift.state_dict()["options"]  # a residual module of before
         lift.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}: pass a lift.pth written by train_lift.py") from error
+        reason = first_line(" ".join(str(error).split()))
+        raise ValueError(f"{path}: {reason}: pass a lift.pth written by train_lift.py") from error
     if extractor is not None:
         lift = lift.to(extractor.device, extractor.dtype)
     return lift.requires_grad_(False).eval()
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
-
-
-def add_lift_args(parser):
-    """Add --lift_path, --lift_iter and --upsample to an argparse parser; `upsampler` reads them."""
-    group = parser.add_argument_group("LiFT")
-    group.add_argument("--lift_path", help="LiFT checkpoint (.pth); without it the backbone's own features are used")
-    group.add_argument("--lift_iter", type=int, default=1, help="how often the resolution is doubled (default: 1)")
-    group.add_argument("--upsample", choices=UPSAMPLE, help="how it is doubled (default: lift with --lift_path, else none)")
+# ---- from flags ---------------------------------------------------------------------------------
 
 
 class Upsampler:
-    """(images, feats [B, C, h, w]) -> [B, C, f*h, f*w] by nothing, bilinear interpolation or LiFT; f is `factor`."""
+    """(images, feats [B, C, h, w]) -> [B, C, f*h, f*w] by nothing, bilinear upsampling or LiFT.
 
-    def __init__(self, how, lift=None, iterations=1):
-        self.how, self.lift, self.iterations = how, lift, iterations
-        self.factor = 1 if how == "none" else 2**iterations
+    Attributes: how (none, bilinear or lift), lift (the module or None), iterations, factor (f).
+    """
 
-    def __call__(self, images, feats):
-        if self.how == "lift":
-            return upsample(self.lift, images, feats, self.iterations)
-        if self.how == "bilinear":
-            return F.interpolate(feats, scale_factor=self.factor, mode="bilinear", align_corners=False)
-        return feats
+    def __init__(self, how: str, lift: LiFT | None = None, iterations: int = 1):
+        self.how = how
+        self.lift = lift
+        self.iterations = iterations
+        self.factor = 2**iterations
+        if how == "none":
+            self.factor = 1
+
+    def __call__(self, images: Tensor, feats: Tensor) -> Tensor:
+        if self.how == "none":
+            return feats
+        if self.lift is None:
+            scale = self.factor
+            return F.interpolate(feats, scale_factor=scale, mode="bilinear", align_corners=False)
+        return upsample(self.lift, images, feats, self.iterations)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, for settings and records."""
+        facts: dict[str, Any] = {"upsample": self.how}
+        if self.lift is not None:
+            facts["lift_digest"] = weights_digest(self.lift)
+        return facts
 
 
-def upsampler(args, extractor):
-    """The Upsampler that --upsample, --lift_path and --lift_iter ask for. Raises ValueError where they contradict."""
-    how = args.upsample or ("lift" if args.lift_path else "none")
+def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
+    """The Upsampler that --upsample, --lift_path and --lift_iter ask for.
+
+    Raises:
+        ValueError: they contradict each other, or the module does not fit.
+    """
+    how = args.upsample
+    if how is None and args.lift_path:
+        how = "lift"
+    elif how is None:
+        how = "none"
+
     if args.lift_iter < 0:
         raise ValueError(f"--lift_iter {args.lift_iter} is negative: pass 0 or more")
+    if how == "none" and args.lift_iter > 1:
+        what = f"--lift_iter {args.lift_iter} has nothing to repeat"
+        raise ValueError(f"{what}: pass --lift_path FILE or --upsample bilinear")
     if how == "lift" and not args.lift_path:
         raise ValueError("--upsample lift needs a module: pass --lift_path FILE")
-    lift = load_lift(args.lift_path, extractor) if how == "lift" else None
+    lift = None
+    if how == "lift":
+        lift = load_lift(args.lift_path, extractor)
     return Upsampler(how, lift, args.lift_iter)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def pca_rgb(maps):
-    """Show maps of one image in common colours: their first three principal components as RGB.
-
-    `maps` is a list of tensors [C, h_i, w_i] with one C. One basis is fitted on the L2-normalised cells of all maps, each map
-    weighing the same, so that a colour means the same in every picture. Returns a list of uint8 arrays [h_i, w_i, 3].
-    """
-    cells = [F.normalize(m.detach().cpu().float().flatten(1).t(), dim=1) for m in maps]  # [h*w, C] each
-    mean = torch.stack([c.mean(0) for c in cells]).mean(0)
-    covariance = sum((c - mean).t() @ (c - mean) / len(c) for c in cells)  # [C, C]
-    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], the strongest first
-    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # a sign that does not depend on the solver
-    colours = [((c - mean) @ basis).numpy() for c in cells]
-    spans = np.array([np.percentile(c, (1, 99), axis=0) for c in colours])  # [maps, 2, 3]; the finest map must not decide alone
-    low, high = spans[:, 0].min(0), spans[:, 1].max(0)
-    scaled = [255 * np.clip((c - low) / np.maximum(high - low, 1e-9), 0, 1) for c in colours]
-    return [c.round().astype(np.uint8).reshape(*m.shape[1:], 3) for c, m in zip(scaled, maps)]

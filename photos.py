@@ -1,4 +1,4 @@
-"""Photos in and pictures out: read and list any image, fit it to a patch grid, show features as colours.
+"""Photos in and pictures out: read, list and fit any image, show features as colours.
 
     photo = read_image("assets/sample.jpg")                  # PIL, RGB, upright
     photo = fit(photo, patch=16, load_size=224)              # sides are multiples of 16
@@ -49,17 +49,18 @@ def read_image(path: str | Path) -> Image.Image:
                 upright = eight_bits(upright)
             return upright.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to be read safely ({error}): make it smaller") from error
+        what = f"{path} is too large to be read safely ({error})"
+        raise ValueError(f"{what}: make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
-        reason = first_line(error)
-        raise ValueError(f"{path} is not a readable image ({reason}): replace or remove it") from error
+        what = f"{path} is not a readable image ({first_line(error)})"
+        raise ValueError(f"{what}: replace or remove it") from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits as one of 8; Pillow itself would clip it at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     if values.max(initial=0) > 255:
-        values = values / 257  # 65535 becomes 255
+        values /= 257  # 65535 becomes 255
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
@@ -72,7 +73,7 @@ def as_photo(image: Any) -> Image.Image:
     Raises:
         FileNotFoundError, ValueError: for what is none of these.
     """
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -86,7 +87,7 @@ def as_photo(image: Any) -> Image.Image:
 
 
 def tensor_photo(image: torch.Tensor) -> Image.Image:
-    """A tensor [3, H, W] or [1, 3, H, W], uint8 or in 0..1, as a PIL image; ValueError for others."""
+    """A tensor [3, H, W] or [1, 3, H, W], uint8 or in 0..1, as a PIL image; else ValueError."""
     if image.ndim == 4 and len(image) == 1:
         image = image[0]
     if image.ndim != 3 or len(image) != 3:
@@ -119,7 +120,8 @@ def list_images(path: str | Path) -> list[Path]:
         if file.suffix.lower() in IMAGES and not file.name.startswith(".") and file.is_file():
             images.append(file)
     if not images:
-        raise ValueError(f"no images at {path}: pass an image, a folder of them or a quoted pattern")
+        remedy = "pass an image, a folder of images or a quoted pattern"
+        raise ValueError(f"no images at {path}: {remedy}")
     return sorted(images)
 
 
@@ -157,15 +159,13 @@ def fitted_size(
     """
     if isinstance(load_size, int):
         shorter = min(width, height)
-        if width == shorter:
-            new_width = load_size
+        longer = int(load_size * max(width, height) / shorter)
+        if width == height:
+            width, height = load_size, load_size
+        elif width == shorter:
+            width, height = load_size, longer
         else:
-            new_width = int(load_size * width / shorter)
-        if height == shorter:
-            new_height = load_size
-        else:
-            new_height = int(load_size * height / shorter)
-        width, height = new_width, new_height
+            width, height = longer, load_size
     elif load_size is not None:
         height, width = load_size
 
@@ -194,7 +194,7 @@ def fit(
 def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     """Show maps of one image in common colours: their first three principal components as RGB.
 
-    One basis is fitted on the L2-normalised cells of all maps, each map weighing the same, so that a
+    One basis is fitted on the L2-normalised cells of all maps, each map weighing the same: a
     colour means the same in every picture. Cells that stand far apart from all others, as corner
     cells of some ViTs do, have no part in the basis and in the range of colours.
 
@@ -214,7 +214,7 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     covariance = torch.zeros(len(mean), len(mean))
     for unit in typical:
         covariance += (unit - mean).t() @ (unit - mean) / len(unit)
-    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], the strongest first
+    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], strongest first
 
     # a sign that does not depend on the solver: the largest entry of a component is positive
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
