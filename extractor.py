@@ -813,7 +813,7 @@ def check_facet(facet: str) -> None:
 
 
 def attention_input(block: Any, x: Tensor) -> Tensor:
-    """What a block's attention reads, of its tokens: the normed ones, except in post-norm blocks."""
+    """What a block's attention reads: its tokens normed, except in post-norm blocks."""
     kind = type(block).__name__
     if "PostNorm" in kind or "ResPost" in kind:
         return x

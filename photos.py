@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 
-from command import first_line
-
 IMAGES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".bmp", ".gif", ".tif", ".tiff",
     ".webp", ".avif", ".ppm", ".pgm",
@@ -52,7 +50,7 @@ def read_image(path: str | Path) -> Image.Image:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
-        what = f"{path} is not a readable image ({first_line(error)})"
+        what = f"{path} is not a readable image ({error})"
         raise ValueError(f"{what}: replace or remove it") from error
 
 

@@ -1,38 +1,43 @@
-"""extractor.py against the golden descriptors, the slow version, timm itself, and every kind of weight and image file."""
+"""extractor.py against the golden descriptors, the slow version, timm itself, and weight files."""
 
 import argparse
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, rule_image, rule_state, rule_vit
 from PIL import Image
 from plain_extract import plain_features, plain_log_bin, plain_map
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
+import extractor as extractor_module
+from command import FACETS, Command, add_backbone_args
 from extractor import (
     BACKBONES,
-    FACETS,
     ViTExtractor,
     attention,
     build_backbone,
+    build_extractor,
+    interpolate_positions,
     join_heads,
-    list_images,
     load_backbone_file,
     log_bin,
     pick_device,
     project,
-    read_image,
-    replacing,
     resolve,
-)  # fmt: skip
+)
 from lift import LiFT, map_to_tokens, upsample
 
 SMALL = "test_vit.r160_in1k"  # 6 blocks of 64 channels and 2 heads, patch 16
@@ -43,11 +48,16 @@ def small():
     return rule_vit(SMALL)
 
 
-def extractor(model, **kwargs):
-    return ViTExtractor(SMALL, model=model, device="cpu", **kwargs)
+def extractor(model, stride=None, **kwargs):
+    return ViTExtractor(SMALL, stride, model, "cpu", **kwargs)
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+def assert_near(found, wanted, share=1e-5):
+    """Equal within a share of the largest value."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=share * float(wanted.abs().max()))
+
+
+# ---- numbers ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,51 +65,71 @@ def golden_vits():
     return {name: rule_vit(resolve(name).tag) for name in ("dino_vits16", "dino_vits8")}
 
 
-@pytest.mark.parametrize("case", range(18))
-def test_golden(shared, golden_vits, case):
-    facts = json.loads((shared / "golden/descriptors.json").read_text())[case]
-    name, what = facts["model_type"], facts.get("what")
-    vit = ViTExtractor(
-        name, facts.get("stride"), golden_vits[name], "cpu", layer=facts["layer"], facet=facts["facet"]
-    )
-    images = rule_image(*facts["size"], 0)
+def golden_descriptors(vit, images, facts):
+    """What a golden case asks for, [1, t, C]."""
+    what = facts.get("what")
     if what == "saliency":
-        found = vit.extract_saliency_maps(images)[..., None]
-    elif what:
-        found = vit.extract_descriptors(images, bin=what == "bin", include_cls=what == "cls")[0]
-    elif facts.get("lift"):
+        return vit.extract_saliency_maps(images)[..., None]
+    if what == "bin":
+        return vit.extract_descriptors(images, bin=True)[0]
+    if what == "cls":
+        return vit.extract_descriptors(images, include_cls=True)[0]
+    if facts.get("lift"):
         lift = LiFT(vit.width, vit.patch).eval()
         lift.load_state_dict(rule_state(lift))
         with torch.no_grad():
-            found = map_to_tokens(upsample(lift, images, vit(images), facts.get("iters", 1)))
-    else:
-        found = vit.extract_descriptors(images)[0]
+            return map_to_tokens(upsample(lift, images, vit(images), facts.get("iters", 1)))
+    return vit.extract_descriptors(images)[0]
+
+
+@pytest.mark.parametrize("case", range(18))
+def test_golden(shared, golden_vits, case):
+    facts = json.loads((shared / "golden/descriptors.json").read_text())[case]
     values = np.load(shared / "golden/descriptors.npz")
+    name = facts["model_type"]
+    vit = ViTExtractor(
+        name,
+        facts.get("stride"),
+        golden_vits[name],
+        "cpu",
+        layer=facts["layer"],
+        facet=facts["facet"],
+    )
+    found = golden_descriptors(vit, rule_image(*facts["size"], 0), facts)
+
+    tolerance = 1e-4 * facts["absmax"]
+    wanted = values[f"{case:02d}_values"]
+    some = found[0].numpy()[values[f"{case:02d}_tokens"]].reshape(wanted.shape)
     assert list(found.shape) == facts["shape"]
-    some = found[0].numpy()[values[f"{case:02d}_tokens"]].reshape(values[f"{case:02d}_values"].shape)
-    assert np.abs(some - values[f"{case:02d}_values"]).max() < 1e-4 * facts["absmax"]
-    assert float(found.mean()) == pytest.approx(facts["mean"], abs=1e-4 * facts["absmax"])
+    assert np.abs(some - wanted).max() < tolerance
+    assert float(found.mean()) == pytest.approx(facts["mean"], abs=tolerance)
+
+
+SIZES = [((160, 160), 16), ((96, 160), 16), ((64, 48), 8), ((48, 48), 4)]
 
 
 @pytest.mark.parametrize("facet", FACETS)
-@pytest.mark.parametrize("size, stride", [((160, 160), 16), ((96, 160), 16), ((64, 48), 8), ((48, 48), 4)])
-def test_equals_the_whole_forward(small, facet, size, stride):
+@pytest.mark.parametrize("size, stride", SIZES)
+def test_equals_the_whole_forward(small, facet, size, stride, monkeypatch):
+    # the slow version reads positions as DINO's code does, which is for rows of BACKBONES
+    monkeypatch.setitem(BACKBONES, SMALL, resolve(SMALL))
     images = torch.cat([rule_image(*size, seed) for seed in (1, 2)])
     for layer in (0, 5):
         vit = extractor(small, layer=layer, facet=facet, stride=stride)
         slow = plain_map(small, images, layer, facet, stride)
-        torch.testing.assert_close(vit(images), slow, rtol=0, atol=1e-5 * float(slow.abs().max()))
+        assert_near(vit(images), slow)
         assert vit.width == (None if facet == "attn" else slow.shape[1])
         tokens = vit.extract_descriptors(images, include_cls=True)[:, 0]
-        slow = plain_features(small, images, layer, facet, stride)  # CLS first
-        torch.testing.assert_close(tokens, join_heads(slow), rtol=0, atol=1e-5 * float(slow.abs().max()))
+        slow_tokens = plain_features(small, images, layer, facet, stride)  # CLS first
+        assert_near(tokens, join_heads(slow_tokens))
 
 
 def test_channels_are_head_dim_major(small):
     qkv = small.blocks[5].attn.qkv
     keep = qkv.weight.data.clone()
     try:
-        qkv.weight.data[64 + 32 + 3] = 0  # key, head 1 of 2, head_dim 3 of 32: descriptor channel 3 * 2 + 1
+        # key, head 1 of 2, head_dim 3 of 32: descriptor channel 3 * 2 + 1
+        qkv.weight.data[64 + 32 + 3] = 0
         feats = extractor(small)(rule_image(64, 64, 0))
         assert torch.equal(feats[0, 7], torch.full((4, 4), float(qkv.bias[64 + 32 + 3])))
         assert feats[0, 6].std() > 0
@@ -109,16 +139,38 @@ def test_channels_are_head_dim_major(small):
 
 def test_stops_where_the_descriptor_is_complete(small):
     calls = []
-    hooks = [m.register_forward_hook(lambda m, a, y, n=name: calls.append(n)) for name, m in small.named_modules()]
+    hooks = []
+    for name, module in small.named_modules():
+
+        def note(module, args, output, name=name):
+            calls.append(name)
+
+        hooks.append(module.register_forward_hook(note))
     try:
         extractor(small, layer=2)(rule_image(64, 64, 0))
     finally:
-        [hook.remove() for hook in hooks]
-    assert calls[-1] == "blocks.2.norm1" and "blocks.1" in calls
-    assert not any(call.startswith(("blocks.2.attn", "blocks.2.mlp", "blocks.3", "norm.")) for call in calls)
-    with pytest.raises(ValueError, match="multiple of the patch"):
-        extractor(small)(torch.zeros(1, 3, 64, 50))
+        for hook in hooks:
+            hook.remove()
+    assert calls[-1] == "blocks.2.norm1"
+    assert "blocks.1" in calls
+    unwanted = ("blocks.2.attn", "blocks.2.mlp", "blocks.3", "norm.")
+    assert not any(call.startswith(unwanted) for call in calls)
     assert not any(module._forward_hooks for module in small.modules())
+
+
+def test_several_layers_and_facets_in_one_pass(small):
+    vit = extractor(small)
+    images = rule_image(64, 96, 0)
+    maps = vit(images, layer=[1, 4], facet="token")
+    for layer, found in zip([1, 4], maps):
+        assert torch.equal(found, vit(images, layer=layer, facet="token"))
+    facets = ["key", "token", "attn"]
+    for facet, found in zip(facets, vit.extract_descriptors(images, 3, facets)):
+        assert torch.equal(found, vit.extract_descriptors(images, 3, facet))
+    pairs = vit(images, layer=[5, 0], facet=["key", "value"])
+    assert torch.equal(pairs[1], vit(images, layer=0, facet="value"))
+    with pytest.raises(ValueError, match="2 layers and 3 facets do not pair"):
+        vit(images, layer=[1, 2], facet=facets)
 
 
 def test_batch_equals_single(small):
@@ -133,6 +185,14 @@ def test_built_in_eval_mode_and_frozen():
     assert not any(p.requires_grad for p in vit.parameters())
 
 
+def test_gradients_reach_the_images_if_asked(small):
+    images = rule_image(32, 32, 0).requires_grad_()
+    assert not extractor(small)(images).requires_grad
+    extractor(small, requires_grad=True)(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(p.grad is None for p in small.parameters())
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (2, 5), (7, 3), (12, 12)])
 def test_log_bin_equals_loops(grid):
     feats = torch.randn(2, 5, *grid, generator=torch.Generator().manual_seed(0))
@@ -140,30 +200,98 @@ def test_log_bin_equals_loops(grid):
 
 
 def test_saliency():
-    vit = ViTExtractor("dino_vits16", model=rule_vit("vit_small_patch16_224.dino"), device="cpu")
+    vit = ViTExtractor("dino_vits16", 16, rule_vit("vit_small_patch16_224.dino"), "cpu")
     images = torch.cat([rule_image(64, 96, seed) for seed in (0, 1)])
     found = vit.extract_saliency_maps(images)
-    slow = plain_features(vit.model, images, 11, "attn", 16)[:, [0, 2, 4, 5], 0, 1:].mean(1)  # [B, t]
+    slow = plain_features(vit.model, images, 11, "attn", 16)
+    slow = slow[:, [0, 2, 4, 5], 0, 1:].mean(1)  # [B, t]
     for one, raw in zip(found, slow):
-        torch.testing.assert_close(one, (raw - raw.min()) / (raw.max() - raw.min()), rtol=0, atol=1e-5)
+        wanted = (raw - raw.min()) / (raw.max() - raw.min())
+        torch.testing.assert_close(one, wanted, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="6 heads"):
         extractor(rule_vit(SMALL)).extract_saliency_maps(images)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.05), ("float16", 0.01)])
 def test_half_precision_is_near(small, dtype, tolerance):
-    images, exact = rule_image(64, 64, 0), extractor(small)(rule_image(64, 64, 0))
+    images = rule_image(64, 64, 0)
+    exact = extractor(small)(images)
     half = extractor(rule_vit(SMALL), dtype=dtype)(images)
     assert half.dtype == torch.float32
     assert 0 < float((half - exact).abs().max()) < tolerance * float(exact.abs().max())
 
 
-# ---- other ViTs -----------------------------------------------------------------------------------------------------
+def test_copies_and_compiles(small):
+    images = rule_image(64, 64, 0)
+    vit = extractor(small)
+    wanted = vit(images)
+    assert torch.equal(copy.deepcopy(vit)(images), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(vit))(images), wanted)
+    assert_near(torch.compile(vit)(images), wanted, 1e-4)
 
-FAMILIES = {  # name: what is special, keyword arguments that make it small
+
+# ---- the contract of dino-vit-features ----------------------------------------------------------
+
+
+def test_what_callers_of_earlier_releases_read():
+    vit = ViTExtractor("dino_vits8", 4, rule_vit("vit_small_patch8_224.dino"), "cpu")
+    assert (vit.num_patches, vit.load_size) == (None, None)
+    images = rule_image(50, 66, 0)  # no multiples of the patch: the last pixels are dropped
+    descriptors = vit.extract_descriptors(images, 11, "key", False)
+    assert vit.num_patches == (11, 15)
+    assert vit.load_size == (50, 66)
+    assert descriptors.shape == (1, 1, 11 * 15, 384)
+    assert torch.equal(descriptors, vit.extract_descriptors(images[:, :, :48, :64]))
+    assert vit.p == 8
+    assert vit.stride == (4, 4)
+    assert vit.model.patch_embed.patch_size // 2 == 4
+    assert vit.model.patch_embed.patch_size[1] == 8
+    assert tuple(vit.model.patch_embed.patch_size) == (8, 8)
+    assert vit.model_type == "dino_vits8"
+    assert (len(vit.mean), len(vit.std)) == (3, 3)
+    with pytest.raises(ValueError, match="less than one patch"):
+        vit(torch.zeros(1, 3, 7, 64))
+
+
+def test_extract_features_of_several_layers(small):
+    vit = extractor(small)
+    images = rule_image(64, 48, 0)
+    first, second = vit._extract_features(images, [1, 5], "key")
+    assert first.shape == second.shape == (1, 2, 13, 32)
+    assert torch.equal(join_heads(second)[:, 1:], vit.extract_descriptors(images)[:, 0])
+    assert vit._extract_features(images, [5], "token")[0].shape == (1, 13, 64)
+    assert vit._extract_features(images, [5], "attn")[0].shape == (1, 2, 13, 13)
+
+
+def test_static_methods_can_be_overridden_and_called(small):
+    class Mine(ViTExtractor):
+        @staticmethod
+        def create_model(model_type):
+            return small
+
+    assert Mine(SMALL, 16, device="cpu").model is small
+    model = rule_vit(SMALL)
+    assert ViTExtractor.patch_vit_resolution(model, 8) is model
+    assert model.patch_embed.proj.stride == (8, 8)
+    with pytest.raises(ValueError, match="stride 5 does not divide"):
+        ViTExtractor.patch_vit_resolution(model, 5)
+
+
+def test_cuda_on_a_machine_without_is_noted(small, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ViTExtractor(SMALL, 16, small).device.type in ("cpu", "mps")
+    err = capsys.readouterr().err
+    assert err.startswith("note: no GPU here")
+    assert err.count("\n") == 1
+
+
+# ---- other ViTs ---------------------------------------------------------------------------------
+
+FAMILIES = {  # name: keyword arguments that make it small
     "deit_tiny_distilled_patch16_224": {},  # two prefix tokens
     "vit_small_patch16_dinov3": {"depth": 2},  # rotary positions, registers, layer scale
-    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 112},  # positions of the patches only, registers, patch 14
+    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 112},
+    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 112},  # positions of patches only
     "eva02_tiny_patch14_224": {"depth": 2},  # absolute and rotary positions, separate qkv
     "vit_small_patch16_rope_mixed_224": {"depth": 2},  # rotary positions that differ by layer
     "vit_base_patch16_siglip_224": {"depth": 1},  # no CLS
@@ -171,41 +299,74 @@ FAMILIES = {  # name: what is special, keyword arguments that make it small
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_any_vit_equals_timm(name):
+def build_family(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **FAMILIES[name]).eval()
-    vit = ViTExtractor(name, model=model, device="cpu", facet="token")
+    options = {"num_classes": 0, "dynamic_img_size": True, **FAMILIES[name]}
+    return timm.create_model(name, **options).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_any_vit_equals_timm(name):
+    model = build_family(name)
+    vit = ViTExtractor(name, None, model, "cpu", facet="token")
     side = model.patch_embed.img_size[0]
-    images = torch.randn(1, 3, side, side)  # the native grid: elsewhere timm reads absolute positions its own way
-    with torch.no_grad():
-        whole = model.forward_features(images)
-        token = model.norm(vit._facet(images, vit.depth - 1, "token")[:, 0])
-        torch.testing.assert_close(token, whole, rtol=0, atol=1e-4)
-        # the last layer's attention from our parts: softmax @ value, projected, is what timm's attention gives
-        block, rotary = model.blocks[-1], vit._rotary(vit.grid(side, side))[-1]
-        seen = {}
-        hook = block.attn.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
-        model.forward_features(images)
-        hook.remove()
-        value = project(block.attn, seen["x"], "value")
-        ours = (attention(block.attn, seen["x"], **rotary) @ value).transpose(1, 2).flatten(2)
-        ours = block.attn.proj(getattr(block.attn, "norm", torch.nn.Identity())(ours))
-        torch.testing.assert_close(ours, block.attn(seen["x"], **rotary), rtol=0, atol=1e-4)
-    h, w = vit.grid(3 * vit.patch, 5 * vit.patch)
+    images = torch.randn(1, 3, side, side)
+    (token,) = vit._extract_features(images, [vit.depth - 1], "token")
+    torch.testing.assert_close(
+        model.norm(token), model.forward_features(images), rtol=0, atol=1e-4
+    )
+
+    # the last layer's attention from our parts: softmax @ value, projected, is what timm's gives
+    block = model.blocks[-1]
+    rotary = vit._rotary(vit.grid(side, side))[-1]
+    seen = {}
+
+    def note(module, args):
+        seen["x"] = args[0]
+
+    hook = block.attn.register_forward_pre_hook(note)
+    model.forward_features(images)
+    hook.remove()
+    value = project(block.attn, seen["x"], "value")
+    ours = (attention(block.attn, seen["x"], **rotary) @ value).transpose(1, 2).flatten(2)
+    if getattr(block.attn, "norm", None) is not None:
+        ours = block.attn.norm(ours)
+    ours = block.attn.proj(ours)
+    torch.testing.assert_close(ours, block.attn(seen["x"], **rotary), rtol=0, atol=1e-4)
+
     vit.facet = "key"
-    assert vit(torch.randn(1, 3, 3 * vit.patch, 5 * vit.patch)).shape == (1, vit.width, h, w) and (h, w) == (3, 5)
+    p = vit.patch
+    assert vit.grid(3 * p, 5 * p) == (3, 5)
+    assert vit(torch.randn(1, 3, 3 * p, 5 * p)).shape == (1, vit.width, 3, 5)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18", "vit_small_r26_s32_224"])
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rows, columns", [(4, 6), (17, 9)])
+@torch.no_grad()
+def test_any_vit_equals_timm_off_the_native_grid(name, rows, columns):
+    model = build_family(name)
+    vit = ViTExtractor(name, None, model, "cpu", facet="token")
+    images = torch.randn(2, 3, rows * vit.patch, columns * vit.patch)
+    last = vit.depth - 1
+    found = model.forward_intermediates(
+        images, indices=[last], norm=False, intermediates_only=True
+    )
+    torch.testing.assert_close(vit(images), found[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18", "vit_small_r26_s32_224"],
+)
 def test_what_is_no_plain_vit_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="pass a ViT of timm"):
-        try:
-            model = timm.create_model(name, num_classes=0)
-        except TypeError:
-            pytest.skip(f"{name} cannot be built here")
-        save_file(model.state_dict(), tmp_path / "x.safetensors")
-        ViTExtractor(name, device="cpu", backbone_path=tmp_path / "x.safetensors")
+    try:
+        model = timm.create_model(name, num_classes=0)
+    except TypeError:
+        pytest.skip(f"{name} cannot be built here")
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"is no plain ViT .*: pass a ViT of timm"):
+        ViTExtractor(name, None, device="cpu", backbone_path=tmp_path / "x.safetensors")
 
 
 def test_names():
@@ -213,39 +374,72 @@ def test_names():
         cfg = timm.get_pretrained_cfg(row.tag)
         assert row.mean_std == (tuple(cfg.mean), tuple(cfg.std)), name
         assert row.file or "." in row.tag, "full tags only"
-    assert resolve("vit_tiny_patch16_224").tag == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    for name, message in {
-        "vit_small_patch8_224": "no supervised weights", "vit_foo": "unknown model", "vit_tiny_patch16_224.foo": "pass one of",
-    }.items():  # fmt: skip
+    tag = resolve("vit_tiny_patch16_224").tag
+    assert tag == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    wrong = {
+        "vit_small_patch8_224": "no supervised weights",
+        "vit_foo": "unknown model",
+        "vit_tiny_patch16_224.foo": "pass one of",
+    }
+    for name, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             resolve(name)
 
 
-# ---- weight files ---------------------------------------------------------------------------------------------------
+# ---- positions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [(14, 14), (28, 28), (37, 37)])
+def test_positions_lose_no_row_at_any_size(native):
+    patches = torch.randn(1, native[0] * native[1], 1, generator=torch.Generator().manual_seed(0))
+    for n in range(1, 141):
+        found = interpolate_positions(patches, native, (n, 141 - n))
+        assert found.shape == (1, n * (141 - n), 1), n
+
+
+def test_positions_are_dinos_for_the_named_and_timms_for_others(small):
+    table = small.pos_embed
+    square = table[:, 1:].transpose(1, 2).unflatten(2, (10, 10))
+    scale = (12.1 / 10, 7.1 / 10)
+    dino = F.interpolate(square, scale_factor=scale, mode="bicubic", align_corners=False)
+    found = interpolate_positions(table[:, 1:], (10, 10), (12, 7))
+    torch.testing.assert_close(found, dino.flatten(2).transpose(1, 2))
+    timms = resample_abs_pos_embed(table[:, 1:], [12, 7], [10, 10], num_prefix_tokens=0)
+    torch.testing.assert_close(extractor(small)._positions((12, 7))[0], timms)
+
+
+# ---- weight files -------------------------------------------------------------------------------
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
 
 
 def test_backbone_files_of_every_kind(tmp_path, small):
-    state, name = small.state_dict(), SMALL
+    state = small.state_dict()
     head = {"head.weight": torch.zeros(2, 64), "head.bias": torch.zeros(2)}
+    student = {key: value + 1 for key, value in state.items()}
+    projection = {"head.mlp.0.weight": torch.zeros(1)}
+    wrapped = {**prefixed("teacher.backbone.", state), "student.x": torch.zeros(1)}
     kinds = {
         "bare.pth": state,
-        "head.pth": state | head,
-        "ddp.pth": {f"module.{k}": v for k, v in state.items()},
+        "head.pth": {**state, **head},
+        "ddp.pth": prefixed("module.", state),
         "full.pth": {
-            "student": {f"module.backbone.{k}": v + 1 for k, v in state.items()},
-            "teacher": {f"backbone.{k}": v for k, v in state.items()} | {"head.mlp.0.weight": torch.zeros(1)},
+            "student": prefixed("module.backbone.", student),
+            "teacher": {**prefixed("backbone.", state), **projection},
             "epoch": 3,
             "args": argparse.Namespace(arch="vit_small"),
         },
-        "wrapped.pth": {"state_dict": {f"teacher.backbone.{k}": v for k, v in state.items()} | {"student.x": torch.zeros(1)}},
+        "wrapped.pth": {"state_dict": wrapped},
         "model.pth": {"model": state},
     }
     for file, content in kinds.items():
         torch.save(content, tmp_path / file)
-    save_file(state | head, tmp_path / "head.safetensors")
+    save_file({**state, **head}, tmp_path / "head.safetensors")
     for file in [*kinds, "head.safetensors"]:
-        built = build_backbone(name, tmp_path / file).state_dict()
-        assert all(torch.equal(built[k], state[k]) for k in state), file
+        built = build_backbone(SMALL, tmp_path / file).state_dict()
+        assert all(torch.equal(built[key], state[key]) for key in state), file
 
 
 class Bomb:
@@ -256,18 +450,23 @@ class Bomb:
 def test_backbone_files_that_do_not_fit(tmp_path, small, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = small.state_dict()
-    short = {k: v for k, v in state.items() if k != "norm.bias"}
+    short = dict(state)
+    del short["norm.bias"]
+    other_shape = {**state, "cls_token": torch.zeros(1, 1, 8)}
     cases = {
         "missing 1.pth": (short, "missing .norm.bias."),
-        "surplus.pth": (state | {"extra.weight": torch.zeros(1)}, "1 surplus .extra.weight."),
-        "shape.pth": (state | {"cls_token": torch.zeros(1, 1, 8)}, r"cls_token \(1, 1, 8\) where \(1, 1, 64\) is wanted"),
-        "bomb.pth": ({"model": Bomb()}, "holds no weights"),
+        "surplus.pth": ({**state, "extra.weight": torch.zeros(1)}, "1 surplus .extra.weight."),
+        "shape.pth": (other_shape, r"cls_token \(1, 1, 8\) where \(1, 1, 64\) is wanted"),
+        "bomb.pth": ({"model": Bomb()}, "holds more than tensors"),
         "list.pth": ([1, 2], "holds no weights"),
-        "text.pth": (None, "holds no weights"),
+        "text.pth": (None, "damaged or holds more than tensors"),
         "text.safetensors": (None, "holds no weights"),
     }
     for file, (content, message) in cases.items():
-        (tmp_path / file).write_text("not weights") if content is None else torch.save(content, tmp_path / file)
+        if content is None:
+            (tmp_path / file).write_text("not weights")
+        else:
+            torch.save(content, tmp_path / file)
         with pytest.raises(ValueError, match=message) as caught:
             load_backbone_file(small, tmp_path / file)
         assert "\n" not in str(caught.value)
@@ -276,11 +475,8 @@ def test_backbone_files_that_do_not_fit(tmp_path, small, monkeypatch):
         load_backbone_file(small, tmp_path / "none.pth")
 
 
-def test_download_goes_through_timm(tmp_path):
-    """A hub on this machine serves one file; the weights that arrive are those."""
-    state = rule_vit(SMALL).state_dict() | {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
-    save_file(state, tmp_path / "model.safetensors")
-    content = (tmp_path / "model.safetensors").read_bytes()
+def make_hub(content):
+    """A server that offers one weight file as timm's hub does."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self, body=True):
@@ -301,11 +497,30 @@ def test_download_goes_through_timm(tmp_path):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = f"from extractor import ViTExtractor; print(float(ViTExtractor('{SMALL}', device='cpu').model.pos_embed.sum()))"
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    return server
+
+
+def test_download_goes_through_timm(tmp_path):
+    """A hub on this machine serves one file; the weights that arrive are those."""
+    state = rule_vit(SMALL).state_dict()
+    head = {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
+    save_file({**state, **head}, tmp_path / "model.safetensors")
+    server = make_hub((tmp_path / "model.safetensors").read_bytes())
+
+    code = (
+        "from extractor import ViTExtractor\n"
+        f"vit = ViTExtractor('{SMALL}', 16, device='cpu')\n"
+        "print(float(vit.model.pos_embed.sum()))"
+    )
+    env = dict(os.environ)
+    env.pop("HF_HUB_OFFLINE", None)
+    env["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    env["HF_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-c", code]
     try:
-        ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        ran = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
     finally:
         server.shutdown()
     assert ran.returncode == 0, ran.stderr
@@ -313,12 +528,42 @@ def test_download_goes_through_timm(tmp_path):
 
 
 def test_without_a_network(cli, tmp_path):
-    ran = cli("extractor", "--image_path", ROOT / "assets/sample.jpg", "--output_path", tmp_path / "x.pth")
-    assert ran.code == 2 and ran.err.count("\n") == 1
-    assert "https://huggingface.co/timm/vit_small_patch8_224.dino" in ran.err and "--backbone_path" in ran.err
+    photo = ROOT / "assets/sample.jpg"
+    ran = cli("extractor", "--image_path", photo, "--output_path", tmp_path / "x.pth")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
+    assert "https://huggingface.co/timm/vit_small_patch8_224.dino" in ran.err
+    assert "--backbone_path" in ran.err
 
 
-# ---- flags and geometry ---------------------------------------------------------------------------------------------
+def test_a_failed_connection_leaves_the_hubs_client_as_it_was(monkeypatch):
+    constants = huggingface_hub.constants
+    seen = []
+
+    def create(tag, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(extractor_module.timm, "create_model", create)
+    monkeypatch.setattr(extractor_module, "hub_unreachable", lambda: True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="cannot download"):
+        build_backbone("dino_vits16")
+    assert seen == [True]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_offline_by_the_users_will_probes_nothing(monkeypatch):
+    def probe():
+        raise AssertionError("the hub was probed")
+
+    monkeypatch.setattr(extractor_module, "hub_unreachable", probe)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot download"):
+        build_backbone("dino_vits16")
+
+
+# ---- flags and geometry -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,99 +588,105 @@ def test_device_that_is_not_there():
 
 def test_sizes(small):
     vit = extractor(small)
-    known = {
-        (448, 448, 224): (224, 224), (640, 480, 224): (304, 224), (480, 640, 224): (224, 304), (37, 500, None): (32, 496),
-        (16, 16, None): (16, 16), (24, 100, None): (32, 96), (500, 375, (224, 320)): (320, 224), (451, 300, 448): (672, 448),
-    }  # fmt: skip
-    for (width, height, load), size in known.items():
-        assert vit.size(width, height, load) == size
-    with pytest.raises(ValueError, match=r"less than one patch \(16\): pass a larger"):
-        vit.size(15, 200)
+    assert vit.size(640, 480, 224) == (304, 224)
     assert extractor(small, stride=4).grid(64, 32) == (13, 5)
 
 
 def test_preprocess_resizes_once(small, tmp_path):
     photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 100, 3), np.uint8))
     photo.save(tmp_path / "x.png")
-    images, resized = extractor(small).preprocess(tmp_path / "x.png", 48)
+    vit = extractor(small)
+    images, resized = vit.preprocess(tmp_path / "x.png", 48)
     wanted = np.asarray(photo.resize((80, 48), Image.Resampling.LANCZOS))
     assert np.array_equal(np.asarray(resized), wanted)
-    torch.testing.assert_close(images[0].permute(1, 2, 0), torch.from_numpy(wanted / 127.5 - 1).float(), rtol=0, atol=1e-6)
+    normalised = torch.from_numpy(wanted / 127.5 - 1).float()
+    torch.testing.assert_close(images[0].permute(1, 2, 0), normalised, rtol=0, atol=1e-6)
+    for same in (photo, np.asarray(photo)):
+        assert torch.equal(vit.preprocess(same, 48)[0], images)
+    torch.testing.assert_close(vit.normalize(vit.denormalize(images)), images)
+
+
+def flags(*given):
+    command = Command("")
+    add_backbone_args(command)
+    return command.parse_args([str(value) for value in given])
+
+
+def test_channel_and_patch_are_checked(rule_backbone):
+    vit = build_extractor(flags(*rule_backbone, "--channel", 192, "--patch", 16, "--device", "cpu"))
+    assert vit.facts()["stride"] == 16
+    with pytest.raises(ValueError, match="--channel 384, but vit_tiny_patch16_224 key has 192"):
+        build_extractor(flags(*rule_backbone, "--channel", 384))
+    with pytest.raises(ValueError, match=r"--patch 8, but .* has 16: leave --patch out"):
+        build_extractor(flags(*rule_backbone, "--patch", 8))
+
+
+def test_digest_knows_other_weights(small):
+    digest = extractor(small).digest
+    assert extractor(rule_vit(SMALL), dtype="bfloat16").digest == digest
+    other = rule_vit(SMALL)
+    other.norm.bias.data[0] += 1
+    assert extractor(other).digest != digest
+
+
+TWO_NETWORKS = """
+import torch
+
+def maps():
+    return torch.nn.Conv2d(3, 5, 8, stride=8)
+
+class Tokens(torch.nn.Module):
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, channels, 8, stride=8)
+    def forward(self, images):
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return torch.cat([tokens[:, :1], tokens], 1)   # a prefix token first
+
+def tokens(args):
+    return Tokens(args.channel)
+"""
+
+
+def test_ones_own_backbone(tmp_path, monkeypatch):
+    (tmp_path / "two_networks.py").write_text(TWO_NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    maps = build_extractor(flags("--my_extractor", "two_networks:maps", "--device", "cpu"))
+    tokens = build_extractor(
+        flags("--my_extractor", "two_networks:tokens", "--channel", 7, "--device", "cpu")
+    )
+    images = torch.randn(2, 3, 32, 48)
+    assert maps(images).shape == (2, 5, 4, 6)
+    assert (maps.patch, maps.width, maps.layer) == (8, 5, None)
+    assert tokens(images).shape == (2, 7, 4, 6)
+    assert tokens.mean == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(tokens(images), tokens.module.conv(images))
+    with pytest.raises(ValueError, match=r"no function two_networks:none .*: pass --my_extractor"):
+        build_extractor(flags("--my_extractor", "two_networks:none"))
+    with pytest.raises(ValueError, match="is still empty"):
+        build_extractor(flags("--my_extractor"))
 
 
 def test_own_command_line(cli, tmp_path, rule_backbone):
-    args = ["--image_path", ROOT / "assets/sample.jpg", "--load_size", 32, "--stride", 16, *rule_backbone, "--output_path"]
-    assert cli("extractor", *args, tmp_path / "x.pth").code == 0
-    assert cli("extractor", *args, tmp_path / "bin.pth", "--bin", "True").code == 0
-    plain, binned = torch.load(tmp_path / "x.pth"), torch.load(tmp_path / "bin.pth")
-    assert plain.shape == (1, 1, 6, 192) and binned.shape == (1, 1, 6, 17 * 192)
+    photo = ROOT / "assets/sample.jpg"
+    args = ["--image_path", photo, "--load_size", 32, "--stride", 16, *rule_backbone]
+    assert cli("extractor", *args, "--output_path", tmp_path / "x.pth").code == 0
+    binned_path = tmp_path / "bin.pth"
+    assert cli("extractor", *args, "--output_path", binned_path, "--bin", "True").code == 0
+    plain = torch.load(tmp_path / "x.pth")
+    binned = torch.load(binned_path)
+    assert plain.shape == (1, 1, 6, 192)
+    assert binned.shape == (1, 1, 6, 17 * 192)
     centre = binned[0, 0, :, 4 * 192 : 5 * 192]  # the fifth bin is the cell itself
     torch.testing.assert_close(centre, plain[0, 0])
 
 
-# ---- images and files -----------------------------------------------------------------------------------------------
+def test_a_missing_photo_is_told_before_a_backbone_is_built(cli, tmp_path, monkeypatch):
+    def build(args):
+        raise AssertionError("a backbone was built")
 
-GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
-
-
-def exif_rotated(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show the image rotated by 90 degrees clockwise
-    Image.fromarray(np.rot90(np.stack([GREY] * 3, -1))).save(path, exif=exif)
-
-
-READABLE = {
-    "grey.png": lambda p: Image.fromarray(GREY).save(p),
-    "16bit.png": lambda p: Image.fromarray(GREY.astype(np.uint16) * 257).save(p),
-    "float.tiff": lambda p: Image.fromarray(GREY.astype(np.float32)).save(p),
-    "palette.png": lambda p: Image.fromarray(np.stack([GREY] * 3, -1)).quantize(256).save(p),
-    "rgba.png": lambda p: Image.fromarray(np.stack([GREY] * 3 + [GREY // 2], -1)).save(p),
-    "cmyk.tiff": lambda p: Image.fromarray(np.stack([GREY] * 3, -1)).convert("CMYK").save(p),
-    "rotated.png": exif_rotated,
-}
-
-
-@pytest.mark.parametrize("name", READABLE)
-def test_images_are_read_upright_as_rgb(tmp_path, name):
-    READABLE[name](tmp_path / name)
-    image = read_image(tmp_path / name)
-    assert image.mode == "RGB" and image.size == (16, 16)
-    assert np.abs(np.asarray(image).astype(int) - GREY[..., None]).max() <= (3 if name == "palette.png" else 0)
-
-
-def test_images_that_cannot_be_read(tmp_path, monkeypatch):
-    (tmp_path / "text.jpg").write_text("hello")
-    jpeg = (ROOT / "assets/sample.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
-    (tmp_path / "empty.png").touch()
-    for name in ("text.jpg", "cut.jpg", "empty.png"):
-        with pytest.raises(ValueError, match=f"{name} is not a readable image .*: replace or remove it"):
-            read_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no image at"):
-        read_image(tmp_path / "none.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="too large"):
-        read_image(ROOT / "assets/sample.jpg")
-
-
-def test_list_images(tmp_path):
-    for name in ("b.JPG", "sub/a.png", "sub/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_images(tmp_path) == [tmp_path / "b.JPG", tmp_path / "sub/a.png"]
-    assert list_images(f"{tmp_path}/*.JPG") == [tmp_path / "b.JPG"]
-    for nothing in (tmp_path / "none", f"{tmp_path}/*.gif"):
-        with pytest.raises(ValueError, match="no images at"):
-            list_images(nothing)
-
-
-def test_replacing_keeps_what_was_there(tmp_path):
-    path = tmp_path / "new" / "x.txt"
-    with replacing(path) as temporary:
-        temporary.write_text("first")
-    with pytest.raises(OSError, match=r"cannot write .*x.txt \(boom\): free some space"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("boom")
-    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    with pytest.raises(OSError, match="cannot write"), replacing(path / "below" / "a file"):
-        pass
+    monkeypatch.setattr(extractor_module, "build_extractor", build)
+    ran = cli("extractor", "--image_path", tmp_path / "none.jpg", "--output_path", "x.pth")
+    assert ran.code == 2
+    assert "no image at" in ran.err

@@ -1,31 +1,66 @@
-"""The repository as a whole: who imports whom, what lies at the root, and that nothing declared is left unread.
+"""The repository as a whole: who imports whom, what lies at the root, and nothing left unread.
 
-All of it reads the files as syntax trees and runs none of them.
+All of it reads the files as syntax trees and runs none of them, but for `--help`.
 """
 
 import ast
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+GROUND = ("command", "photos")
 NOUNS = ("extractor", "lift")
-SCRIPTS = ("lift_extractor", "train_lift", "eval_spair", "eval_davis", "eval_tokencut", "eval_visualize_feats", "hubconf")
-FILES = {"README.md", "LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt", "pyproject.toml", ".gitignore"}
+SCRIPTS = (
+    "lift_extractor",
+    "train_lift",
+    "eval_spair",
+    "eval_davis",
+    "eval_tokencut",
+    "eval_visualize_feats",
+    "export_onnx",
+)
+PARTS = {"train_lift": "feature_cache"}  # a script's own second file
+AT_ROOT = {*GROUND, *NOUNS, *SCRIPTS, *PARTS.values(), "hubconf"}
+FILES = {
+    "README.md",
+    "LICENSE",
+    "Makefile",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "pyproject.toml",
+    ".gitignore",
+    "demo.ipynb",
+}
 FOLDERS = {"pretrained", "assets", "tests", "benchmarks", ".ci"}
-CODE = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("pretrained/*.py")))
+
+CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("pretrained/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in (*CODE, *TESTS)}
 EVERYWHERE = {path.stem for path in TREES}
 
 # what users call, or torch.hub reads, and none of our own files need
-OFFERED = {"ViTLiFTExtractor", "extract_descriptors_iterative_lift", "extract_saliency_maps", "lift_module", "dependencies"}
+OFFERED = {
+    "ViTLiFTExtractor",
+    "extract_descriptors_iterative_lift",
+    "extract_saliency_maps",
+    "patch_vit_resolution",
+    "_extract_features",
+    "p",
+    "my_extractor",
+    "lift_module",
+    "dependencies",
+}
 
 
 def label(path, node=None):
     where = path.relative_to(ROOT).as_posix()
-    return where if node is None else f"{where}:{node.lineno}"
+    if node is None:
+        return where
+    return f"{where}:{node.lineno}"
 
 
 def named(*paths):
@@ -33,7 +68,7 @@ def named(*paths):
     return [pytest.param(path, id=path.stem) for path in paths]
 
 
-# ---- who imports whom -----------------------------------------------------------------------------------------------
+# ---- who imports whom ---------------------------------------------------------------------------
 
 
 def imported(tree):
@@ -41,28 +76,34 @@ def imported(tree):
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            for alias in node.names:
+                found.add(alias.name.split(".")[0])
         if isinstance(node, ast.ImportFrom):
-            found.add((node.module or "." * node.level).split(".")[0])
+            name = node.module or "." * node.level
+            found.add(name.split(".")[0])
     return found
 
 
+def may_import(name):
+    """Which of our own files a file at the root may import."""
+    if name in GROUND or name == "hubconf":
+        return set()
+    if name in NOUNS:
+        return set(GROUND)
+    return {*GROUND, *NOUNS, PARTS.get(name)}
+
+
 @pytest.mark.parametrize("path", named(*sorted(ROOT.glob("*.py"))))
-def test_scripts_import_the_nouns_and_nouns_neither_scripts_nor_each_other(path):
-    allowed = set() if path.stem in NOUNS else set(NOUNS)
-    assert imported(TREES[path]) & EVERYWHERE <= allowed
+def test_ground_imports_nothing_nouns_the_ground_and_no_script_a_script(path):
+    assert imported(TREES[path]) & EVERYWHERE <= may_import(path.stem)
 
 
-def test_hubconf_imports_nothing_by_a_name_that_its_caller_may_have():
-    assert not imported(TREES[ROOT / "hubconf.py"]) & EVERYWHERE
-
-
-# ---- what lies at the root ------------------------------------------------------------------------------------------
+# ---- what lies at the root ----------------------------------------------------------------------
 
 
 def test_python_files_at_the_root():
-    """The nouns and the verbs: no utils.py, common.py, models.py to clash with another repository's and to fill up."""
-    assert {path.stem for path in ROOT.glob("*.py")} == {*NOUNS, *SCRIPTS}
+    """No utils.py, common.py or models.py to clash with another repository's and to fill up."""
+    assert {path.stem for path in ROOT.glob("*.py")} == AT_ROOT
 
 
 def test_root_holds_what_the_layout_names_and_nothing_else():
@@ -70,76 +111,172 @@ def test_root_holds_what_the_layout_names_and_nothing_else():
     if git.returncode:
         pytest.skip("not a git checkout, so nobody knows which files belong to it")
     tracked = {Path(line).parts[0] for line in git.stdout.splitlines()}
-    assert tracked == FILES | FOLDERS | {f"{name}.py" for name in (*NOUNS, *SCRIPTS)}
+    assert tracked == FILES | FOLDERS | {f"{name}.py" for name in AT_ROOT}
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+def test_lines_are_short():
+    long = []
+    for path in (*CODE, *TESTS):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if len(line) > 100:
+                long.append(f"{label(path)}:{number}")
+    assert not long
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+HEAVY = ("torch", "torchvision", "timm", "cv2", "scipy", "sklearn", "numpy", "PIL")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "extractor"])
+def test_help_needs_no_heavy_import(name):
+    """These take seconds; the time itself is not asserted, but printed where it fails."""
+    began = time.perf_counter()
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('{name}.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        f"    loaded = [name for name in {HEAVY} if name in sys.modules]\n"
+        "    raise SystemExit(f'loaded {loaded}' if loaded else stop.code)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{ran.stderr} after {time.perf_counter() - began:.1f} s"
+    assert "--model_type" in ran.stdout
+
+
+# ---- flags --------------------------------------------------------------------------------------
 
 
 def declared(tree):
-    """{name in the Namespace: its add_argument call} of a tree; `add = parser.add_argument` may shorten the name."""
-    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    short = {node.targets[0].id for node in assigned if getattr(node.value, "attr", "") == "add_argument"}
+    """{name in the Namespace: its add_argument call} of a tree.
+
+    `add = parser.add_argument` may shorten the name.
+    """
+    short = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and getattr(node.value, "attr", "") == "add_argument":
+            short.add(node.targets[0].id)
+
     found = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and (
-            getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") in short
-        ):
-            flags = [arg.value for arg in node.args]
-            first = next((flag for flag in flags if flag.startswith("--")), flags[0])
-            given = {keyword.arg: keyword.value for keyword in node.keywords}
-            found[given["dest"].value if "dest" in given else first.lstrip("-").replace("-", "_")] = node
+        if not isinstance(node, ast.Call):
+            continue
+        method = getattr(node.func, "attr", "")
+        function = getattr(node.func, "id", "")
+        if method != "add_argument" and function not in short:
+            continue
+        flags = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        if not flags:
+            continue
+        first = flags[0]
+        for flag in reversed(flags):
+            if flag.startswith("--"):
+                first = flag
+        name = first.lstrip("-").replace("-", "_")
+        for keyword in node.keywords:
+            if keyword.arg == "dest":
+                name = keyword.value.value
+        found[name] = node
     return found
 
 
 def flags_read(tree):
     """{name: node} of all that a tree reads off `args` (as a variable or as an attribute)."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
-    return {node.attr: node for node in nodes if getattr(node.value, "id", getattr(node.value, "attr", "")) == "args"}
+    found = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+            continue
+        owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+        if owner == "args":
+            found[node.attr] = node
+    return found
+
+
+def flags_set(tree):
+    """Names that a tree sets as attributes, `args.tau = ...` among them."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return found
 
 
 def unread(tree):
-    """Names of the flags that a tree declares and does not read; checking a range by getattr is no reading."""
+    """Names of the flags that a tree declares and does not read; a check of a range is no reading."""
     return sorted(declared(tree).keys() - flags_read(tree).keys())
+
+
+# declared by the ground floor, read by the nouns; and flags of the release that never did anything
+READ_ELSEWHERE = {
+    "command": set(declared(TREES[ROOT / "command.py"])),
+}
 
 
 @pytest.mark.parametrize("path", named(*CODE))
 def test_every_flag_is_read_and_every_flag_read_exists(path):
-    """Where it is declared; what is read may also come from a noun, or be set on `args` there."""
+    """Where it is declared; what is read may also come from the ground, or be set on `args`."""
     tree = TREES[path]
-    assert not [f"{label(path, declared(tree)[name])} --{name}" for name in unread(tree)]
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
-    known = {node.attr for node in nodes}.union(declared(tree), *(declared(TREES[ROOT / f"{noun}.py"]) for noun in NOUNS))
-    assert not [f"{label(path, node)} args.{name}" for name, node in flags_read(tree).items() if name not in known]
+    forgotten = set(unread(tree)) - READ_ELSEWHERE.get(path.stem, set())
+    assert not [f"{label(path, declared(tree)[name])} --{name}" for name in sorted(forgotten)]
+
+    known = flags_set(tree) | set(declared(tree)) | set(declared(TREES[ROOT / "command.py"]))
+    for name, node in flags_read(tree).items():
+        assert name in known, f"{label(path, node)} args.{name}"
+
+
+def test_what_the_ground_declares_is_read_by_the_nouns():
+    read = set()
+    for noun in NOUNS:
+        read |= set(flags_read(TREES[ROOT / f"{noun}.py"]))
+    assert set(declared(TREES[ROOT / "command.py"])) <= read
 
 
 def test_an_unread_flag_is_found():
-    tree = ast.parse("add = p.add_argument\nadd('-x', '--first-one')\np.add_argument('--b', dest='c')\nprint(args.first_one, b)")
-    assert declared(tree).keys() == {"first_one", "c"} and unread(tree) == ["c"]
+    tree = ast.parse(
+        "add = p.add_argument\n"
+        "add('-x', '--first-one')\n"
+        "p.add_argument('--b', dest='c')\n"
+        "print(args.first_one, b)"
+    )
+    assert declared(tree).keys() == {"first_one", "c"}
+    assert unread(tree) == ["c"]
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names --------------------------------------------------------------------------------------
 
 
 def top_level(tree):
-    """{name: node} of the functions, classes and variables at the top of a module; imports are ruff's."""
+    """{name: node} of the functions, classes and variables at the top; imports are ruff's."""
     found = {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found[node.name] = node
-        for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            found |= {n.id: node for n in ast.walk(target) if isinstance(n, ast.Name)} if target else {}
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for target in targets:
+            if target is None:
+                continue
+            for inner in ast.walk(target):
+                if isinstance(inner, ast.Name):
+                    found[inner.id] = node
     return found
 
 
 def methods(tree):
     """{name: node} of the methods of a tree's classes."""
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    return {node.name: node for c in classes for node in c.body if isinstance(node, ast.FunctionDef)}
+    found = {}
+    for owner in ast.walk(tree):
+        if not isinstance(owner, ast.ClassDef):
+            continue
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = node
+    return found
 
 
 def mentioned(tree):
-    """All names a tree reads: variables, attributes, imported names, keywords, and words of strings such as getattr's."""
+    """All names a tree reads: variables, attributes, imports, and words such as getattr's."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -148,8 +285,9 @@ def mentioned(tree):
             found.add(node.attr)
         if isinstance(node, ast.ImportFrom):
             found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            found.add(node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value.isidentifier():
+                found.add(node.value)
     return found
 
 
@@ -159,23 +297,40 @@ MENTIONED = {path: mentioned(tree) for path, tree in TREES.items()}
 def unused(names, *readers):
     """Those of {name: node} that are in none of the sets `readers`, dunders and tests apart."""
     known = set().union(*readers)
-    return {name: node for name, node in names.items() if name not in known and not name.startswith(("__", "test_", "pytest_"))}
+    found = {}
+    for name, node in names.items():
+        if name not in known and not name.startswith(("__", "test_", "pytest_")):
+            found[name] = node
+    return found
 
 
 @pytest.mark.parametrize("path", named(*CODE, *TESTS))
 def test_every_name_is_used(path):
-    """By code other than tests, apart from what is offered to users and the slow versions that tests compare with."""
-    readers = CODE if path.parent == ROOT else TREES
-    names = top_level(TREES[path]) | (methods(TREES[path]) if path in CODE else {})
-    found = unused(names, *(MENTIONED[reader] for reader in readers))
-    assert not [f"{label(path, node)} {name}" for name, node in found.items() if name not in OFFERED]
+    """By code other than tests, apart from what users are offered and the slow versions."""
+    readers = TREES
+    if path.parent == ROOT:
+        readers = CODE
+    names = top_level(TREES[path])
+    if path in CODE:
+        names.update(methods(TREES[path]))
+    found = unused(names, *[MENTIONED[reader] for reader in readers])
+    assert not [f"{label(path, found[name])} {name}" for name in found if name not in OFFERED]
 
 
 def test_an_unused_name_is_found():
-    tree = ast.parse("A, b = 1, 2\nC: int = b\ndef f(): return f2()\nclass K:\n    def m(self): return getattr(self, 'C')")
-    assert unused(top_level(tree) | methods(tree), mentioned(tree)).keys() == {"A", "f", "K", "m"}
+    tree = ast.parse(
+        "A, b = 1, 2\n"
+        "C: int = b\n"
+        "def f(): return f2()\n"
+        "class K:\n"
+        "    def m(self): return getattr(self, 'C')"
+    )
+    names = {**top_level(tree), **methods(tree)}
+    assert unused(names, mentioned(tree)).keys() == {"A", "f", "K", "m"}
 
 
 def test_what_is_offered_exists():
-    names = set().union(*(top_level(TREES[path]).keys() | methods(TREES[path]).keys() for path in CODE))
+    names = set()
+    for path in CODE:
+        names |= set(top_level(TREES[path])) | set(methods(TREES[path]))
     assert names >= OFFERED
