@@ -204,7 +204,7 @@ def flags_set(tree):
 
 
 def unread(tree):
-    """Names of the flags that a tree declares and does not read; a check of a range is no reading."""
+    """Flags that a tree declares and does not read; a check of a range is no reading."""
     return sorted(declared(tree).keys() - flags_read(tree).keys())
 
 
@@ -285,9 +285,9 @@ def mentioned(tree):
             found.add(node.attr)
         if isinstance(node, ast.ImportFrom):
             found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value.isidentifier():
-                found.add(node.value)
+        word = getattr(node, "value", None)
+        if isinstance(node, ast.Constant) and isinstance(word, str) and word.isidentifier():
+            found.add(word)
     return found
 
 
