@@ -23,16 +23,19 @@ def rule_state(module):
     """A state_dict for `module` that depends on nothing but its names and shapes (the rule of golden/README.md)."""
     state = {}
     for name, value in module.state_dict().items():
-        random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(value.numel())
-        n = torch.from_numpy(random.astype(np.float32)).reshape(value.shape)
+        random = np.random.RandomState(zlib.crc32(name.encode()))
+        n = torch.from_numpy(random.standard_normal(value.numel()).astype(np.float32))
+        n = n.reshape(value.shape)
         if name.endswith("num_batches_tracked"):
             n = torch.zeros_like(value)
         elif name.endswith("running_var"):
             n = 0.5 + n.abs()
-        elif n.ndim == 1:
-            n = 1 + 0.1 * n if name.endswith("weight") else 0.1 * n
+        elif n.ndim == 1 and name.endswith("weight"):
+            n = 1 + 0.1 * n
+        elif n.ndim == 1 or name in ("pos_embed", "cls_token"):
+            n = 0.1 * n
         else:
-            n = 0.1 * n if name in ("pos_embed", "cls_token") else np.float32(0.04) * n
+            n = np.float32(0.04) * n
         state[name] = n
     return state
 
@@ -40,9 +43,12 @@ def rule_state(module):
 def rule_image(height, width, seed):
     """A smooth random image [1, 3, H, W], used as if normalised (the rule of golden/README.md)."""
     rng = np.random.RandomState(seed)
-    small = torch.from_numpy(rng.standard_normal((1, 3, height // 16 + 1, width // 16 + 1)).astype(np.float32))
-    noise = torch.from_numpy(rng.standard_normal((1, 3, height, width)).astype(np.float32))
-    return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False) + 0.1 * noise
+    small = rng.standard_normal((1, 3, height // 16 + 1, width // 16 + 1)).astype(np.float32)
+    noise = rng.standard_normal((1, 3, height, width)).astype(np.float32)
+    smooth = F.interpolate(
+        torch.from_numpy(small), size=(height, width), mode="bilinear", align_corners=False
+    )
+    return smooth + 0.1 * torch.from_numpy(noise)
 
 
 def rule_vit(tag):
@@ -68,7 +74,8 @@ def golden_lift(shared):
 @pytest.fixture(scope="session")
 def vit_tiny(shared):
     """Flags of the real vit_tiny_patch16_224."""
-    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(shared / "weights/vit_tiny_patch16_224.safetensors")]
+    path = shared / "weights/vit_tiny_patch16_224.safetensors"
+    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(path)]
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +105,11 @@ def cli(capfd):
     """cli("eval_spair", "--flag", value...) runs that script's command line in this process -> Ran(code, out, err)."""
 
     def run(script, *args):
-        module, code = importlib.import_module(script), 0
+        module = importlib.import_module(script)
+        code = 0
         capfd.readouterr()
         try:
-            module.parser().run(module.main, [str(a) for a in args])
+            module.parser().run(module.main, [str(value) for value in args])
         except SystemExit as stop:
             code = stop.code or 0
         return Ran(code, *capfd.readouterr())
