@@ -1,295 +1,253 @@
 r"""Train a LiFT module for one frozen backbone on any folder of photos (LiFT paper, section 3.2).
 
-    python train_lift.py --dataroot FOLDER --model_type dino_vits16 --save_every 1 --epochs 5 --lr 0.001 --augment \
-        --loss cosine --batch_size 256 --output_dir lift_imagenet_trains
-    torchrun --nproc_per_node 8 train_lift.py --dataroot FOLDER --batch_size 32 --dtype bfloat16 --workers 8
-    python train_lift.py --dataroot FOLDER --cache_features CACHE --residual --epochs 30 --optimizer adamw --schedule cosine
-    python train_lift.py ... --resume                             # go on where a stopped or killed run was
-    python train_lift.py --evaluate lift.pth --val_dataroot FOLDER [FOLDER ...] --model_type dino_vits16
+    python train_lift.py --dataroot FOLDER --model_type dino_vits16 --save_every 1 --epochs 5 \
+        --lr 0.001 --augment --loss cosine --batch_size 256 --output_dir lift_imagenet_trains
+    torchrun --nproc_per_node 8 train_lift.py --dataroot FOLDER --dtype bfloat16 --workers 8
+    python train_lift.py --dataroot FOLDER --cache_features CACHE --residual --epochs 30 \
+        --optimizer adamw --schedule cosine
+    python train_lift.py ... --resume          # go on where a stopped or killed run was
+    python train_lift.py --evaluate lift.pth --val_dataroot FOLDER [FOLDER ...] \
+        --model_type dino_vits16
 
-The backbone sees a photo at S, S/2 and S/4 pixels; LiFT learns to make its features at S from those at S/2, and at S/2 from
-those at S/4. Written to OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}: `lift_{epoch}.pth` and `lift.pth` (bare
-state_dicts), `lift.json` (what they are for and how they were made), `last.pth` (for --resume), `metrics.jsonl`.
+The backbone sees a photo at S, S/2 and S/4 pixels. LiFT learns to make its features at S from those
+at S/2, and those at S/2 from those at S/4.
 
-Every epoch prints, on photos held out (--val_dataroot, else 2 % of --dataroot), the mean cosine of the features at S with those
-that LiFT, bilinear and nearest interpolation make at S/2, and with those that LiFT and bilinear make in two steps at S/4: a
-module that is not above bilinear is not worth using. The last line is JSON: settings, metrics, photos that could not be read.
+A run is written to OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}: `lift_{epoch}.pth` and
+`lift.pth` (bare state_dicts), `lift.json` (what they are for and how they were made), `last.pth`
+(for --resume) and `metrics.jsonl`.
 
-Every random choice follows from --seed, epoch and photo alone, so neither --workers, nor a stop and --resume, nor the number of
-processes changes what is seen: N processes with batch b equal one with N*b (on GPUs batch norm is synchronised; on CPUs each
-process normalises its own b photos). On a CPU the same command gives the same weights, to the bit.
+Every epoch prints what the module is worth on photos held out: --val_dataroot, else 2 % of
+--dataroot. It is the mean cosine of the backbone's features at S with those that LiFT, bilinear and
+nearest interpolation make at S/2, and with those that LiFT and bilinear make in two steps at S/4. A
+module that is not above bilinear is not worth using. `_centred` is the same after the mean feature
+of the training photos was subtracted from both sides: the raw cosine also rewards features that
+all look like that mean. The last line is JSON: settings, metrics, photos that could not be read.
+
+Every random choice follows from --seed, epoch and photo alone. So neither --workers, nor a stop and
+--resume, nor the number of processes changes what is seen: N processes with batch b equal one with
+N*b. (On GPUs batch norm is synchronised; on CPUs each process normalises its own b photos.) On a
+CPU the same command gives the same weights, to the bit. On CUDA float32 means float32, not TF32;
+--dtype bfloat16 is the fast way.
 
 ViT-S/16 at 448 on one CPU core: 1.6 photos/s in float32, 3.4 in bfloat16, 23 from cached features.
 """
 
-import hashlib
-import importlib
-import inspect
-import io
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from command import (
+    Command,
+    add_backbone_args,
+    check_range,
+    difference,
+    first_line,
+    rank,
+    record,
+    report,
+    save_tensors,
+    settings,
+    world_size,
+    write_text,
+)
+
+LOSSES = ("cosine", "l1", "l2", "centred", "both")  # see loss_between
+
+# Flags that may change at --resume, because they do not decide the weights
+ONLY_HOW = (
+    "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "json", "compile",
+    "output_dir", "cache_features",
+)  # fmt: skip
+
+LARGEST_LR = 1e37  # Adam's first steps are up to ten times as long, and must be float32 numbers
+FEW_STEPS = 500  # the modules of pretrained/ took a few thousand
+FEW_PHOTOS = 10  # to validate on
+CENTRE_PHOTOS = 64  # that the mean feature is estimated on
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", help="folder of photos, with or without subfolders")
+    add(
+        "--output_dir",
+        default="lift_imagenet_trains",
+        help="where runs are written, each into a folder of its own (default: %(default)s)",
+    )
+    add("--imsize", type=int, default=448, help="S, a multiple of 4 patches (default: 448)")
+    add("--augment", action="store_true", help="jitter colours")
+    add("--loss", default="cosine", help=f"{', '.join(LOSSES)} (default: cosine)")
+    add("--epochs", type=int, default=100, help="passes over the photos (default: 100)")
+    add("--batch_size", type=int, default=64, help="photos a step and process (default: 64)")
+    add("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
+    add("--save_every", type=int, default=1, help="epochs between lift_{epoch}.pth (default: 1)")
+    add("--resume", action="store_true", help="go on from the folder's last.pth")
+    add(
+        "--seed", type=int, default=0,
+        help="of initialisation, order, jitter and held-out photos (default: 0)",
+    )  # fmt: skip
+    add_backbone_args(command)
+
+    add = command.add_argument_group("validation").add_argument
+    add("--val_dataroot", nargs="+", help="folders to measure on, instead of held-out photos")
+    add("--val_fraction", type=float, default=0.02, help="share held out (default: 0.02)")
+    add("--evaluate", metavar="LIFT", help="do not train: measure this file on --val_dataroot")
+    add("--tensorboard", action="store_true", help="show the metrics in TensorBoard")
+    add("--json", help="write the last line to this file too")
+
+    add = command.add_argument_group("beyond the paper").add_argument
+    add("--residual", action="store_true", help="LiFT adds to the bilinearly doubled features")
+    add("--attend", type=int, default=0, metavar="R", help="LiFT weighs features R cells around")
+    add(
+        "--downsample", choices=("stride", "resize"), default="stride",
+        help="halve photos by every 2nd pixel, or antialiased (default: stride)",
+    )  # fmt: skip
+    add("--single_scale", action="store_true", help="learn S/2 to S alone, not S/4 to S/2")
+    add("--optimizer", choices=("adam", "adamw"), default="adam", help="(default: adam)")
+    add("--weight_decay", type=float, default=0.0, help="(default: 0)")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr")
+    add("--warmup", type=int, default=0, help="steps until --lr is reached (default: 0)")
+    add("--ema", type=float, default=0.0, help="use an average of the weights, e.g. 0.999")
+    add("--accumulate", type=int, default=1, help="batches an optimizer step (default: 1)")
+
+    add = command.add_argument_group("speed").add_argument
+    add(
+        "--workers", type=int, default=min(8, os.cpu_count() - 1),
+        help="processes that read photos, each rank (default: %(default)s)",
+    )  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile backbone and LiFT")
+    add("--cache_features", metavar="DIR", help="compute the frozen features once, in float16")
+    add("--views", type=int, default=4, help="augmented views a photo in the cache (default: 4)")
+    add(
+        "--save_steps", type=int, default=500,
+        help="steps between two last.pth, 0: at ends of epochs only (default: 500)",
+    )  # fmt: skip
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import ColorJitter, Normalize
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
 from tqdm import tqdm
 
-from extractor import (
-    DTYPES,
-    Command,
-    ViTExtractor,
-    add_backbone_args,
-    first_line,
-    list_images,
-    pick_device,
-    read_image,
-    replacing,
-    settings,
-)  # fmt: skip
-from lift import LiFT, double, load_lift, tokens_to_map, upsample
+from extractor import DenseExtractor, ViTExtractor, build_extractor
+from feature_cache import cached, ignore_signals, images_and_features
+from lift import LiFT, double, load_lift, upsample
+from photos import list_images, read_image
 
-LEVELS, FEATURES = ("full", "half", "quarter"), ("f1", "f2", "f3")  # a photo at S, S/2 and S/4 pixels, and its features
-# Flags that may change at --resume
-ONLY_HOW = ("epochs", "resume", "save_every", "save_steps", "workers", "device", "tensorboard", "json", "compile")
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+Key = tuple[int, int]  # (epoch, index): a photo, and the seed of its jitter
 
-
-# ---- one's own backbone ---------------------------------------------------------------------------------------------
-
-
-def my_extractor(args):
-    """Bare --my_extractor trains on what this returns: write it. `args` are the flags."""
-    raise ValueError(
-        "my_extractor(args) in train_lift.py is still empty: return there a module that takes images [B, 3, H, W] to "
-        "[B, C, h, w] or [B, h*w, C], or pass --my_extractor module:function"
-    )
-
-
-class MyExtractor(nn.Module):
-    """Any module from images [B, 3, H, W] to [B, C, h, w] or [B, h*w, C], used like a ViTExtractor.
-
-    Its attributes `mean` and `std`, where it has them, normalise the images, else ImageNet's do. Tokens before the last
-    h*w ones (CLS, registers) are dropped where [B, T, C] comes from a square image.
-    """
-
-    def __init__(self, module, name, imsize, device, dtype):
-        super().__init__()
-        self.device, self.dtype, self.name, self.tag = pick_device(device, dtype), DTYPES[dtype], name, name
-        self.module = module.to(self.device, self.dtype).requires_grad_(False).eval()
-        self.layer = self.facet = None
-        self.mean, self.std = getattr(module, "mean", (0.485, 0.456, 0.406)), getattr(module, "std", (0.229, 0.224, 0.225))
-        self.normalize = Normalize(self.mean, self.std)
-        self.width, rows, _ = probe(self, imsize)
-        self.patch = self.stride = imsize // rows
-
-    @torch.no_grad()
-    def forward(self, images):
-        """Square normalised images [B, 3, S, S] -> map [B, C, h, h] float32."""
-        x = self.module(images.to(self.device, self.dtype))
-        if x.ndim == 3:
-            side = math.isqrt(x.shape[1])
-            x = tokens_to_map(x[:, -side * side :], (side, side))
-        return x.float()
-
-
-def call_function(name, args):
-    """Call `module:function`, with the flags if it takes an argument. ValueError if there is no such function."""
-    module, _, function = name.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no function {name} ({error}): pass --my_extractor module:function") from error
-    return build(args) if inspect.signature(build).parameters else build()
-
-
-def build_extractor(args):
-    """The frozen backbone that the flags ask for. ValueError where it cannot take the three sizes that training needs."""
-    if args.my_extractor is None:
-        extractor = ViTExtractor.from_args(args)
-    else:
-        module = call_function(args.my_extractor, args)
-        extractor = MyExtractor(module, args.my_extractor, args.imsize, args.device, args.dtype)
-    patch = extractor.patch
-    if args.imsize % (4 * patch):
-        near = max(4 * patch, args.imsize // (4 * patch) * 4 * patch)
-        raise ValueError(f"--imsize {args.imsize} is no multiple of 4 patches of {patch}: pass --imsize {near}")
-    if extractor.stride != patch:
-        raise ValueError(f"LiFT is trained on the patch grid: leave out --stride {extractor.stride}")
-    for size in (args.imsize, args.imsize // 2, args.imsize // 4):
-        found, wanted = probe(extractor, size), (extractor.width, size // patch, size // patch)
-        if found != wanted:
-            what = f"{extractor.name} gives maps of {found} at {size} pixels, not {wanted}"
-            raise ValueError(f"{what}: pass another backbone or facet")
-    return extractor
-
-
-def probe(extractor, size):
-    """The (C, h, w) that a square image of `size` pixels gets. ValueError where the backbone does not take it."""
-    try:
-        return tuple(extractor(torch.zeros(1, 3, size, size)).shape[1:])
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{extractor.name} does not take {size} pixels ({reason}): pass a backbone that does") from error
-
-
-# ---- photos ---------------------------------------------------------------------------------------------------------
+# ---- photos -------------------------------------------------------------------------------------
 
 
 class Photos(Dataset):
-    """Photos as uint8 pyramids: photos[epoch, index] -> {"full": [3, S, S], "half", "quarter", "broken"}.
+    """Photos as pyramids of uint8 squares.
 
-    A photo that cannot be read is replaced by the next one that can, and its index returned as `broken` (else -1). With
-    `augment` the colours are jittered, by a seed made of (seed, epoch, index). ValueError if no photo can be read.
+    photos[epoch, index] is a dict: "full" [3, S, S], "half" and "quarter", and "broken". A photo
+    that cannot be read is replaced by the next one that can, and its index given as "broken", else
+    -1. With `augment` the colours are jittered, by a seed made of (seed, epoch, index).
+
+    It holds paths and numbers only, so that it is cheap to send to a loader's workers.
+
+    Raises:
+        ValueError: no photo can be read.
     """
 
-    def __init__(self, paths, imsize, downsample="stride", augment=False, seed=0):
-        self.paths, self.imsize, self.downsample, self.seed = paths, imsize, downsample, seed
-        self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2) if augment else None
+    def __init__(
+        self,
+        paths: list[Path],
+        imsize: int,
+        downsample: str = "stride",
+        augment: bool = False,
+        seed: int = 0,
+    ):
+        self.paths = paths
+        self.imsize = imsize
+        self.downsample = downsample
+        self.seed = seed
+        self.jitter = None
+        if augment:
+            self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        for at in itertools.chain(range(index, len(self)), range(index)):
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
             try:
-                image = read_image(self.paths[at])
+                image = read_image(self.paths[candidate])
             except (ValueError, OSError):
                 continue
-            return self.pyramid(image, (self.seed, epoch, index)) | {"broken": -1 if at == index else index}
+            levels = self.pyramid(image, (self.seed, epoch, index))
+            broken = -1
+            if candidate != index:
+                broken = index
+            return {**levels, "broken": broken}
         raise ValueError(f"none of the {len(self)} photos can be read: pass another --dataroot")
 
-    def pyramid(self, image, seed):
+    def pyramid(self, image, seed: tuple[int, int, int]) -> dict[str, Tensor]:
+        """A PIL image as squares of S, S/2 and S/4 pixels; `seed` is that of its jitter."""
         image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
         if self.jitter:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+                one_number = np.random.SeedSequence(seed).generate_state(1)[0]
+                torch.manual_seed(int(one_number))
                 image = self.jitter(image)
+
         full = pil_to_tensor(image)
         if self.downsample == "stride":
-            half, quarter = full[:, ::2, ::2], full[:, ::4, ::4]
+            half = full[:, ::2, ::2]
+            quarter = full[:, ::4, ::4]
         else:
-            half, quarter = (resize(full, [self.imsize // k] * 2, antialias=True) for k in (2, 4))
+            half = resize(full, [self.imsize // 2] * 2, antialias=True)
+            quarter = resize(full, [self.imsize // 4] * 2, antialias=True)
         return {"full": full, "half": half.contiguous(), "quarter": quarter.contiguous()}
 
 
-class Cached(Dataset):
-    """What Photos gives, with the frozen features f1, f2, f3 in place of the full image, from one file of fixed-size records."""
+def split(args) -> tuple[list[Path], list[Path]]:
+    """Paths to train on and to validate on: --val_dataroot, or --val_fraction drawn by --seed."""
+    paths = list_images(args.dataroot)
+    if args.val_dataroot:
+        val_paths = []
+        for root in args.val_dataroot:
+            val_paths += list_images(root)
+        return paths, val_paths
 
-    def __init__(self, path, record, views, paths):
-        self.path, self.record, self.views, self.paths = path, record, views, paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        records = np.memmap(self.path, self.record, "r")
-        row = records[epoch % self.views * len(self) + index]
-        return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
-
-
-def cached(photos, extractor, folder, views, batch_size, workers):
-    """Compute the frozen features of `views` passes over `photos` once, into a file of `folder`, and return them as a Dataset.
-
-    The file is named by a hash of everything the features depend on. It is written record by record, so that a stopped
-    run goes on where it was; a second process waits for the first one. OSError where they do not fit on the disk.
-    """
-    record, path = record_type(extractor, photos.imsize), Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
-    dataset, part = Cached(path, record, views, photos.paths), path.with_suffix(".part")
-    if path.exists():
-        return dataset
-    keys = [(view, i) for view in range(views) for i in range(len(photos))]
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab") as file:
-            lock(file)
-            if not path.exists():
-                fill(file, record, photos, extractor, keys, batch_size, workers)
-                part.rename(path)
-    except OSError as error:
-        raise OSError(f"cannot write {part} ({error}): make room or pass another --cache_features") from error
-    part.unlink(missing_ok=True)  # of a process that had to wait
-    return dataset
+    count = int(args.val_fraction * len(paths))
+    order = np.random.RandomState(args.seed).permutation(len(paths))
+    held_out = set(order[:count].tolist())
+    train_paths = [path for index, path in enumerate(paths) if index not in held_out]
+    val_paths = [paths[index] for index in sorted(held_out)]
+    return train_paths, val_paths
 
 
-def lock(file):
-    """Wait until no other process fills this file."""
-    import fcntl  # not on Windows, where only --cache_features is lost
-
-    fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def record_type(extractor, imsize):
-    """The numpy type of one photo's record: its smaller images, its features at three sizes, and the broken mark."""
-    s, c, n = imsize, extractor.width, imsize // extractor.patch
-    maps = [(f"f{k + 1}", "f2", (c, n >> k, n >> k)) for k in range(3)]
-    return np.dtype([("half", "u1", (3, s // 2, s // 2)), ("quarter", "u1", (3, s // 4, s // 4)), *maps, ("broken", "i8")])
-
-
-def cache_key(photos, extractor):
-    """A hash of all that frozen features depend on: backbone and its weights, precision, files, sizes, augmentation."""
-    key = hashlib.sha256()
-    facts = (extractor.tag, extractor.layer, extractor.facet, str(extractor.dtype), extractor.mean, extractor.std)
-    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in photos.paths]
-    augment = photos.seed if photos.jitter else None
-    key.update(repr((facts, files, photos.imsize, photos.downsample, augment)).encode())
-    for name, value in extractor.state_dict().items():
-        key.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return key.hexdigest()[:20]
-
-
-def fill(file, record, photos, extractor, keys, batch_size, workers):
-    """Append the records of `keys` that `file` lacks, in the same batches as if it had been empty."""
-    done = file.tell() // record.itemsize // batch_size * batch_size
-    file.truncate(done * record.itemsize)
-    missing, free = (len(keys) - done) * record.itemsize, shutil.disk_usage(Path(file.name).parent).free
-    if missing > free:
-        raise OSError(f"{missing >> 20} MiB are needed, {free >> 20} are free")
-    batches = [keys[at : at + batch_size] for at in range(done, len(keys), batch_size)]
-    loader = DataLoader(photos, batch_sampler=batches, num_workers=workers)
-    for batch in tqdm(loader, "features", unit="batch", disable=None):
-        images, feats = scales(batch, extractor)
-        rows = np.zeros(len(images[0]), record)
-        for name, values in zip(record.names, (batch["half"], batch["quarter"], *feats, batch["broken"])):
-            rows[name] = values.cpu().numpy()
-        file.write(rows.tobytes())
-    file.flush()
-
-
-def scales(batch, extractor, levels=3):
-    """A batch of Photos or Cached -> its images [B, 3, S/k, S/k], normalised, and features [B, C, S/k/p, S/k/p], k = 1, 2, 4.
-
-    `levels` is how many of these are wanted. The full image of a cached batch is missing: None.
-    """
-
-    def moved(name):
-        return batch[name].to(extractor.device, non_blocking=True).float()
-
-    images = [extractor.normalize(moved(level) / 255) if level in batch else None for level in LEVELS[:levels]]
-    return images, [moved(feats) if feats in batch else extractor(image) for image, feats in zip(images, FEATURES)]
-
-
-def stream(n, batch_size, epochs, rank, world, seed, skip):
-    """Yield this rank's batches of (epoch, index) over all epochs, the first `skip` left out."""
+def stream(
+    n: int, batch_size: int, epochs: int, rank: int, world: int, seed: int, skip: int
+) -> Iterator[list[Key]]:
+    """Yield this process's batches of n photos over all epochs, the first `skip` left out."""
     sampler = DistributedSampler(range(n), world, rank, seed=seed)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -301,69 +259,177 @@ def stream(n, batch_size, epochs, rank, world, seed, skip):
                 yield keys[at : at + batch_size]
 
 
-def in_order(photos, batch_size, rank=0, world=1):
-    """This rank's batches of (0, index), each photo once."""
+def in_order(photos: Dataset, batch_size: int, rank: int = 0, world: int = 1) -> list[list[Key]]:
+    """This process's batches of keys, each photo once."""
     keys = [(0, index) for index in range(rank, len(photos), world)]
     return [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
 
 
-def split(args):
-    """Paths to train on and to validate on: --val_dataroot, or --val_fraction of the photos, drawn by --seed."""
-    paths = list_images(args.dataroot)
-    if args.val_dataroot:
-        return paths, [path for root in args.val_dataroot for path in list_images(root)]
-    held_out = set(np.random.RandomState(args.seed).permutation(len(paths))[: int(args.val_fraction * len(paths))].tolist())
-    return [p for i, p in enumerate(paths) if i not in held_out], [paths[i] for i in sorted(held_out)]
+def make_loader(
+    dataset: Dataset, keys: Iterable[list[Key]], args, extractor: DenseExtractor
+) -> DataLoader:
+    """A DataLoader over batches of keys, whose workers stay and leave signals to this process."""
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=args.workers,
+        pin_memory=extractor.device.type == "cuda",
+        persistent_workers=args.workers > 0,
+        worker_init_fn=ignore_signals,
+    )
 
 
-# ---- what is optimised and what is measured -------------------------------------------------------------------------
+# ---- what is optimised --------------------------------------------------------------------------
 
 
-def cosine_loss(out, target):
-    """Mean over all positions of 1 - cos."""
+def cosine_distance(out: Tensor, target: Tensor) -> Tensor:
+    """Mean over all positions of 1 - cos, of maps [B, C, h, w]."""
     return 1 - F.cosine_similarity(out, target, dim=1).mean()
 
 
-LOSSES = {"cosine": cosine_loss, "l1": F.l1_loss, "l2": F.mse_loss}
+def loss_between(loss: str, out: Tensor, target: Tensor, centre: Tensor | None) -> Tensor:
+    """One of LOSSES between two maps [B, C, h, w].
+
+    Args:
+        loss: cosine, l1 and l2 are the paper's. centred is the cosine after `centre` was subtracted
+            from both sides, both is the sum of the two cosines.
+        centre: the mean feature [C, 1, 1]; only for these two.
+    """
+    if loss == "l1":
+        return F.l1_loss(out, target)
+    if loss == "l2":
+        return F.mse_loss(out, target)
+    if loss == "cosine":
+        return cosine_distance(out, target)
+    centred = cosine_distance(out - centre, target - centre)
+    if loss == "centred":
+        return centred
+    return cosine_distance(out, target) + centred
 
 
 class Objective(nn.Module):
-    """The loss of LiFT: images at S/2, S/4 and features at S, S/2, S/4 -> scalar (LiFT paper, section 3.2)."""
+    """The loss of LiFT over all scales, as a module (LiFT paper, section 3.2)."""
 
-    def __init__(self, lift, loss):
+    def __init__(self, lift: nn.Module, loss: str, centre: Tensor | None = None):
         super().__init__()
-        self.lift, self.loss = lift, LOSSES[loss]
+        self.lift = lift
+        self.loss = loss
+        self.centre = centre
 
-    def forward(self, images, feats):
-        return sum(self.loss(self.lift(x, low).float(), high) for x, low, high in zip(images, feats[1:], feats))
+    def forward(self, images: list[Tensor], feats: list[Tensor]) -> Tensor:
+        """Images at S/2 (and S/4), and features at S, S/2 (and S/4) -> scalar."""
+        total = 0.0
+        for level, image in enumerate(images):
+            finer, coarser = feats[level], feats[level + 1]
+            out = self.lift(image, coarser).float()
+            total = total + loss_between(self.loss, out, finer, self.centre)
+        return total
 
 
 @torch.no_grad()
-def evaluate(extractor, lift, loader, precision=nullcontext):
-    """Mean cosine, over all positions of all photos, with the backbone's own features at S, of what is made from S/2 and S/4.
+def mean_feature(
+    photos: Dataset, extractor: DenseExtractor, rank: int = 0, world: int = 1
+) -> Tensor:
+    """The mean of the features at S over up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
 
-    `loader` gives batches of Photos or Cached. Returns a dict: photos, unreadable (paths), and in -1..1 lift, bilinear, nearest
-    (from S/2), lift_twice, bilinear_twice (from S/4). Over the processes of a torchrun the photos are added up.
+    Each process takes its share of them.
     """
-    sums, broken = torch.zeros(6), set()
+    count = min(len(photos), CENTRE_PHOTOS)
+    chosen = [number * len(photos) // count for number in range(count)]
+    mine = chosen[rank::world]
+
+    total = torch.zeros(extractor.width, dtype=torch.float64)
+    for at in range(0, len(mine), 8):
+        batch = default_collate([photos[0, index] for index in mine[at : at + 8]])
+        _, feats = images_and_features(batch, extractor, levels=1)
+        total += feats[0].mean((2, 3)).cpu().double().sum(0)
+
+    everywhere = torch.tensor(gather(total.tolist()), dtype=torch.float64)  # [processes, C]
+    mean = everywhere.sum(0) / count
+    return mean.float()[:, None, None].to(extractor.device)
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    extractor: DenseExtractor,
+    lift: nn.Module,
+    loader: DataLoader,
+    centre: Tensor,
+    precision: Callable = nullcontext,
+    levels: int = 3,
+) -> dict[str, Any]:
+    """Measure what is made of smaller photos against the backbone's own features at S.
+
+    Over the processes of a torchrun the photos are added up.
+
+    Args:
+        loader: gives batches of Photos or Cached.
+        centre: the mean feature [C, 1, 1].
+        levels: 2 leaves out what is made from S/4.
+    Returns:
+        photos and unreadable (paths); mean cosines over all positions of all photos, in -1..1:
+        lift, bilinear and nearest (from S/2), lift_twice and bilinear_twice (from S/4); and each of
+        these with `_centred` behind its name.
+    """
+    names = ["lift", "bilinear", "nearest", "lift_twice", "bilinear_twice"]
+    if levels == 2:
+        names = names[:3]
+    totals = torch.zeros(2 * len(names), dtype=torch.float64)
+    photos = 0
+    broken = set()
+
     for batch in loader:
-        (_, half, quarter), (f1, f2, f3) = scales(batch, extractor)
+        images, feats = images_and_features(batch, extractor, levels)
+        target = feats[0]
         with precision():
-            made = [upsample(lift, half, f2), upsample(lift, quarter, f3, 2)]
-        made[1:1] = [double(f2), F.interpolate(f2, scale_factor=2)]
-        made.append(F.interpolate(f3, scale_factor=4, mode="bilinear"))
-        values = torch.stack([torch.ones_like(f1[:, 0])] + [F.cosine_similarity(m, f1) for m in made])  # [6, B, h, w]
+            made = [upsample(lift, images[1], feats[1])]
+        made.append(double(feats[1]))
+        made.append(F.interpolate(feats[1], scale_factor=2))
+        if levels == 3:
+            with precision():
+                made.append(upsample(lift, images[2], feats[2], iterations=2))
+            made.append(F.interpolate(feats[2], scale_factor=4, mode="bilinear"))
+
+        cosines = []
+        for x in made:
+            cosines.append(F.cosine_similarity(x, target))
+            cosines.append(F.cosine_similarity(x - centre, target - centre))
+        per_photo = torch.stack(cosines).mean((2, 3)).cpu().double()  # [2 * names, B]
+
         read = batch["broken"] < 0
-        sums = sums + values.mean((2, 3)).cpu().double()[:, read].sum(1)
-        broken.update(str(loader.dataset.paths[i]) for i in batch["broken"][~read].tolist())
-    n, *cosines = map(sum, zip(*gather(sums.tolist())))
-    names = ("lift", "bilinear", "nearest", "lift_twice", "bilinear_twice")
-    results = {name: round(value / max(n, 1), 5) for name, value in zip(names, cosines)}
-    return {"photos": int(n), **results, "unreadable": sorted(set().union(*gather(broken)))}
+        totals += per_photo[:, read].sum(1)
+        photos += int(read.sum())
+        broken.update(str(loader.dataset.paths[index]) for index in batch["broken"][~read].tolist())
+
+    told = gather((photos, totals, broken))
+    photos = sum(of_one for of_one, _, _ in told)
+    totals = sum(of_one for _, of_one, _ in told)
+    unreadable = set().union(*[of_one for _, _, of_one in told])
+
+    means = (totals / max(photos, 1)).tolist()
+    results: dict[str, Any] = {"photos": photos}
+    for name, raw, centred in zip(names, means[::2], means[1::2]):
+        results[name] = round(raw, 5)
+        results[f"{name}_centred"] = round(centred, 5)
+    results["unreadable"] = sorted(unreadable)
+    return results
 
 
-def gather(value):
-    """The values of all processes, as a list."""
+def note_below_bilinear(results: dict[str, Any]) -> None:
+    """Say so where a module was measured below the interpolation that it is to replace."""
+    if rank() == 0 and results["photos"] and results["lift"] < results["bilinear"]:
+        print(
+            f"note: LiFT ({results['lift']:.2f}) is below bilinear interpolation "
+            f"({results['bilinear']:.2f}), so this module is not worth using. What usually helps: "
+            "more steps (a smaller --batch_size, more --epochs), more photos, --residual"
+        )
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -371,180 +437,393 @@ def gather(value):
     return values
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- one run ------------------------------------------------------------------------------------
 
 
 class Run:
-    """All that changes while training, and the folder it is written to: LiFT, its average, optimizer, schedule, step, metrics."""
+    """All that changes while training, and the folder it is written to.
 
-    def __init__(self, args, extractor, total):
+    Attributes: lift, ema (its average, or None), optimizer, schedule, centre (the mean feature, or
+    None before it is known), step, losses (of this epoch), metrics (a dict an epoch), broken (paths
+    of photos that could not be read).
+
+    Args:
+        folder: of its files.
+        total: optimizer steps of all epochs.
+        photos: how many there are to train on.
+    """
+
+    def __init__(self, args, extractor: DenseExtractor, folder: Path, total: int, photos: int):
+        self.args = args
+        self.extractor = extractor
+        self.folder = folder
+
         torch.manual_seed(args.seed)
-        self.lift = LiFT(extractor.width, extractor.patch, residual=args.residual).to(extractor.device)
+        lift = LiFT(
+            extractor.width,
+            extractor.patch,
+            pre_shape=False,
+            post_shape=False,
+            residual=args.residual,
+            attend=args.attend,
+        )
+        self.lift = lift.to(extractor.device)
         if dist.is_initialized() and extractor.device.type == "cuda":
             self.lift = nn.SyncBatchNorm.convert_sync_batchnorm(self.lift)
-        self.ema = AveragedModel(self.lift, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
-        self.optimizer = OPTIMIZERS[args.optimizer](self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, total, args.schedule, args.warmup))
-        self.step, self.losses, self.metrics, self.broken = 0, [], [], set()
-        self.args, self.extractor, self.folder, self.origin = args, extractor, run_folder(args), origin(args, extractor)
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        self.settings = json.loads(json.dumps(settings(args))) | {"processes": processes}  # plain types, as last.pth needs
+        self.ema = None
+        if args.ema:
+            average = get_ema_multi_avg_fn(args.ema)
+            self.ema = AveragedModel(self.lift, multi_avg_fn=average, use_buffers=True)
 
-    def parts(self):
+        optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = optimizer(
+            self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
+        )
+        factor = partial(lr_factor, total=total, schedule=args.schedule, warmup=args.warmup)
+        self.schedule = LambdaLR(self.optimizer, factor)
+
+        self.centre: Tensor | None = None
+        self.sample: tuple[Tensor, Tensor] | None = None
+        self.step = 0
+        self.losses: list[float] = []
+        self.metrics: list[dict[str, Any]] = []
+        self.broken: set[str] = set()
+
+        facts = {**extractor.facts(), "channel": extractor.width, "patch": extractor.patch}
+        self.settings = settings(
+            args, **facts, device=str(extractor.device), processes=world_size()
+        )
+        self.record = record(
+            args,
+            leave_out=ONLY_HOW,
+            paths=("dataroot", "val_dataroot"),
+            **facts,
+            cached=args.cache_features is not None,
+            photos=photos,
+            processes=world_size(),
+        )
+
+    def parts(self) -> dict[str, Any]:
         """What has a state_dict, by name."""
-        named = {"lift": self.lift, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
-        return {name: part for name, part in named.items() if part is not None}
+        parts = {"lift": self.lift, "optimizer": self.optimizer, "schedule": self.schedule}
+        if self.ema:
+            parts["ema"] = self.ema
+        return parts
 
-    def advance(self):
+    def best(self) -> nn.Module:
+        """The module to use and to ship: the average where there is one."""
+        if self.ema:
+            return self.ema.module
+        return self.lift
+
+    def advance(self) -> None:
         """Count an optimizer step."""
         self.schedule.step()
         if self.ema:
             self.ema.update_parameters(self.lift)
         self.step += 1
 
-    def read(self, losses, broken, stop):
-        """Take in the last steps' losses (scalar tensors) and unread photos of all processes; returns a stop signal or 0.
+    def read(self, losses: list[Tensor], broken: set[str], stop: int) -> int:
+        """Take in what the last steps told all processes.
 
-        ValueError where a loss is not finite.
+        Args:
+            losses: a scalar a step.
+            broken: paths of photos that could not be read.
+            stop: a signal, or 0.
+        Returns:
+            A signal that any process has got, or 0.
+        Raises:
+            ValueError: a loss or a weight is not finite.
         """
-        told = gather((torch.stack(losses).tolist(), broken, stop))
-        losses = np.mean([values for values, _, _ in told], axis=0).tolist()
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                kept = f"{self.folder} keeps what was saved before"
-                raise ValueError(f"the loss is {loss} at step {step} ({kept}): pass a smaller --lr and another --output_dir")
-        self.losses += losses
-        self.broken.update(*(broken for _, broken, _ in told))
-        return max(stop for _, _, stop in told)
+        weights = self.lift.state_dict().values()
+        finite = bool(torch.stack([value.isfinite().all() for value in weights]).all())
+        told = gather((torch.stack(losses).tolist(), broken, stop, finite))
 
-    def end_epoch(self, speed, val_loader, precision):
-        """Measure the module on the held-out photos and add a line to metrics.jsonl."""
-        results = {"epoch": len(self.metrics) + 1, "step": self.step, "loss": float(np.mean(self.losses)), "photos_per_s": speed}
+        means = np.mean([of_one for of_one, _, _, _ in told], axis=0).tolist()
+        first = self.step - len(means) + 1
+        for step, loss in enumerate(means, first):
+            if not math.isfinite(loss):
+                raise self.diverged(f"the loss is {loss} at step {step}")
+        if not all(finite for _, _, _, finite in told):
+            raise self.diverged(f"the weights are not finite after step {self.step}")
+
+        self.losses += means
+        for _, paths, _, _ in told:
+            self.broken |= paths
+        return max(stop for _, _, stop, _ in told)
+
+    def diverged(self, what: str) -> ValueError:
+        """The error of a run that has come to numbers that are not finite."""
+        kept = f"{self.folder} keeps what was saved before"
+        return ValueError(f"{what} ({kept}): pass a smaller --lr and another --output_dir")
+
+    @torch.no_grad()
+    def check_output(self) -> None:
+        """Raise ValueError unless the module still gives finite features.
+
+        The last step of an epoch may have spoilt the weights, and no later loss would show it.
+        """
+        image, feats = self.sample
+        out = upsample(self.best().eval(), image, feats)
+        self.lift.train()
+        if not out.isfinite().all():
+            raise self.diverged(f"the features are not finite after step {self.step}")
+
+    def end_epoch(self, speed: float, val_loader: DataLoader, precision: Callable) -> None:
+        """Measure the module on the held-out photos and add a line to metrics.jsonl.
+
+        Args:
+            speed: photos a second.
+        """
+        self.check_output()
+        results = {
+            "epoch": len(self.metrics) + 1,
+            "step": self.step,
+            "loss": float(np.mean(self.losses)),
+            "photos_per_s": speed,
+        }
         if val_loader.dataset.paths:
-            results["val"] = evaluate(self.extractor, self.best().eval(), val_loader, precision)
+            lift = self.best().eval()
+            val = evaluate(self.extractor, lift, val_loader, self.centre, precision)
             self.lift.train()
+            if not math.isfinite(val["lift"] + val["lift_twice"]):
+                raise self.diverged(f"the features are not finite after step {self.step}")
+            results["val"] = val
         self.losses = []
         self.metrics.append(results)
-        write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+        if rank() == 0:
+            lines = [json.dumps(line, allow_nan=False) + "\n" for line in self.metrics]
+            write_text(self.folder / "metrics.jsonl", "".join(lines))
 
-    def best(self):
-        """The module to use and to ship: the average where there is one."""
-        return self.ema.module if self.ema else self.lift
-
-    def export(self, name):
+    def export(self, name: str) -> None:
         """Write the module as a bare state_dict, and what it is for beside it as lift.json."""
-        write_tensors(self.folder / name, {key: value.cpu().contiguous() for key, value in self.best().state_dict().items()})
-        text = json.dumps(self.origin | {"metrics": self.metrics[-1], "settings": self.settings}, indent=1)
-        write(self.folder / "lift.json", (text + "\n").encode())
+        if rank() > 0:
+            return
+        state = {}
+        for key, value in self.best().state_dict().items():
+            state[key] = value.cpu().contiguous()
+        save_tensors(self.folder / name, state)
 
-    def save(self):
+        extractor = self.extractor
+        origin = {
+            "backbone": extractor.tag,
+            "digest": extractor.digest,
+            "model_type": extractor.name,
+            "layer": extractor.layer,
+            "facet": extractor.facet,
+            "patch": extractor.patch,
+            "width": extractor.width,
+            "mean": extractor.mean,
+            "std": extractor.std,
+            "residual": self.args.residual,
+            "attend": self.args.attend,
+            "downsample": self.args.downsample,
+            "imsize": self.args.imsize,
+            "data": self.args.dataroot,
+            "metrics": self.metrics[-1],
+            "settings": self.settings,
+        }
+        text = json.dumps(origin, indent=1, allow_nan=False)
+        write_text(self.folder / "lift.json", text + "\n")
+
+    def save(self) -> None:
         """Write last.pth, all that --resume needs: the step is the sampler's position too."""
+        if rank() > 0:
+            return
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        state |= {name: getattr(self, name) for name in ("step", "losses", "metrics", "settings")}
-        write_tensors(self.folder / "last.pth", state | {"broken": sorted(self.broken), "rng": torch.get_rng_state()})
+        state["record"] = self.record
+        state["centre"] = self.centre
+        state["step"] = self.step
+        state["losses"] = self.losses
+        state["metrics"] = self.metrics
+        state["broken"] = sorted(self.broken)
+        state["rng"] = torch.get_rng_state()
+        save_tensors(self.folder / "last.pth", state)
 
-    def resume(self):
-        """Go on from last.pth, if there is one already. ValueError if it is one of another run."""
+    def resume(self) -> None:
+        """Go on from last.pth, if there is one already.
+
+        Raises:
+            ValueError: it is damaged, or one of a run with other settings.
+        """
         path = self.folder / "last.pth"
         if not path.is_file():
             return
         try:
             last = torch.load(path, map_location="cpu", weights_only=True)
-            changed = {name: value for name, value in last["settings"].items() if value != self.settings.get(name)}
-            if not changed.keys() - {*ONLY_HOW, "versions"}:
+            changed = difference(last["record"], self.record)
+            if not changed:
                 self.restore(last)
-                return
         except Exception as error:  # damaged files raise nearly anything
-            raise ValueError(f"{path} is damaged ({first_line(error)}): remove it, and start again") from error
-        name = min(changed.keys() - {*ONLY_HOW, "versions"})
-        raise ValueError(f"{path} was made with --{name} {changed[name]}: pass the same, or another --output_dir")
+            remedy = "remove it, and start again"
+            raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
 
-    def restore(self, last):
+        remedy = "pass the same"
+        if changed.startswith("processes"):
+            remedy = f"start it by torchrun --nproc_per_node {last['record']['processes']}"
+        if changed:
+            raise ValueError(f"{path} was made with {changed}: {remedy}, or another --output_dir")
+
+    def restore(self, last: dict[str, Any]) -> None:
         """Take over what `save` wrote."""
         for name, part in self.parts().items():
             part.load_state_dict(last[name])
-        self.step, self.losses, self.metrics = int(last["step"]), list(last["losses"]), list(last["metrics"])
+        if last["centre"] is not None:
+            self.centre = last["centre"].to(self.extractor.device)
+        self.step = int(last["step"])
+        self.losses = list(last["losses"])
+        self.metrics = list(last["metrics"])
         self.broken = set(last["broken"])
         torch.set_rng_state(last["rng"])
 
 
-def run_folder(args):
-    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and the options that make another kind of module."""
-    name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
-    kinds = ["residual"] * args.residual + ["resize"] * (args.downsample == "resize") + ["single"] * args.single_scale
-    parts = [name, args.lr, args.loss, "aug" if args.augment else "noaug", args.imsize, *kinds]
-    return Path(args.output_dir) / "_".join(map(str, parts))
+def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
+    """The share of --lr at an optimizer step.
 
-
-def origin(args, extractor):
-    """What a module is for, as load_lift checks it, and what it was trained on."""
-    facts = {"backbone": extractor.tag, "model_type": extractor.name}
-    facts |= {name: getattr(extractor, name) for name in ("layer", "facet", "patch", "width", "mean", "std")}
-    return facts | {"residual": args.residual, "downsample": args.downsample, "imsize": args.imsize, "data": args.dataroot}
-
-
-def lr_factor(step, total, schedule, warmup):
-    """Share of --lr at an optimizer step: linear over `warmup` steps, then constant or half a cosine down to 0."""
-    decay = 0.5 * (1 + math.cos(math.pi * min(step / total, 1))) if schedule == "cosine" else 1.0
+    It grows linearly over `warmup` steps, then is constant or falls as half a cosine down to 0.
+    """
+    decay = 1.0
+    if schedule == "cosine":
+        progress = min(step / total, 1)
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
     return decay * min(1.0, (step + 1) / (warmup + 1))
 
 
-def write(path, data):
-    """Replace the file by these bytes, in the first process. OSError, in one line, on a full disk; the old file then stays."""
-    if not quiet():
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+# ---- the folder of a run ------------------------------------------------------------------------
 
 
-def write_tensors(path, tensors):
-    """torch.save to memory first: its own writer turns a full disk into an error that does not say so."""
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write(path, buffer.getvalue())
+def run_folder(args, extractor: DenseExtractor) -> Path:
+    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and what makes another module."""
+    name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
+    augment = "aug" if args.augment else "noaug"
+    parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
+
+    if isinstance(extractor, ViTExtractor):
+        if extractor.layer != extractor.depth - 1:
+            parts.append(f"layer{extractor.layer}")
+        if extractor.facet != "key":
+            parts.append(extractor.facet)
+    if args.residual:
+        parts.append("residual")
+    if args.attend:
+        parts.append(f"attend{args.attend}")
+    if args.downsample == "resize":
+        parts.append("resize")
+    if args.single_scale:
+        parts.append("single")
+    return Path(args.output_dir) / "_".join(parts)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+def try_to_write(folder: str) -> None:
+    """Make the folder and a file in it: better that this fails now than after an epoch.
+
+    Raises:
+        OSError: in one line that ends in the remedy.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remedy = "pass another --output_dir"
+        raise OSError(f"cannot write into {folder} ({first_line(error)}): {remedy}") from error
 
 
-def start_processes(args):
-    """Join the other processes of a torchrun, if it is one; returns this one's rank and their number."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of the folder.
+
+    The lock is the system's, on the folder itself: it leaves no file, and ends with the process.
+
+    Raises:
+        ValueError: another training has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is no such lock
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        what = f"another training is writing into {folder}"
+        raise ValueError(f"{what}: wait for it, or pass another --output_dir") from error
+    except OSError:
+        pass  # some network file systems have no locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
-def quiet():
-    """Whether this is another process than the first of a torchrun: it writes and prints nothing."""
-    return dist.is_initialized() and dist.get_rank() > 0
+# ---- training -----------------------------------------------------------------------------------
+
+
+def start_processes(args) -> None:
+    """Join the other processes of a torchrun, if it is one."""
+    if world_size() == 1:
+        return
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
 
 
 class Stop:
-    """Remembers a SIGINT or SIGTERM until the step is done; a second one acts at once."""
+    """A context that remembers SIGINT or SIGTERM until the step is done; a later one acts at once.
 
-    def __init__(self):
+    Not one that comes within a second: torchrun passes on what a terminal has sent to all processes
+    already.
+    """
+
+    def __enter__(self) -> "Stop":
         self.signal = 0
-        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.caught_at = 0.0
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.catch)
+        return self
 
-    def catch(self, number, frame):
-        self.signal = number
-        self.restore()
-
-    def restore(self):
+    def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def catch(self, number: int, frame) -> None:
+        """The handler of both signals."""
+        if not self.signal:
+            self.signal = number
+            self.caught_at = time.monotonic()
+        elif time.monotonic() - self.caught_at > 1:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
-def train_step(model, batches, count, extractor, optimizer, precision=nullcontext, levels=3):
-    """One optimizer step on the mean loss of `count` batches; returns it (a scalar tensor) and the indices of unread photos."""
-    total, broken = 0, []
-    for i, batch in enumerate(batches, 1):
-        images, feats = scales(batch, extractor, levels)
-        with model.no_sync() if dist.is_initialized() and i < count else nullcontext():
+
+def train_step(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    count: int,
+    extractor: DenseExtractor,
+    optimizer: torch.optim.Optimizer,
+    precision: Callable = nullcontext,
+    levels: int = 3,
+) -> tuple[Tensor, list[int]]:
+    """One optimizer step on the mean loss of `count` batches.
+
+    Returns:
+        The loss, a scalar tensor, and the indices of photos that could not be read.
+    """
+    total = 0
+    broken = []
+    for number, batch in enumerate(batches, 1):
+        images, feats = images_and_features(batch, extractor, levels)
+        # processes share their gradients at the last batch only
+        alone = nullcontext()
+        if dist.is_initialized() and number < count:
+            alone = model.no_sync()
+        with alone:
             with precision():
                 loss = model(images[1:], feats) / count
             loss.backward()
@@ -555,207 +834,332 @@ def train_step(model, batches, count, extractor, optimizer, precision=nullcontex
     return total, broken
 
 
-def train(run, model, loader, val_loader, precision, batches):
-    """Train until all epochs of `batches` batches are complete, or until a signal says stop (then SystemExit).
+def train(
+    run: Run,
+    model: nn.Module,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    precision: Callable,
+    batches: int,
+) -> None:
+    """Train until all epochs are complete, or until a signal says stop.
 
-    On a GPU losses are read every 10 steps only, so that it need not wait for them. ValueError where one is not finite.
+    On a GPU losses are read every 10 steps only, so that it need not wait for them.
+
+    Args:
+        batches: of an epoch, in each process.
+    Raises:
+        ValueError: a loss is not finite.
+        SystemExit: after a signal; last.pth is saved.
     """
-    args, paths, tell, losses, broken = run.args, loader.dataset.paths, reporter(run.args, run.folder), [], set()
-    levels, often = 2 if args.single_scale else 3, 1 if run.extractor.device.type == "cpu" else 10
-    steps, loader = math.ceil(batches / args.accumulate), iter(loader)
-    each = len(paths) / steps  # photos a step
-    bar = tqdm(total=args.epochs * len(paths), initial=run.step * each, unit="photo", unit_scale=True, disable=quiet() or None)
-    stop, began, begun_at = Stop(), time.time(), run.step
-    while run.step < args.epochs * steps:
-        count = min(args.accumulate, batches - run.step % steps * args.accumulate)
-        group = itertools.islice(loader, count)
-        loss, unread = train_step(model, group, count, run.extractor, run.optimizer, precision, levels)
-        run.advance()
-        losses.append(loss)
-        broken.update(str(paths[i]) for i in unread)
-        bar.update(each)
-        end, save = run.step % steps == 0, args.save_steps and run.step % args.save_steps == 0
-        if not (end or save or len(losses) == often):
-            continue
-        stopping = run.read(losses, broken, stop.signal)
-        losses, broken = [], set()
-        bar.set_postfix(epoch=math.ceil(run.step / steps), loss=f"{run.losses[-1]:.4f}")
-        if end:
-            run.end_epoch(round((run.step - begun_at) * each / (time.time() - began), 2), val_loader, precision)
-            tell(run.metrics[-1])
-            if len(run.metrics) % args.save_every == 0:
-                run.export(f"lift_{len(run.metrics)}.pth")
-            began, begun_at = time.time(), run.step
-        if end or save or stopping:
-            run.save()
-        if stopping:
-            print(f"stopped by {signal.Signals(stopping).name} after step {run.step}: pass --resume to go on", file=sys.stderr)
-            raise SystemExit(128 + stopping)
-    stop.restore()
-    bar.close()
+    args = run.args
+    paths = loader.dataset.paths
+    steps = math.ceil(batches / args.accumulate)  # of an epoch
+    photos_a_step = len(paths) / steps
+    levels = 2 if args.single_scale else 3
+    read_every = 1 if run.extractor.device.type == "cpu" else 10
+    tensorboard = open_tensorboard(args, run.folder)
+
+    losses: list[Tensor] = []
+    broken: set[str] = set()
+    bar = tqdm(
+        total=args.epochs * len(paths),
+        initial=run.step * photos_a_step,
+        unit="photo",
+        unit_scale=True,
+        disable=rank() > 0 or None,
+    )
+    with bar, Stop() as stop:
+        coming = iter(loader)
+        began = time.time()
+        began_at = run.step
+        while run.step < args.epochs * steps:
+            batches_done = run.step % steps * args.accumulate
+            count = min(args.accumulate, batches - batches_done)
+            group = itertools.islice(coming, count)
+            loss, unread = train_step(
+                model, group, count, run.extractor, run.optimizer, precision, levels
+            )
+            run.advance()
+            losses.append(loss)
+            broken.update(str(paths[index]) for index in unread)
+            bar.update(photos_a_step)
+
+            epoch_ends = run.step % steps == 0
+            save = args.save_steps > 0 and run.step % args.save_steps == 0
+            if not epoch_ends and not save and len(losses) < read_every:
+                continue
+            stopped_by = run.read(losses, broken, stop.signal)
+            losses = []
+            broken = set()
+            bar.set_postfix(epoch=math.ceil(run.step / steps), loss=f"{run.losses[-1]:.4f}")
+
+            if epoch_ends:
+                speed = (run.step - began_at) * photos_a_step / (time.time() - began)
+                run.end_epoch(round(speed, 2), val_loader, precision)
+                tell(run.metrics[-1], tensorboard)
+                epoch = len(run.metrics)
+                if epoch % args.save_every == 0:
+                    run.export(f"lift_{epoch}.pth")
+                began = time.time()
+                began_at = run.step
+            if epoch_ends or save or stopped_by:
+                run.save()
+            if stopped_by:
+                if rank() == 0:
+                    name = signal.Signals(stopped_by).name
+                    remedy = "pass --resume to go on"
+                    print(f"stopped by {name} after step {run.step}: {remedy}", file=sys.stderr)
+                raise SystemExit(128 + stopped_by)
 
 
-def reporter(args, folder):
-    """A function that prints an epoch's results, and with --tensorboard shows them there. ValueError if it is not installed."""
-    if quiet():
-        return lambda results: None
-    writer = None
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
-        writer = SummaryWriter(folder)
+def open_tensorboard(args, folder: Path):
+    """TensorBoard's writer in the first process, with --tensorboard, else None.
 
-    def tell(results):
-        flat = {name: value for name, value in (results | results.get("val", {})).items() if isinstance(value, int | float)}
-        tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in flat.items()))
-        for name, value in flat.items():
-            if writer:
-                writer.add_scalar(name, value, results["step"])
-
-    return tell
+    Raises:
+        ValueError: it is not installed.
+    """
+    if not args.tensorboard or rank() > 0:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        what = "--tensorboard needs a package that is not installed"
+        raise ValueError(f"{what}: pip install tensorboard") from error
+    return SummaryWriter(folder)
 
 
-def load(dataset, keys, args, extractor):
-    """A DataLoader over lists of (epoch, index), whose workers stay."""
-    return DataLoader(
-        dataset, batch_sampler=keys, num_workers=args.workers, pin_memory=extractor.device.type == "cuda",
-        persistent_workers=args.workers > 0, worker_init_fn=ignore_interrupt,
-    )  # fmt: skip
+def tell(results: dict[str, Any], tensorboard) -> None:
+    """Print an epoch's results as a line, and show them in TensorBoard where there is one."""
+    if rank() > 0:
+        return
+    numbers = {}
+    for name, value in {**results, **results.get("val", {})}.items():
+        if isinstance(value, int | float):
+            numbers[name] = value
+    tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
+    if tensorboard:
+        for name, value in numbers.items():
+            tensorboard.add_scalar(name, value, results["step"])
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches every process: the workers go on, so that the main one can finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def prepare(lift, args, extractor):
-    """The loss module, distributed and compiled as asked, and the precision it runs in."""
+def prepare(
+    lift: nn.Module, args, extractor: DenseExtractor, centre: Tensor | None = None
+) -> tuple[nn.Module, Callable]:
+    """The loss as a module, distributed and compiled as asked, and the precision it runs in."""
     torch.backends.cudnn.benchmark = True  # sizes stay the same
-    model = Objective(lift.to(memory_format=torch.channels_last), args.loss)
+    model: nn.Module = Objective(lift.to(memory_format=torch.channels_last), args.loss, centre)
     if args.compile:
         model.compile()
-        for part in extractor.model.blocks if isinstance(extractor, ViTExtractor) else [extractor.module]:
-            part.compile()  # blocks share their code: one compilation for all
+        parts = [getattr(extractor, "module", None)]
+        if isinstance(extractor, ViTExtractor):
+            parts = extractor.model.blocks  # they share their code: one compilation for all
+        for part in parts:
+            part.compile()
     if dist.is_initialized():
         model = DistributedDataParallel(model)
-    low = partial(torch.autocast, extractor.device.type, torch.bfloat16)
-    return model, nullcontext if extractor.dtype == torch.float32 else low
+
+    precision: Callable = nullcontext
+    if extractor.dtype != torch.float32:
+        precision = partial(torch.autocast, extractor.device.type, torch.bfloat16)
+    return model, precision
 
 
-def check(args):
-    """ValueError for flags that make no run."""
+# ---- the command --------------------------------------------------------------------------------
+
+
+def check(args) -> None:
+    """Raise ValueError or FileNotFoundError for flags that make no run, before anything is read."""
     if args.loss not in LOSSES:
         raise ValueError(f"unknown --loss {args.loss}: pass one of {', '.join(LOSSES)}")
-    if not (args.val_dataroot if args.evaluate else args.dataroot):
-        raise ValueError("nothing to do: pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot FOLDER to measure")
-    for name in ("epochs", "batch_size", "imsize", "save_every", "accumulate", "views"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: pass 1 or more")
-    if args.resume or args.evaluate or not run_folder(args).is_dir():
+    needed = args.val_dataroot if args.evaluate else args.dataroot
+    if not needed:
+        raise ValueError(
+            "nothing to do: pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot "
+            "FOLDER to measure"
+        )
+    if args.evaluate and not Path(args.evaluate).is_file():
+        remedy = "train one with --dataroot or correct --evaluate"
+        raise FileNotFoundError(f"no LiFT checkpoint at {args.evaluate}: {remedy}")
+    check_range(
+        args, epochs=1, batch_size=1, imsize=1, save_every=1, accumulate=1, views=1, seed=0,
+        warmup=0, save_steps=0, workers=0, weight_decay=0, attend=0, val_fraction=0, ema=0,
+    )  # fmt: skip
+    if args.val_fraction >= 1:
+        what = f"--val_fraction {args.val_fraction} leaves no photo to train on"
+        raise ValueError(f"{what}: pass less than 1")
+    if args.ema >= 1:
+        raise ValueError(f"--ema {args.ema} never moves: pass less than 1, e.g. 0.999")
+    if not 0 <= args.lr <= LARGEST_LR:
+        raise ValueError(f"--lr {args.lr} is no learning rate: pass a smaller one, e.g. 0.001")
+
+
+def check_sizes(extractor: DenseExtractor, imsize: int, levels: int) -> None:
+    """Raise ValueError unless the backbone gives LiFT's grids at S, S/2 and, for 3 levels, S/4."""
+    patch = extractor.patch
+    patches = 2 ** (levels - 1)
+    unit = patches * patch
+    if imsize % unit:
+        near = max(unit, imsize // unit * unit)
+        what = f"--imsize {imsize} is no multiple of {patches} patches of {patch}"
+        raise ValueError(f"{what}: pass --imsize {near}")
+    if extractor.step != patch:
+        raise ValueError(f"LiFT is trained on the patch grid: leave out --stride {extractor.step}")
+
+    for level in range(levels):
+        size = imsize // 2**level
+        try:
+            found = tuple(extractor(torch.zeros(1, 3, size, size)).shape[1:])
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            what = f"{extractor.name} does not take {size} pixels ({first_line(error)})"
+            raise ValueError(f"{what}: pass a backbone that does") from error
+        wanted = (extractor.width, size // patch, size // patch)
+        if found != wanted:
+            what = f"{extractor.name} gives maps of {found} at {size} pixels, not {wanted}"
+            raise ValueError(f"{what}: pass another backbone or facet")
+
+
+def note_what_is_too_little(args, photos: int, held_out: int, steps: int) -> None:
+    """Say what is too little to learn from, or to be measured on.
+
+    Args:
+        photos: to train on.
+        steps: of the optimizer, in all epochs.
+    """
+    if rank() > 0:
         return
-    if any(run_folder(args).glob("*.pth")):
-        raise ValueError(f"{run_folder(args)} holds a run: pass --resume, or another --output_dir")
+    remedy = "pass --val_dataroot FOLDER, or a larger --val_fraction"
+    if held_out == 0:
+        what = f"note: none of the {photos} photos is held out"
+        print(f"{what}, so nothing will say whether the module is any good: {remedy}")
+    elif held_out < FEW_PHOTOS:
+        print(f"note: validated on {held_out} photos only, which says little: {remedy}")
+    if steps < FEW_STEPS:
+        what = f"note: {steps} optimizer steps in all teach a module little"
+        print(f"{what}: pass a smaller --batch_size or more --epochs, or add photos")
 
 
-def report(args, results):
-    """The last line, and --json FILE: settings and results."""
-    if quiet():
-        return
-    line = json.dumps({"settings": settings(args)} | results)
-    print(line)
-    if args.json:
-        write(args.json, (line + "\n").encode())
-
-
-def evaluate_files(args, extractor, rank, world):
+def evaluate_files(args) -> None:
     """--evaluate: measure a module on each --val_dataroot."""
-    lift, results = load_lift(args.evaluate, extractor), {}
-    for root in args.val_dataroot:
-        photos = Photos(list_images(root), args.imsize, args.downsample)
-        loader = load(photos, in_order(photos, args.batch_size, rank, world), args, extractor)
-        results[root] = evaluate(extractor, lift, loader)
-        if not quiet():
-            print(root, "  ".join(f"{name} {value}" for name, value in results[root].items()), sep="  ")
-    return {"results": results}
+    paths = {root: list_images(root) for root in args.val_dataroot}
+    extractor = build_extractor(args)
+    levels = 3
+    if args.imsize % (4 * extractor.patch):
+        levels = 2  # nothing can be made from S/4
+    check_sizes(extractor, args.imsize, levels)
+    lift = load_lift(args.evaluate, extractor)
+
+    results = {}
+    for root, files in paths.items():
+        photos = Photos(files, args.imsize, args.downsample)
+        known = photos
+        if args.dataroot:
+            known = Photos(list_images(args.dataroot), args.imsize, args.downsample)
+        centre = mean_feature(known, extractor, rank(), world_size())
+        keys = in_order(photos, args.batch_size, rank(), world_size())
+        loader = make_loader(photos, keys, args, extractor)
+        results[root] = evaluate(extractor, lift, loader, centre, levels=levels)
+        if rank() == 0:
+            print(root, *[f"{name} {value}" for name, value in results[root].items()], sep="  ")
+        note_below_bilinear(results[root])
+
+    if rank() == 0:
+        facts = {**extractor.facts(), "channel": extractor.width, "patch": extractor.patch}
+        known = settings(args, **facts, device=str(extractor.device))
+        report({"settings": known, "results": results}, args.json)
 
 
-def parser():
-    """The command line."""
-    command = Command(__doc__)
-    add = command.add_argument
-    add("--dataroot", help="folder of photos, with or without subfolders")
-    add("--output_dir", default="lift_trains", help="where runs are written, each into a folder of its own")
-    add("--imsize", type=int, default=448, help="S, pixels of the squares trained on, a multiple of 4 patches (default: 448)")
-    add("--augment", action="store_true", help="jitter colours")
-    add("--loss", default="cosine", help=f"{', '.join(LOSSES)} (default: cosine)")
-    add("--epochs", type=int, default=5, help="passes over the photos (default: 5)")
-    add("--batch_size", type=int, default=256, help="photos a step and process (default: 256)")
-    add("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
-    add("--save_every", type=int, default=1, help="epochs between lift_{epoch}.pth (default: 1)")
-    add("--resume", action="store_true", help="go on from the folder's last.pth")
-    add("--seed", type=int, default=0, help="of initialisation, order, jitter and held-out photos (default: 0)")
-    add_backbone_args(command)
-    add("--my_extractor", nargs="?", const="train_lift:my_extractor", help="module:function that returns a backbone of one's own")
-    group = command.add_argument_group("validation")
-    group.add_argument("--val_dataroot", nargs="+", help="folders of photos to measure on, instead of held-out ones")
-    group.add_argument("--val_fraction", type=float, default=0.02, help="share of the photos held out (default: 0.02)")
-    group.add_argument("--evaluate", metavar="LIFT", help="do not train: measure this LiFT checkpoint on --val_dataroot")
-    group.add_argument("--tensorboard", action="store_true", help="show the metrics in TensorBoard")
-    group.add_argument("--json", help="write the last line to this file too")
-    group = command.add_argument_group("beyond the paper")
-    group.add_argument("--residual", action="store_true", help="LiFT adds to the bilinearly doubled features")
-    group.add_argument("--downsample", choices=("stride", "resize"), default="stride", help="every 2nd pixel, or antialiased")
-    group.add_argument("--single_scale", action="store_true", help="learn S/2 -> S alone, without S/4 -> S/2")
-    group.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="(default: adam)")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="(default: 0)")
-    group.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate")
-    group.add_argument("--warmup", type=int, default=0, help="optimizer steps until the learning rate is reached (default: 0)")
-    group.add_argument("--ema", type=float, default=0.0, help="decay of an average of the weights to use instead, e.g. 0.999")
-    group.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step (default: 1)")
-    group = command.add_argument_group("speed")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() - 1), help="processes that read photos, each rank")
-    group.add_argument("--compile", action="store_true", help="torch.compile backbone and LiFT")
-    group.add_argument("--cache_features", metavar="DIR", help="compute the frozen features once, float16, and train from them")
-    group.add_argument("--views", type=int, default=4, help="augmented views a photo in the cache (default: 4)")
-    group.add_argument("--save_steps", type=int, default=500, help="steps between two last.pth, 0: at ends of epochs only")
-    return command
-
-
-def main(args):
+def main(args) -> None:
     """Train, or with --evaluate measure, one LiFT module."""
     check(args)
-    rank, world = start_processes(args)
-    extractor = build_extractor(args)
+    start_processes(args)
     if args.evaluate:
-        return report(args, evaluate_files(args, extractor, rank, world))
+        evaluate_files(args)
+        return
+
     train_paths, val_paths = split(args)
     photos = Photos(train_paths, args.imsize, args.downsample, args.augment, args.seed)
     val_photos = Photos(val_paths, args.imsize, args.downsample)
     photos[0, 0]  # raises where no photo can be read
+    try_to_write(args.output_dir)
+
+    extractor = build_extractor(args)
+    check_sizes(extractor, args.imsize, levels=3)
+    folder = run_folder(args, extractor)
+    if not args.resume and any(folder.glob("*.pth")):
+        raise ValueError(f"{folder} holds a run: pass --resume, or another --output_dir")
+
+    lock = nullcontext()
+    if rank() == 0:
+        lock = locked(folder)
+    with lock:
+        train_into(folder, args, extractor, photos, val_photos)
+
+
+def train_into(
+    folder: Path, args, extractor: DenseExtractor, photos: Photos, val_photos: Photos
+) -> None:
+    """Train a module, and write everything about it into the folder."""
+    world = world_size()
     share = math.ceil(len(photos) / world)
-    batches = math.ceil(share / args.batch_size)  # an epoch and process
-    if args.imsize == 4 * extractor.patch and (share - 1) % args.batch_size == 0:
-        raise ValueError("a batch of one photo of 4 patches is too little for batch norm: pass a larger --imsize or --batch_size")
+    batches = math.ceil(share / args.batch_size)  # of an epoch, in each process
     steps = math.ceil(batches / args.accumulate)
-    run = Run(args, extractor, args.epochs * steps)
+    if args.imsize == 4 * extractor.patch and (share - 1) % args.batch_size == 0:
+        raise ValueError(
+            "a batch of one photo of 4 patches is too little for batch norm: pass a larger "
+            "--imsize or --batch_size"
+        )
+
+    run = Run(args, extractor, folder, args.epochs * steps, len(photos))
     if args.resume:
         run.resume()
+    note_what_is_too_little(args, len(photos), len(val_photos), args.epochs * steps)
+
     if args.cache_features:
-        cache = partial(cached, extractor=extractor, folder=args.cache_features, batch_size=args.batch_size, workers=args.workers)
-        photos, val_photos = cache(photos, views=args.views if args.augment else 1), cache(val_photos, views=1)
+        cache = partial(
+            cached,
+            extractor=extractor,
+            folder=args.cache_features,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
+        views = args.views if args.augment else 1
+        photos = cache(photos, views=views)
+        val_photos = cache(val_photos, views=1)
+    if run.centre is None and (val_photos.paths or args.loss in ("centred", "both")):
+        run.centre = mean_feature(photos, extractor, rank(), world)
+    images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)
+    run.sample = (images[1], feats[1])
+
+    # the run's step says how many batches have been seen
     skip = run.step // steps * batches + run.step % steps * args.accumulate
-    keys = stream(len(photos), args.batch_size, args.epochs, rank, world, args.seed, skip)
-    val_keys = in_order(val_photos, args.batch_size, rank, world)
-    model, precision = prepare(run.lift, args, extractor)
-    loader, val_loader = load(photos, keys, args, extractor), load(val_photos, val_keys, args, extractor)
+    keys = stream(len(photos), args.batch_size, args.epochs, rank(), world, args.seed, skip)
+    val_keys = in_order(val_photos, args.batch_size, rank(), world)
+    loader = make_loader(photos, keys, args, extractor)
+    val_loader = make_loader(val_photos, val_keys, args, extractor)
+
+    model, precision = prepare(run.lift, args, extractor, run.centre)
     train(run, model, loader, val_loader, precision, batches)
     run.export("lift.pth")
-    unreadable = sorted(run.broken.union(run.metrics[-1].get("val", {}).get("unreadable", [])))
-    if unreadable and not quiet():
-        print(f"{len(unreadable)} photos could not be read: {', '.join(unreadable)}")
-    report(args, {"folder": str(run.folder), "metrics": run.metrics[-1], "unreadable": unreadable})
+
+    results = run.metrics[-1]
+    unreadable = set(run.broken)
+    if "val" in results:
+        unreadable.update(results["val"]["unreadable"])
+        note_below_bilinear(results["val"])
+    if rank() == 0:
+        if unreadable:
+            names = ", ".join(sorted(unreadable))
+            print(f"{len(unreadable)} photos could not be read: {names}")
+        report(
+            {
+                "settings": run.settings,
+                "folder": str(folder),
+                "metrics": results,
+                "unreadable": sorted(unreadable),
+            },
+            args.json,
+        )
 
 
 if __name__ == "__main__":

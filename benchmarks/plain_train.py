@@ -1,7 +1,10 @@
-"""The training loop of LiFT (paper, section 3.2) as one writes it first: the slow, obvious version that train_lift.py must equal.
+"""The training loop of LiFT (paper, section 3.2) as one writes it first.
 
-Every image is decoded in the loop, the backbone runs to its end in float32 with the softmax spelled out, three times a batch, and
-LiFT takes one Adam step. `python benchmarks/speed.py train` times the two beside each other.
+This is the slow, obvious version that train_lift.py must equal. Every image is decoded in the loop,
+the backbone runs to its end in float32 with the softmax spelled out, three times a batch, and LiFT
+takes one Adam step. `python benchmarks/speed.py train` times the two beside each other.
+
+Notation: B batch, C channels, h w the patch grid, S pixels of the square photos.
 """
 
 import itertools
@@ -20,6 +23,7 @@ from torchvision import transforms
 
 import train_lift
 from extractor import ViTExtractor
+from feature_cache import cached
 from lift import LiFT
 
 
@@ -27,56 +31,103 @@ def plain_vit(name, path=None):
     """A frozen timm ViT in eval mode; weights from the .safetensors file `path`, or random."""
     vit = timm.create_model(name, num_classes=0).eval().requires_grad_(False)
     if path:
-        vit.load_state_dict({key: value for key, value in load_file(path).items() if not key.startswith("head.")})
+        state = load_file(path)
+        vit.load_state_dict({key: state[key] for key in state if not key.startswith("head.")})
     for block in vit.blocks:
         block.attn.fused_attn = False
     return vit
 
 
 def plain_features(vit, images):
-    """Keys of the last block: images [B, 3, H, W], normalised -> [B, C, h, w], channel = d * heads + head."""
+    """Keys of the last block: images [B, 3, H, W], normalised -> [B, C, h, w].
+
+    Channel = d * heads + head.
+    """
     patch = vit.patch_embed.patch_size[0]
-    h, w = images.shape[2] // patch, images.shape[3] // patch
-    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)                 # [B, h*w, C]
-    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + plain_positions(vit.pos_embed, h, w)
-    caught = {}
-    hook = vit.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, out: caught.update(qkv=out))
+    h = images.shape[2] // patch
+    w = images.shape[3] // patch
+    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)         # [B, h*w, C]
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1)         # [B, 1 + h*w, C]
+    x = x + plain_positions(vit.pos_embed, h, w)
+
+    caught = []
+    qkv = vit.blocks[-1].attn.qkv
+    hook = qkv.register_forward_hook(lambda module, args, out: caught.append(out))
     for block in vit.blocks:
         x = block(x)
     hook.remove()
+
     heads = vit.blocks[-1].attn.num_heads
-    keys = caught["qkv"].unflatten(2, (3, heads, -1))[:, 1:, 1]                 # [B, h*w, heads, d], without CLS
-    return keys.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (h, w))          # [B, d*heads, h, w]
+    keys = caught[0].unflatten(2, (3, heads, -1))[:, 1:, 1]             # [B, h*w, heads, d]
+    return keys.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (h, w))  # [B, d*heads, h, w]
 
 
 def plain_positions(pos_embed, h, w):
-    """DINO's interpolation of the position embedding [1, 1+N, C] to the grid (h, w): a scale factor, not a size."""
+    """DINO's interpolation of the position embedding [1, 1+N, C] to the grid (h, w).
+
+    By a scale factor, not to a size.
+    """
     n = round((pos_embed.shape[1] - 1) ** 0.5)
     if (h, w) == (n, n):
         return pos_embed
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (n, n))
-    grid = F.interpolate(grid, scale_factor=((h + 0.1) / n, (w + 0.1) / n), mode="bicubic")
+    scale = ((h + 0.1) / n, (w + 0.1) / n)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-def plain_loss(kind, out, target):
-    """cosine: mean over all positions of 1 - cos, as CosineEmbeddingLoss with target 1; l1, l2: mean over all values."""
-    if kind == "cosine":
-        flat = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in (out, target)]     # [B*h*w, C]
-        return F.cosine_embedding_loss(*flat, torch.ones(len(flat[0])))
-    return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](out, target)
+def plain_loss(kind, out, target, centre=None):
+    """The loss of maps [B, C, h, w].
 
-
-def plain_train(steps, features, lift, imsize=448, loss="cosine", optimizer=None, mean=0.5, std=0.5):
-    """Train `lift` in place; returns the loss of every step.
-
-    A step is a list of batches of image files. Its gradient is the mean over its batches, each with its own batch-norm
-    statistics: more than one batch is what gradient accumulation, or several processes, do. `features` takes images
-    [B, 3, H, W] to [B, C, h, w].
+    cosine: mean over all positions of 1 - cos, as CosineEmbeddingLoss with target 1; l1, l2: mean
+    over all values; centred: cosine less the mean feature `centre` [C, 1, 1]; both: the sum.
     """
-    load = transforms.Compose(
-        [transforms.Resize((imsize, imsize)), transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
+    if kind == "l1":
+        return F.l1_loss(out, target)
+    if kind == "l2":
+        return F.mse_loss(out, target)
+    if kind == "centred":
+        return plain_loss("cosine", out - centre, target - centre)
+    if kind == "both":
+        return plain_loss("cosine", out, target) + plain_loss("centred", out, target, centre)
+    flat_out = out.permute(0, 2, 3, 1).flatten(0, 2)                    # [B*h*w, C]
+    flat_target = target.permute(0, 2, 3, 1).flatten(0, 2)
+    return F.cosine_embedding_loss(flat_out, flat_target, torch.ones(len(flat_out)))
+
+
+def loading(imsize, mean, std):
+    """A function from a PIL image to a normalised square [3, S, S]."""
+    return transforms.Compose(
+        [
+            transforms.Resize((imsize, imsize)),
+            transforms.ToTensor(),
+            transforms.Normalize([mean] * 3, [std] * 3),
+        ]
     )
+
+
+def plain_train(
+    steps,
+    features,
+    lift,
+    imsize=448,
+    loss="cosine",
+    optimizer=None,
+    mean=0.5,
+    std=0.5,
+    centre=None,
+):
+    """Train `lift` in place.
+
+    Args:
+        steps: a list for each step, of its batches of image files. The gradient is the mean over
+            these, each with its own batch-norm statistics: more than one batch is what gradient
+            accumulation, or several processes, do.
+        features: takes images [B, 3, H, W] to [B, C, h, w].
+    Returns:
+        The loss of every step.
+    """
+    load = loading(imsize, mean, std)
     optimizer = optimizer or torch.optim.Adam(lift.parameters(), lr=1e-3)
     lift.train()
     losses = []
@@ -84,9 +135,14 @@ def plain_train(steps, features, lift, imsize=448, loss="cosine", optimizer=None
         total = 0.0
         for files in batches:
             x = torch.stack([load(Image.open(file).convert("RGB")) for file in files])
-            half, quarter = x[:, :, ::2, ::2], x[:, :, ::4, ::4]
-            f1, f2, f3 = features(x), features(half), features(quarter)
-            value = plain_loss(loss, lift(half, f2), f1) + plain_loss(loss, lift(quarter, f3), f2)
+            half = x[:, :, ::2, ::2]
+            quarter = x[:, :, ::4, ::4]
+            f1 = features(x)
+            f2 = features(half)
+            f3 = features(quarter)
+            finer = plain_loss(loss, lift(half, f2), f1, centre)
+            coarser = plain_loss(loss, lift(quarter, f3), f2, centre)
+            value = finer + coarser
             (value / len(batches)).backward()
             total += value.item() / len(batches)
         optimizer.step()
@@ -95,51 +151,80 @@ def plain_train(steps, features, lift, imsize=448, loss="cosine", optimizer=None
     return losses
 
 
-def plain_evaluate(files, features, lift, imsize=448, mean=0.5, std=0.5):
-    """Mean cosine with the features at S of what LiFT and bilinear interpolation make of those at S/2, one photo at a time."""
-    load = transforms.Compose(
-        [transforms.Resize((imsize, imsize)), transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
-    )
-    sums = torch.zeros(2)
+def plain_centre(files, features, imsize=448, mean=0.5, std=0.5):
+    """The mean feature [C, 1, 1] over all positions of all photos."""
+    load = loading(imsize, mean, std)
+    means = []
+    for file in files:
+        feats = features(load(Image.open(file).convert("RGB"))[None])   # [1, C, h, w]
+        means.append(feats.mean((0, 2, 3)))
+    return torch.stack(means).mean(0)[:, None, None]
+
+
+def plain_evaluate(files, features, lift, imsize=448, mean=0.5, std=0.5, centre=0.0):
+    """What LiFT and bilinear interpolation make of features at S/2, one photo at a time.
+
+    Returns:
+        The mean cosine of each with the features at S, after `centre` was subtracted from all.
+    """
+    load = loading(imsize, mean, std)
+    with_lift = 0.0
+    with_bilinear = 0.0
     for file in files:
         x = load(Image.open(file).convert("RGB"))[None]
-        target, small = features(x), features(x[:, :, ::2, ::2])
-        made = [lift(x[:, :, ::2, ::2], small), F.interpolate(small, scale_factor=2, mode="bilinear")]
-        sums += torch.stack([F.cosine_similarity(m, target).mean() for m in made])
-    return (sums / len(files)).tolist()
+        half = x[:, :, ::2, ::2]
+        target = features(x) - centre
+        small = features(half)
+        made = lift(half, small) - centre
+        bilinear = F.interpolate(small, scale_factor=2, mode="bilinear") - centre
+        with_lift += F.cosine_similarity(made, target).mean().item()
+        with_bilinear += F.cosine_similarity(bilinear, target).mean().item()
+    return [with_lift / len(files), with_bilinear / len(files)]
 
 
-# ---- the cases of benchmarks/speed.py ---------------------------------------------------------------------------------
+# ---- the cases of benchmarks/speed.py -----------------------------------------------------------
 
 
 def setup(dtype="float32", cache=False):
-    """Two steps of batch 4 at 448 on random photos and a random ViT-S/16: the plain loop and train_lift.py's."""
+    """Two steps of batch 4 at 448 on random photos and a random ViT-S/16: both sides of a case."""
     folder = Path(tempfile.mkdtemp())
-    files = [folder / f"{k}.jpg" for k in range(4)]
-    for k, file in enumerate(files):
-        Image.fromarray(np.random.RandomState(k).randint(0, 256, (47, 63, 3), np.uint8)).resize((500, 375)).save(file)
+    files = []
+    for k in range(4):
+        pixels = np.random.RandomState(k).randint(0, 256, (47, 63, 3), np.uint8)
+        files.append(folder / f"{k}.jpg")
+        Image.fromarray(pixels).resize((500, 375)).save(files[-1])
+
     torch.manual_seed(0)
     vit = plain_vit("vit_small_patch16_224.augreg_in21k_ft_in1k")
     model = timm.create_model("vit_small_patch16_224.augreg_in21k_ft_in1k", num_classes=0)
     model.load_state_dict(vit.state_dict())
-    extractor = ViTExtractor("vit_small_patch16_224", model=model, device="cpu", dtype=dtype)
+    extractor = ViTExtractor(
+        "vit_small_patch16_224", stride=None, model=model, device="cpu", dtype=dtype
+    )
     photos = train_lift.Photos(files, 448)
     if cache:
-        photos = train_lift.cached(photos, extractor, folder / "cache", views=1, batch_size=4, workers=0)
+        photos = cached(photos, extractor, folder / "cache", views=1, batch_size=4, workers=0)
     args = train_lift.parser().parse_args(["--workers", "0", "--dtype", dtype])
 
-    def plain():
+    def new_lift():
         torch.manual_seed(0)
-        return plain_train([[files]] * 2, lambda images: plain_features(vit, images), LiFT(384, 16))
+        return LiFT(384, 16, pre_shape=False, post_shape=False)
+
+    def plain():
+        return plain_train([[files]] * 2, lambda images: plain_features(vit, images), new_lift())
 
     def ours():
-        torch.manual_seed(0)
-        lift = LiFT(384, 16)
+        lift = new_lift()
         model, precision = train_lift.prepare(lift, args, extractor)
         adam = torch.optim.Adam(lift.parameters(), lr=1e-3)
-        batches = iter(train_lift.load(photos, train_lift.in_order(photos, 4) * 2, args, extractor))
-        step = partial(train_lift.train_step, model, count=1, extractor=extractor, optimizer=adam, precision=precision)
-        return [step(batches=itertools.islice(batches, 1))[0].item() for _ in range(2)]
+        keys = train_lift.in_order(photos, 4) * 2
+        batches = iter(train_lift.make_loader(photos, keys, args, extractor))
+        losses = []
+        for _ in range(2):
+            one = itertools.islice(batches, 1)
+            loss, _ = train_lift.train_step(model, one, 1, extractor, adam, precision)
+            losses.append(loss.item())
+        return losses
 
     return plain, ours
 
@@ -152,6 +237,18 @@ def same(plain, ours, rel):
 SIZE = "train: ViT-S/16 at 448, batch 4"
 CASES = [
     Case(f"{SIZE}, float32", 1.3, setup, partial(same, rel=1e-4), memory=1 / 1.1),
-    Case(f"{SIZE}, bfloat16", 3.0, partial(setup, "bfloat16"), partial(same, rel=2e-2), memory=1 / 1.1),
-    Case(f"{SIZE}, cached features", 10.0, partial(setup, cache=True), partial(same, rel=2e-3), memory=1 / 1.1),
+    Case(
+        f"{SIZE}, bfloat16",
+        3.0,
+        partial(setup, "bfloat16"),
+        partial(same, rel=2e-2),
+        memory=1 / 1.1,
+    ),
+    Case(
+        f"{SIZE}, cached features",
+        10.0,
+        partial(setup, cache=True),
+        partial(same, rel=2e-3),
+        memory=1 / 1.1,
+    ),
 ]

@@ -1,9 +1,15 @@
-"""train_lift.py: golden losses, the plain loop, resume, processes, cache, bad input; all on photos of 64 pixels unless golden."""
+"""train_lift.py: golden losses, the plain loop, resume, signals, processes, bad input.
 
+All of it runs on photos of 64 pixels, unless golden.
+"""
+
+import contextlib
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -14,20 +20,30 @@ import types
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import rule_image, rule_state
 from PIL import Image
-from plain_train import plain_evaluate, plain_features, plain_train, plain_vit
+from plain_train import plain_centre, plain_evaluate, plain_features, plain_train, plain_vit
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, default_collate
 
 import train_lift
 from extractor import ViTExtractor
+from feature_cache import images_and_features
 from lift import LiFT, load_lift
 
-# Biases before a batch norm have gradient 0: Adam moves them, and the running means behind them, by noise.
-NOISY = [f"image_convs_{n}" for n in ("1.0.bias", "1.3.bias", "2.0.bias")]
-NOISY += [f"image_convs_{n}.running_mean" for n in ("1.1", "1.4", "2.1")]
+# Biases before a batch norm have gradient 0: Adam moves them, and the running means behind them, by
+# noise.
+NOISY = [
+    "image_convs_1.0.bias",
+    "image_convs_1.3.bias",
+    "image_convs_2.0.bias",
+    "image_convs_1.1.running_mean",
+    "image_convs_1.4.running_mean",
+    "image_convs_2.1.running_mean",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +51,55 @@ def golden_batch(shared):
     """The golden photos as one batch with their real features."""
     golden = json.loads((shared / "golden/train.json").read_text())
     weights = shared / "weights/vit_tiny_patch16_224.safetensors"
-    extractor = ViTExtractor("vit_tiny_patch16_224", backbone_path=weights, device="cpu")
-    photos = train_lift.Photos([shared / "data/train_images" / name for name in golden["images"]], golden["imsize"])
-    batch = default_collate([photos[0, i] for i in range(len(photos))])
-    _, feats = train_lift.scales(batch, extractor)
-    return golden, extractor, batch | dict(zip(("f1", "f2", "f3"), feats))
+    extractor = ViTExtractor(
+        "vit_tiny_patch16_224", stride=None, backbone_path=weights, device="cpu"
+    )
+    paths = [shared / "data/train_images" / name for name in golden["images"]]
+    photos = train_lift.Photos(paths, golden["imsize"])
+    batch = default_collate([photos[0, index] for index in range(len(photos))])
+    _, feats = images_and_features(batch, extractor)
+    return golden, extractor, {**batch, "f1": feats[0], "f2": feats[1], "f3": feats[2]}
 
 
 @pytest.mark.parametrize("loss", ["cosine", "l1", "l2"])
 def test_golden_losses_and_weights(golden_batch, loss):
     golden, extractor, batch = golden_batch
-    lift = LiFT(192, 16)
+    lift = LiFT(192, 16, pre_shape=False, post_shape=False)
     lift.load_state_dict(rule_state(lift))
-    model, optimizer = train_lift.Objective(lift, loss), torch.optim.Adam(lift.parameters(), lr=golden["lr"])
-    losses = [train_lift.train_step(model, [batch], 1, extractor, optimizer)[0].item() for _ in range(golden["steps"])]
+    model = train_lift.Objective(lift, loss)
+    optimizer = torch.optim.Adam(lift.parameters(), lr=golden["lr"])
+
+    losses = []
+    for _ in range(golden["steps"]):
+        value, _ = train_lift.train_step(model, [batch], 1, extractor, optimizer)
+        losses.append(value.item())
     assert losses == pytest.approx(golden["losses"][loss], rel=1e-4)
+
     for name, after in golden["after"][loss].items():
         value = lift.state_dict()[name].float()
-        # Adam moves every entry by about lr a step, so one whose gradient is rounding noise may end on either side
+        # Adam moves every entry by about lr a step, so one whose gradient is rounding noise may end
+        # on either side
         either = 2 * golden["steps"] * golden["lr"] / value.numel()
-        close = 1e-3 * max(after["std"], abs(after["mean"])) + (golden["lr"] if name in NOISY else either)
+        if name in NOISY:
+            either = golden["lr"]
+        close = 1e-3 * max(after["std"], abs(after["mean"])) + either
         assert value.mean().item() == pytest.approx(after["mean"], abs=close), name
-        assert value.numel() == 1 or value.std().item() == pytest.approx(after["std"], abs=close), name
+        if value.numel() > 1:
+            assert value.std().item() == pytest.approx(after["std"], abs=close), name
 
 
-# ---- the command line on a small folder -----------------------------------------------------------------------------
+# ---- the command line on a small folder ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eight small photos, smooth and seeded, in two subfolders."""
     root = tmp_path_factory.mktemp("photos")
+    (root / "a").mkdir()
+    (root / "b").mkdir()
     for k in range(8):
-        pixels = (rule_image(80, 96, k)[0].permute(1, 2, 0).clamp(-2, 2) * 60 + 128).byte().numpy()
-        (root / "ab"[k % 2]).mkdir(exist_ok=True)
+        image = rule_image(80, 96, k)[0].permute(1, 2, 0)
+        pixels = (image.clamp(-2, 2) * 60 + 128).byte().numpy()
         Image.fromarray(pixels).save(root / "ab"[k % 2] / f"{k}.jpg", quality=95)
     return root
 
@@ -76,8 +107,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def flags(folder, tmp_path, rule_backbone):
     """flags(...) -> the flags of a short run on the CPU, and more."""
-    common = ["--dataroot", folder, "--output_dir", tmp_path / "runs", "--imsize", 64, "--batch_size", 3, "--workers", 0]
-    return lambda *more: [*common, "--device", "cpu", "--epochs", 2, "--val_fraction", 0, *rule_backbone, *more]
+    common = ["--dataroot", folder, "--output_dir", tmp_path / "runs", "--imsize", 64]
+    common += ["--batch_size", 3, "--epochs", 2, "--val_fraction", 0, "--workers", 0]
+    common += ["--device", "cpu", *rule_backbone]
+    return lambda *more: [*common, *more]
 
 
 @pytest.fixture(scope="module")
@@ -90,72 +123,206 @@ def read_run(tmp_path):
     """The only run under tmp_path: its lift.pth, lift.json and the lines of metrics.jsonl."""
     (run,) = (tmp_path / "runs").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return torch.load(run / "lift.pth", weights_only=True), json.loads((run / "lift.json").read_text()), lines
+    about = json.loads((run / "lift.json").read_text())
+    return torch.load(run / "lift.pth", weights_only=True), about, lines
 
 
 def order(folder, epoch, seed=0):
     """The photos as an epoch sees them."""
     files = sorted(folder.rglob("*.jpg"))
-    return [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed + epoch))]
+    shuffled = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed + epoch))
+    return [files[index] for index in shuffled]
 
 
-def close(state, other):
+def close(state, other, rel=1e-3):
     """Two trained state_dicts agree to 1 in 1000, except where the gradient is 0."""
     assert state.keys() == other.keys()
     for name, value in other.items():
-        assert name in NOISY or (state[name] - value).float().norm() <= 1e-3 * value.float().norm(), name
+        if name not in NOISY:
+            difference = (state[name] - value).float().norm()
+            assert difference <= rel * value.float().norm(), name
+
+
+def equal(state, other):
+    """Two state_dicts agree to the bit."""
+    assert state.keys() == other.keys()
+    for name, value in other.items():
+        assert torch.equal(state[name], value), name
+
+
+def without(state, ending):
+    """A state_dict without the entries whose names end so."""
+    return {name: value for name, value in state.items() if not name.endswith(ending)}
 
 
 def seeded_lift(**options):
     torch.manual_seed(0)
-    return LiFT(192, 16, **options)
+    return LiFT(192, 16, pre_shape=False, post_shape=False, **options)
+
+
+def last_line(ran):
+    """The JSON that a command ends with; strict, so that NaN is an error."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(ran.out.splitlines()[-1], parse_constant=refuse)
+
+
+def test_the_defaults_are_those_of_the_reference():
+    args = train_lift.parser().parse_args([])
+    assert args.model_type == "dino_vits8" and args.output_dir == "lift_imagenet_trains"
+    assert (args.epochs, args.batch_size, args.lr, args.imsize) == (100, 64, 0.001, 448)
+    assert not args.my_extractor
+    assert train_lift.parser().parse_args(["--my_extractor"]).my_extractor
 
 
 def test_the_command_equals_the_plain_loop(cli, flags, folder, tmp_path, rule_features):
     ran = cli("train_lift", *flags("--loss", "l2"))
     assert ran.code == 0, ran.err
     state, about, lines = read_run(tmp_path)
-    lift, epochs = seeded_lift(), [order(folder, epoch) for epoch in range(2)]
-    steps = [[files[at : at + 3]] for files in epochs for at in range(0, 8, 3)]
+
+    steps = []
+    for epoch in range(2):
+        files = order(folder, epoch)
+        steps += [[files[0:3]], [files[3:6]], [files[6:8]]]
+    lift = seeded_lift()
     losses = plain_train(steps, rule_features, lift, 64, "l2")
-    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-4)
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
     close(state, lift.state_dict())
-    assert {key: about[key] for key in ("backbone", "layer", "facet", "patch", "width", "residual", "downsample")} == {
-        "backbone": "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "layer": 11, "facet": "key", "patch": 16, "width": 192,
-        "residual": False, "downsample": "stride",
-    }  # fmt: skip
-    last = json.loads(ran.out.splitlines()[-1])
+
+    expected = {
+        "backbone": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        "layer": 11,
+        "facet": "key",
+        "patch": 16,
+        "width": 192,
+        "residual": False,
+        "attend": 0,
+        "downsample": "stride",
+    }
+    assert {key: about[key] for key in expected} == expected
+    last = last_line(ran)
     assert last["settings"]["lr"] == 0.001 and last["metrics"] == lines[-1] == about["metrics"]
-    assert {f.name for f in (tmp_path / "runs/vit_tiny_patch16_224_0.001_l2_noaug_64").iterdir()} == {
+    written = (tmp_path / "runs/vit_tiny_patch16_224_0.001_l2_noaug_64").iterdir()
+    assert {file.name for file in written} == {
         "lift_1.pth", "lift_2.pth", "lift.pth", "lift.json", "last.pth", "metrics.jsonl",
     }  # fmt: skip
 
 
-def test_evaluation_equals_the_plain_one(cli, folder, tmp_path, rule_backbone, rule_lift, rule_features):
-    flags = ["--evaluate", rule_lift, "--val_dataroot", folder, "--imsize", 64, "--batch_size", 3, "--workers", 0, *rule_backbone]
-    ran = cli("train_lift", *flags, "--device", "cpu", "--json", tmp_path / "line.json")
+def test_what_was_left_out_is_written_as_it_was_resolved(cli, flags, tmp_path, rule_backbone):
+    ran = cli("train_lift", *flags("--epochs", 1))
+    extractor = ViTExtractor(
+        "vit_tiny_patch16_224", stride=None, backbone_path=rule_backbone[-1], device="cpu"
+    )
+    _, about, _ = read_run(tmp_path)
+    for known in (last_line(ran)["settings"], about["settings"]):
+        assert known["layer"] == 11 and known["stride"] == known["patch"] == 16
+        assert known["channel"] == 192 and known["device"] == "cpu" and known["processes"] == 1
+    assert about["digest"] == extractor.digest
+
+
+@pytest.fixture
+def other_weights(rule_backbone, tmp_path):
+    """A weight file of the same backbone, fine-tuned, as it were."""
+    state = load_file(rule_backbone[-1])
+    state["cls_token"] = state["cls_token"] + 1
+    save_file(state, tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+def test_a_module_for_other_weights_is_noted(cli, flags, tmp_path, rule_backbone, other_weights):
+    assert cli("train_lift", *flags("--epochs", 1)).code == 0
+    (lift,) = tmp_path.glob("runs/*/lift.pth")
+    for path, notes in ((rule_backbone[-1], 0), (other_weights, 1)):
+        extractor = ViTExtractor(
+            "vit_tiny_patch16_224", stride=None, backbone_path=path, device="cpu"
+        )
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            load_lift(lift, extractor)
+        assert said.getvalue().count("other weights") == notes
+
+
+def test_evaluation_equals_the_plain_one(
+    cli, folder, tmp_path, rule_backbone, rule_lift, rule_features
+):
+    flags = ["--evaluate", rule_lift, "--val_dataroot", folder, "--imsize", 64, "--batch_size", 3]
+    flags += ["--workers", 0, "--device", "cpu", *rule_backbone]
+    ran = cli("train_lift", *flags, "--json", tmp_path / "line.json")
     assert ran.code == 0, ran.err
-    last = json.loads(ran.out.splitlines()[-1])
+    last = last_line(ran)
     assert json.loads((tmp_path / "line.json").read_text()) == last
     (results,) = last["results"].values()
-    expected = plain_evaluate(sorted(folder.rglob("*.jpg")), rule_features, load_lift(rule_lift), 64)
-    assert [results["lift"], results["bilinear"]] == pytest.approx(expected, abs=2e-5)
+
+    files = sorted(folder.rglob("*.jpg"))
+    centre = plain_centre(files, rule_features, 64)
+    raw = plain_evaluate(files, rule_features, load_lift(rule_lift), 64)
+    assert [results["lift"], results["bilinear"]] == pytest.approx(raw, abs=2e-5)
+    centred = plain_evaluate(files, rule_features, load_lift(rule_lift), 64, centre=centre)
+    found = [results["lift_centred"], results["bilinear_centred"]]
+    assert found == pytest.approx(centred, abs=2e-5)
+    assert abs(raw[1] - centred[1]) > 0.01
     assert results["photos"] == 8 and results["unreadable"] == []
 
 
+def test_evaluation_needs_no_four_patches(
+    cli, folder, rule_backbone, rule_lift, rule_features, tmp_path
+):
+    """96 pixels are six patches of 16: S/2 can be measured, S/4 cannot."""
+    flags = ["--evaluate", rule_lift, "--val_dataroot", folder, "--workers", 0, "--device", "cpu"]
+    ran = cli("train_lift", *flags, *rule_backbone, "--imsize", 96)
+    assert ran.code == 0, ran.err
+    (results,) = last_line(ran)["results"].values()
+    files = sorted(folder.rglob("*.jpg"))
+    expected = plain_evaluate(files, rule_features, load_lift(rule_lift), 96)
+    assert [results["lift"], results["bilinear"]] == pytest.approx(expected, abs=2e-5)
+    assert "lift_twice" not in results and "bilinear_twice" not in results
+
+    ran = cli("train_lift", *flags, *rule_backbone, "--imsize", 80)
+    assert ran.code == 2 and "no multiple of 2 patches of 16: pass --imsize 64" in ran.err
+    ran = cli("train_lift", "--evaluate", tmp_path / "none.pth", "--val_dataroot", folder)
+    assert ran.code == 2 and "correct --evaluate" in ran.err and ran.err.count("\n") == 1
+
+
 def test_an_untrained_residual_module_is_bilinear(cli, flags, tmp_path, folder):
-    ran = cli("train_lift", *flags("--residual", "--lr", 0, "--downsample", "resize", "--epochs", 1, "--val_dataroot", folder))
+    more = ["--residual", "--lr", 0, "--downsample", "resize", "--epochs", 1]
+    ran = cli("train_lift", *flags(*more, "--val_dataroot", folder))
     assert ran.code == 0, ran.err
     _, about, lines = read_run(tmp_path)
     val = lines[-1]["val"]
-    assert val["lift"] == val["bilinear"] and val["lift_twice"] == pytest.approx(val["bilinear_twice"], abs=0.05)
+    assert val["lift"] == val["bilinear"]
+    assert val["lift_centred"] == val["bilinear_centred"] != val["bilinear"]
+    assert val["lift_twice"] == pytest.approx(val["bilinear_twice"], abs=0.05)
     assert val["bilinear"] != val["nearest"]
-    assert about["residual"] is True and about["downsample"] == "resize" and about["metrics"]["val"] == val
+    assert about["residual"] is True and about["downsample"] == "resize"
+    assert about["metrics"]["val"] == val
+
+
+@pytest.mark.parametrize("loss", ["centred", "both"])
+def test_centred_losses_equal_the_plain_ones(cli, flags, folder, tmp_path, rule_features, loss):
+    ran = cli("train_lift", *flags("--loss", loss, "--attend", 1, "--epochs", 1))
+    assert ran.code == 0, ran.err
+    state, about, lines = read_run(tmp_path)
+
+    files = order(folder, 0)
+    lift = seeded_lift(attend=1)
+    centre = plain_centre(sorted(files), rule_features, 64)
+    steps = [[files[0:3]], [files[3:6]], [files[6:8]]]
+    losses = plain_train(steps, rule_features, lift, 64, loss, centre=centre)
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    # outc starts at zero, so that the first gradients are all but rounding, which Adam magnifies
+    close(state, lift.state_dict(), rel=1e-2)
+    assert about["attend"] == 1
+    name = f"vit_tiny_patch16_224_0.001_{loss}_noaug_64_attend1"
+    assert load_lift(tmp_path / "runs" / name / "lift.pth").radius == 1
 
 
 def test_resize_is_antialiased_and_stride_is_not(folder):
     paths = sorted(folder.rglob("*.jpg"))
-    strided, resized = (train_lift.Photos(paths, 64, how)[0, 0] for how in ("stride", "resize"))
+    strided = train_lift.Photos(paths, 64, "stride")[0, 0]
+    resized = train_lift.Photos(paths, 64, "resize")[0, 0]
     full = strided["full"].float()
     assert torch.equal(strided["half"], strided["full"][:, ::2, ::2])
     assert torch.equal(strided["quarter"], strided["full"][:, ::4, ::4])
@@ -165,66 +332,122 @@ def test_resize_is_antialiased_and_stride_is_not(folder):
 
 
 def test_held_out_photos_are_not_trained_on(folder):
-    args = train_lift.parser().parse_args(["--dataroot", str(folder), "--val_fraction", "0.25"])
+    flags = ["--dataroot", str(folder), "--val_fraction", "0.25"]
+    args = train_lift.parser().parse_args(flags)
     train, val = train_lift.split(args)
     assert len(val) == 2 and sorted(train + val) == sorted(folder.rglob("*.jpg"))
     assert train_lift.split(args) == (train, val)
 
 
-# ---- augmentation, order, schedule ----------------------------------------------------------------------------------
+def test_too_little_is_said(cli, flags, folder):
+    """No photo held out, few of them, few steps, and a module that is worse than bilinear."""
+    ran = cli("train_lift", *flags())
+    assert "none of the 8 photos is held out" in ran.out and "pass --val_dataroot" in ran.out
+    assert "note: 6 optimizer steps in all" in ran.out and "below bilinear" not in ran.out
+
+    ran = cli("train_lift", *flags("--val_fraction", 0.25, "--loss", "l1", "--seed", 1))
+    assert "validated on 2 photos only" in ran.out and "held out" not in ran.out
+    val = last_line(ran)["metrics"]["val"]
+    assert val["lift"] < val["bilinear"] - 0.1
+    said = f"note: LiFT ({val['lift']:.2f}) is below bilinear interpolation ({val['bilinear']:.2f})"
+    assert said in ran.out and "What usually helps" in ran.out
+
+
+def test_enough_is_not_talked_about(capsys):
+    args = train_lift.parser().parse_args([])
+    train_lift.note_what_is_too_little(args, photos=1000, held_out=20, steps=1000)
+    train_lift.note_below_bilinear({"photos": 20, "lift": 0.8, "bilinear": 0.8})
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluation_says_what_is_below_bilinear(cli, folder, rule_backbone, rule_lift):
+    flags = ["--evaluate", rule_lift, "--val_dataroot", folder, "--imsize", 64, "--workers", 0]
+    ran = cli("train_lift", *flags, "--device", "cpu", *rule_backbone)
+    assert ran.code == 0 and "is below bilinear interpolation" in ran.out
+
+
+# ---- augmentation, order, schedule --------------------------------------------------------------
 
 
 def test_jitter_depends_on_seed_epoch_and_photo_alone(folder):
     paths = sorted(folder.rglob("*.jpg"))
     photos = train_lift.Photos(paths, 64, augment=True)
-    a, b = photos[0, 2]["full"], photos[1, 2]["full"]
+    first = photos[0, 2]["full"]
+    second = photos[1, 2]["full"]
     torch.rand(5)
     (batch,) = DataLoader(photos, batch_sampler=[[(1, 2), (0, 2)]], num_workers=1)
-    assert torch.equal(batch["full"][1], a) and torch.equal(batch["full"][0], b) and not torch.equal(a, b)
+    assert torch.equal(batch["full"][1], first) and torch.equal(batch["full"][0], second)
+    assert not torch.equal(first, second)
     other = train_lift.Photos(paths, 64, augment=True, seed=1)[0, 2]["full"]
-    assert not torch.equal(a, other) and not torch.equal(a, train_lift.Photos(paths, 64)[0, 2]["full"])
+    plain = train_lift.Photos(paths, 64)[0, 2]["full"]
+    assert not torch.equal(first, other) and not torch.equal(first, plain)
+
+
+def test_loader_workers_get_paths_and_numbers_only(folder):
+    """Started by spawn they get the data set by pickle; a backbone in it would be 22 MB."""
+    photos = train_lift.Photos(sorted(folder.rglob("*.jpg")), 64, augment=True)
+    assert len(pickle.dumps(photos)) < 5_000
+    (batch,) = DataLoader(
+        photos,
+        batch_sampler=[[(1, 2)]],
+        num_workers=1,
+        multiprocessing_context="spawn",
+        worker_init_fn=train_lift.ignore_signals,
+    )
+    assert torch.equal(batch["full"][0], photos[1, 2]["full"])
 
 
 @pytest.mark.parametrize("skip", [0, 1, 4])
 def test_processes_together_see_the_batches_of_one(skip):
     one = list(train_lift.stream(12, 4, 2, 0, 1, 0, skip))
-    two = [list(train_lift.stream(12, 2, 2, rank, 2, 0, skip)) for rank in (0, 1)]
-    assert [sorted(a + b) for a, b in zip(*two)] == [sorted(keys) for keys in one]
+    first = list(train_lift.stream(12, 2, 2, 0, 2, 0, skip))
+    second = list(train_lift.stream(12, 2, 2, 1, 2, 0, skip))
+    together = [sorted(a + b) for a, b in zip(first, second)]
+    assert together == [sorted(keys) for keys in one]
     assert one == list(train_lift.stream(12, 4, 2, 0, 1, 0, 0))[skip:]
 
 
 def test_learning_rate():
     cosine = [train_lift.lr_factor(step, 10, "cosine", 0) for step in (0, 5, 10)]
     assert cosine == pytest.approx([1, 0.5, 0])
-    assert [train_lift.lr_factor(step, 10, "constant", 3) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    warm = [train_lift.lr_factor(step, 10, "constant", 3) for step in range(5)]
+    assert warm == [0.25, 0.5, 0.75, 1, 1]
 
 
 def test_options_reach_the_optimizer(cli, flags, tmp_path, rule_features, folder):
     """AdamW, cosine with warmup, accumulation and the average, against the same by hand."""
-    more = ["--optimizer", "adamw", "--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1, "--accumulate", 2, "--ema", 0.5]
+    more = ["--optimizer", "adamw", "--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1]
+    more += ["--accumulate", 2, "--ema", 0.5]
     assert cli("train_lift", *flags(*more)).code == 0
     state, _, _ = read_run(tmp_path)
+
     lift = seeded_lift()
     optimizer = torch.optim.AdamW(lift.parameters(), lr=0.001, weight_decay=0.1)
-    average, step = None, 0
+    average = None
+    step = 0
     for epoch in range(2):
         files = order(folder, epoch)
         for batches in ([files[:3], files[3:6]], [files[6:]]):
-            optimizer.param_groups[0]["lr"] = 0.001 * 0.5 * (1 + math.cos(math.pi * step / 4)) * (0.5 if step == 0 else 1)
+            warmup = 0.5 if step == 0 else 1
+            decay = 0.5 * (1 + math.cos(math.pi * step / 4))
+            optimizer.param_groups[0]["lr"] = 0.001 * decay * warmup
             plain_train([batches], rule_features, lift, 64, optimizer=optimizer)
             now = {name: value.clone() for name, value in lift.state_dict().items()}
-            average = {name: (average[name] + now[name]) / 2 for name in now} if average else now
+            if average is None:
+                average = now
+            else:
+                average = {name: (average[name] + now[name]) / 2 for name in now}
             step += 1
-    counts = [name for name in state if name.endswith("num_batches_tracked")]
-    close(*({name: value for name, value in s.items() if name not in counts} for s in (state, average)))
+    close(without(state, "num_batches_tracked"), without(average, "num_batches_tracked"))
 
 
-# ---- stopping and going on ------------------------------------------------------------------------------------------
+# ---- stopping and going on ----------------------------------------------------------------------
 
 
 def die_before(monkeypatch, step, how):
     """Let the run call `how` before its optimizer step number `step`."""
-    real, calls = train_lift.train_step, itertools.count()
+    real = train_lift.train_step
+    calls = itertools.count()
 
     def dying(*args):
         if next(calls) == step:
@@ -235,8 +458,11 @@ def die_before(monkeypatch, step, how):
 
 
 @pytest.mark.parametrize(("killed", "save_steps"), [(1, 2), (2, 1), (3, 2)])
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(cli, flags, tmp_path, monkeypatch, killed, save_steps):
-    more = ["--augment", "--save_steps", save_steps, "--schedule", "cosine", "--ema", 0.9, "--val_fraction", 0.25]
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(
+    cli, flags, tmp_path, monkeypatch, killed, save_steps
+):
+    more = ["--augment", "--save_steps", save_steps, "--schedule", "cosine", "--ema", 0.9]
+    more += ["--val_fraction", 0.25, "--loss", "both"]
     assert cli("train_lift", *flags(*more, "--output_dir", tmp_path / "whole" / "runs")).code == 0
 
     def kill():
@@ -247,8 +473,9 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(cli, flags, tmp_path, 
         assert cli("train_lift", *flags(*more)).code == 9
     ran = cli("train_lift", *flags(*more, "--resume"))
     assert ran.code == 0, ran.err
-    (state, _, lines), (whole, _, whole_lines) = read_run(tmp_path), read_run(tmp_path / "whole")
-    assert all(torch.equal(state[name], value) for name, value in whole.items())
+    state, _, lines = read_run(tmp_path)
+    whole, _, whole_lines = read_run(tmp_path / "whole")
+    equal(state, whole)
     for line in lines + whole_lines:
         del line["photos_per_s"]
     assert lines == whole_lines
@@ -259,14 +486,49 @@ def test_a_signal_saves_and_says_how_to_go_on(cli, flags, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         die_before(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         ran = cli("train_lift", *flags("--save_steps", 0))
-    assert ran.code == 128 + signal.SIGTERM and "SIGTERM after step 2: pass --resume" in ran.err
+    assert ran.code == 128 + signal.SIGTERM
+    assert "SIGTERM after step 2: pass --resume" in ran.err
     ran = cli("train_lift", *flags("--save_steps", 0))
     assert ran.code == 2 and "pass --resume" in ran.err
     ran = cli("train_lift", *flags("--save_steps", 0, "--resume", "--seed", 3))
-    assert ran.code == 2 and "--seed 0" in ran.err
+    assert ran.code == 2 and "made with seed 0, not 3: pass the same" in ran.err
     assert cli("train_lift", *flags("--save_steps", 0, "--resume")).code == 0
-    whole = read_run(tmp_path / "whole")[0]
-    assert all(torch.equal(value, whole[name]) for name, value in read_run(tmp_path)[0].items())
+    equal(read_run(tmp_path)[0], read_run(tmp_path / "whole")[0])
+
+
+def test_a_run_is_resumed_from_its_folder_spelled_otherwise(
+    cli, flags, folder, tmp_path, monkeypatch
+):
+    assert cli("train_lift", *flags("--epochs", 1)).code == 0
+    monkeypatch.chdir(folder.parent)
+    other = f"../{folder.parent.name}/{folder.name}"
+    ran = cli("train_lift", *flags("--resume", "--dataroot", other))
+    assert ran.code == 0, ran.err
+    assert len(read_run(tmp_path)[2]) == 2
+
+
+def test_what_decides_the_weights_must_stay(cli, flags, folder, tmp_path, other_weights):
+    """The photos, the weights of the backbone, the number of processes."""
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    more = flags("--dataroot", photos, "--epochs", 1)
+    assert cli("train_lift", *more).code == 0
+
+    ran = cli("train_lift", *more, "--resume", "--backbone_path", other_weights)
+    assert ran.code == 2 and "made with digest" in ran.err
+
+    shutil.copy(photos / "a/0.jpg", photos / "a/8.jpg")
+    ran = cli("train_lift", *more, "--resume")
+    assert ran.code == 2 and "made with photos 8, not 9: pass the same" in ran.err
+    (photos / "a/8.jpg").unlink()
+
+    (last,) = tmp_path.glob("runs/*/last.pth")
+    state = torch.load(last, weights_only=True)
+    state["record"]["processes"] = 2
+    torch.save(state, last)
+    ran = cli("train_lift", *more, "--resume")
+    assert ran.code == 2 and ran.err.count("\n") == 1 and "--processes" not in ran.err
+    assert "processes 2, not 1: start it by torchrun --nproc_per_node 2" in ran.err
 
 
 def test_a_damaged_checkpoint_is_not_resumed(cli, flags, tmp_path):
@@ -279,7 +541,11 @@ def test_a_damaged_checkpoint_is_not_resumed(cli, flags, tmp_path):
 
 def test_tensorboard_shows_the_metrics(cli, flags, tmp_path, monkeypatch):
     shown = {}
-    writer = types.SimpleNamespace(add_scalar=lambda name, value, step: shown.update({(name, step): value}))
+
+    def add_scalar(name, value, step):
+        shown[name, step] = value
+
+    writer = types.SimpleNamespace(add_scalar=add_scalar)
     stub = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
     assert cli("train_lift", *flags("--tensorboard", "--val_fraction", 0.25)).code == 0
@@ -291,10 +557,14 @@ def test_tensorboard_shows_the_metrics(cli, flags, tmp_path, monkeypatch):
     assert ran.code == 2 and "pip install tensorboard" in ran.err and ran.err.count("\n") == 1
 
 
+# ---- compiled -----------------------------------------------------------------------------------
+
+
 def test_compiled_equals_eager(cli, flags, tmp_path, monkeypatch):
-    """Everything but the code generator, which takes minutes on a CPU."""
+    """Everything but the code generator, on a backbone of the usual depth."""
     assert cli("train_lift", *flags("--output_dir", tmp_path / "eager/runs")).code == 0
-    compile_module, compiled = torch.nn.Module.compile, []
+    compile_module = torch.nn.Module.compile
+    compiled = []
 
     def compile_eagerly(module):
         compiled.append(type(module).__name__)
@@ -306,11 +576,54 @@ def test_compiled_equals_eager(cli, flags, tmp_path, monkeypatch):
     close(read_run(tmp_path)[0], read_run(tmp_path / "eager")[0])
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="the code generator needs a C++ compiler")
+def test_compile_runs_on_a_cpu(cli, folder, tmp_path):
+    """With the code generator, on timm's smallest ViT; float32, where it once crashed."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "backbone.safetensors")
+    flags = ["--dataroot", folder, "--imsize", 64, "--batch_size", 4, "--epochs", 1]
+    flags += ["--val_fraction", 0, "--workers", 0, "--device", "cpu", "--model_type", "test_vit"]
+    flags += ["--backbone_path", tmp_path / "backbone.safetensors"]
+    assert cli("train_lift", *flags, "--output_dir", tmp_path / "eager/runs").code == 0
+    ran = cli("train_lift", *flags, "--output_dir", tmp_path / "runs", "--compile")
+    assert ran.code == 0, ran.err
+    compiled = read_run(tmp_path)
+    eager = read_run(tmp_path / "eager")
+    assert compiled[2][0]["loss"] == pytest.approx(eager[2][0]["loss"], rel=1e-4)
+
+
+# ---- processes of their own ---------------------------------------------------------------------
+
+
 def command(*flags):
-    """Environment and arguments of train_lift.py as a program of its own, on as many threads as this one."""
+    """Environment and arguments of train_lift.py as a program, on as many threads as this one."""
     here = Path(train_lift.__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(here.parent)}
-    return [sys.executable], [str(here), *map(str, flags)], environment
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    environment["PYTHONPATH"] = str(here.parent)
+    return [sys.executable], [str(here), *[str(flag) for flag in flags]], environment
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def wait_for(process, tmp_path, pattern):
+    """Wait until the run has written a file of this pattern; fail where it ends before."""
+    while not list(tmp_path.glob(pattern)):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_help_is_fast():
+    python, script, environment = command("--help")
+    started = time.time()
+    ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and "--single_scale" in ran.stdout
+    script = ["-X", "importtime", *script]
+    ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
+    assert "argparse" in ran.stderr and "torch" not in ran.stderr
+    assert time.time() - started < 10
 
 
 def test_sigkill(cli, flags, tmp_path):
@@ -318,73 +631,109 @@ def test_sigkill(cli, flags, tmp_path):
     long = ["--epochs", 12, "--save_every", 12, "--save_steps", 3]
     assert cli("train_lift", *flags(*long, "--output_dir", tmp_path / "whole/runs")).code == 0
     python, script, environment = command(*flags(*long))
-    with subprocess.Popen([*python, *script], env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(tmp_path.glob("runs/*/last.pth")):
-            time.sleep(0.01)
+    start = [*python, *script]
+    with subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_for(process, tmp_path, "runs/*/last.pth")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert cli("train_lift", *flags(*long, "--resume")).code == 0
-    whole = read_run(tmp_path / "whole")[0]
-    assert all(torch.equal(value, whole[name]) for name, value in read_run(tmp_path)[0].items())
+    equal(read_run(tmp_path)[0], read_run(tmp_path / "whole")[0])
 
 
-def test_two_processes_equal_the_plain_loop_on_both_their_batches(flags, folder, tmp_path, rule_features):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    python, script, environment = command(*flags("--batch_size", 2, "--loss", "l2", "--val_dataroot", folder))
-    ran = subprocess.run([*python, *launcher, *script], env=environment, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_whole_group_saves(cli, flags, folder, tmp_path, processes):
+    """As Ctrl-C and most job systems send it: to torchrun, its processes and their workers."""
+    long = ["--epochs", 1000, "--save_every", 1000, "--save_steps", 0, "--workers", 2]
+    long += ["--val_dataroot", folder]
+    python, script, environment = command(*flags(*long))
+    if processes == 2:
+        python += LAUNCHER
+    with subprocess.Popen(
+        [*python, *script],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        wait_for(process, tmp_path, "runs/*/metrics.jsonl")
+        (last,) = [path.parent / "last.pth" for path in tmp_path.glob("runs/*/metrics.jsonl")]
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert said.count("stopped by SIGTERM after step") == 1, said
+    assert "DataLoader worker" not in said
+    step = int(said.split("stopped by SIGTERM after step ")[1].split(":")[0])
+    assert torch.load(last, weights_only=True)["step"] == step
+    if processes == 1:
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("loss", ["l2", "both"])
+def test_two_processes_equal_the_plain_loop_on_both_their_batches(
+    flags, folder, tmp_path, rule_features, loss
+):
+    more = ["--batch_size", 2, "--loss", loss, "--val_dataroot", folder]
+    python, script, environment = command(*flags(*more))
+    start = [*python, *LAUNCHER, *script]
+    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     state, _, lines = read_run(tmp_path)
-    lift, steps = seeded_lift(), []
+
+    steps = []
     for epoch in range(2):
         files = order(folder, epoch)
-        steps += [[files[at : at + 4 : 2], files[at + 1 : at + 4 : 2]] for at in (0, 4)]
-    losses = plain_train(steps, rule_features, lift, 64, "l2")
-    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
-    own = ("running_mean", "running_var", "num_batches_tracked")  # each process has its own statistics
-    close(*({k: v for k, v in s.items() if not k.endswith(own)} for s in (state, lift.state_dict())))
-    printed = [line for line in ran.stdout.splitlines() if line and not line.startswith("[Gloo]")]
-    assert lines[-1]["val"]["photos"] == 8 and len(printed) == 3, "the first process alone prints"
+        for at in (0, 4):
+            steps.append([files[at : at + 4 : 2], files[at + 1 : at + 4 : 2]])
+    lift = seeded_lift()
+    centre = plain_centre(sorted(files), rule_features, 64)
+    losses = plain_train(steps, rule_features, lift, 64, loss, centre=centre)
+    means = [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
+    own = ("running_mean", "running_var", "num_batches_tracked")  # each process has its own
+    close(without(state, own), without(lift.state_dict(), own))
+
+    printed = []
+    for line in ran.stdout.splitlines():
+        if line and not line.startswith(("[Gloo]", "note:")):
+            printed.append(line)
+    assert lines[-1]["val"]["photos"] == 8
+    assert len(printed) == 3, "the first process alone prints"
+    assert ran.stdout.count("note: 4 optimizer steps") == 1
 
 
-# ---- cached features ------------------------------------------------------------------------------------------------
+def test_two_trainings_do_not_share_a_folder(cli, flags, tmp_path):
+    run = tmp_path / "runs" / "vit_tiny_patch16_224_0.001_cosine_noaug_64"
+    with train_lift.locked(run):
+        ran = cli("train_lift", *flags())
+        assert ran.code == 2 and ran.err.count("\n") == 1
+        assert "another training is writing into" in ran.err and "--output_dir" in ran.err
+        assert not list(run.iterdir())
+    assert cli("train_lift", *flags()).code == 0
 
 
-def test_cached_features_train_alike_and_are_computed_once(cli, flags, tmp_path, monkeypatch):
-    more = ["--augment", "--views", 2, "--loss", "l2", "--val_fraction", 0.25]
-    assert cli("train_lift", *flags(*more, "--output_dir", tmp_path / "live/runs")).code == 0
-    cache = [*more, "--cache_features", tmp_path / "cache"]
-    assert cli("train_lift", *flags(*cache)).code == 0
-    (state, _, lines), (_, _, live_lines) = read_run(tmp_path), read_run(tmp_path / "live")
-    assert [x["loss"] for x in lines] == pytest.approx([x["loss"] for x in live_lines], rel=2e-3)
-    assert lines[-1]["val"]["bilinear"] == pytest.approx(live_lines[-1]["val"]["bilinear"], abs=1e-3)
-
-    files = sorted((tmp_path / "cache").iterdir())
-    content = [file.read_bytes() for file in files]
-    assert len(files) == 2
-    monkeypatch.setattr(train_lift, "fill", None)  # a call would fail
-    assert cli("train_lift", *flags(*cache, "--output_dir", tmp_path / "again/runs")).code == 0
-    assert all(torch.equal(value, state[name]) for name, value in read_run(tmp_path / "again")[0].items())
-    monkeypatch.undo()
-
-    for file, bytes_ in zip(files, content):  # a run stopped in the middle of a record
-        file.with_suffix(".part").write_bytes(bytes_[: len(bytes_) * 2 // 3])
-        file.unlink()
-    assert cli("train_lift", *flags(*cache, "--output_dir", tmp_path / "third/runs")).code == 0
-    assert [file.read_bytes() for file in sorted((tmp_path / "cache").iterdir())] == content
+def test_a_folder_that_cannot_be_written_is_found_first(cli, flags, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train_lift, "build_extractor", None)  # a call would fail
+    ran = cli("train_lift", *flags("--output_dir", tmp_path / "file/runs"))
+    assert ran.code == 2 and "pass another --output_dir" in ran.err and ran.err.count("\n") == 1
 
 
-def test_the_cache_knows_what_it_depends_on(folder, rule_backbone):
-    def key(augment=False, imsize=64, downsample="stride", seed=0, n=8, **options):
-        paths = sorted(folder.rglob("*.jpg"))[:n]
-        extractor = ViTExtractor("vit_tiny_patch16_224", backbone_path=rule_backbone[-1], device="cpu", **options)
-        return train_lift.cache_key(train_lift.Photos(paths, imsize, downsample, augment, seed), extractor)
+@pytest.mark.parametrize(
+    ("more", "ending"),
+    [
+        (["--layer", 11], "_64"),
+        (["--layer", 9], "_64_layer9"),
+        (["--facet", "token"], "_64_token"),
+        (["--layer", 3, "--facet", "query", "--residual"], "_64_layer3_query_residual"),
+    ],
+)
+def test_folders_name_layer_and_facet(cli, flags, tmp_path, more, ending):
+    assert cli("train_lift", *flags("--epochs", 1, *more)).code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name == f"vit_tiny_patch16_224_0.001_cosine_noaug{ending}"
 
-    keys = [key(), key(True), key(True, seed=1), key(imsize=128), key(downsample="resize"), key(layer=3), key(facet="query")]
-    keys += [key(dtype="bfloat16"), key(n=3)]
-    assert len(set(keys)) == len(keys) and key() == key(seed=1) == keys[0]
 
-
-# ---- one's own backbone ---------------------------------------------------------------------------------------------
+# ---- one's own backbone -------------------------------------------------------------------------
 
 OWN = """
 import torch
@@ -420,30 +769,55 @@ def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize(("function", "patch", "width"), [("convolution", 8, 24), ("tokens", 16, 22)])
+@pytest.mark.parametrize(
+    ("function", "patch", "width"), [("convolution", 8, 24), ("tokens", 16, 22)]
+)
 def test_own_backbone(cli, flags, tmp_path, own, function, patch, width):
-    more = ["--my_extractor", f"own_backbone:{function}", "--seed", 2, "--cache_features", tmp_path / "cache"]
-    ran = cli("train_lift", *flags(*more))
+    more = ["--my_extractor", f"own_backbone:{function}", "--seed", 2]
+    ran = cli("train_lift", *flags(*more, "--cache_features", tmp_path / "cache"))
     assert ran.code == 0, ran.err
     state, about, _ = read_run(tmp_path)
     assert state["outc.weight"].shape[0] == about["width"] == width and about["patch"] == patch
     assert about["backbone"] == f"own_backbone:{function}"
 
 
+# ---- bad input ----------------------------------------------------------------------------------
+
 BAD = {
-    "own_size": (["--my_extractor", "own_backbone:one_size"], "does not take 32 pixels (made for 64)"),
+    "own_size": (
+        ["--my_extractor", "own_backbone:one_size"],
+        "does not take 32 pixels (made for 64)",
+    ),
     "own_other": (["--my_extractor", "own_backbone:other"], "does not take 64 pixels"),
     "attn": (["--facet", "attn"], "pass another backbone or facet"),
-    "own_missing": (["--my_extractor", "own_backbone:nothing"], "pass --my_extractor module:function"),
-    "own_bare": (["--my_extractor"], "my_extractor(args) in train_lift.py is still empty"),
-    "imsize": (["--imsize", 100], "--imsize 100 is no multiple of 4 patches of 16: pass --imsize 64"),
-    "loss": (["--loss", "l3"], "unknown --loss l3: pass one of cosine, l1, l2"),
+    "own_missing": (
+        ["--my_extractor", "own_backbone:nothing"],
+        "pass --my_extractor module:function",
+    ),
+    "own_bare": (["--my_extractor"], "my_extractor(args) in extractor.py is still empty"),
+    "imsize": (
+        ["--imsize", 100],
+        "--imsize 100 is no multiple of 4 patches of 16: pass --imsize 64",
+    ),
+    "loss": (["--loss", "l3"], "unknown --loss l3: pass one of cosine, l1, l2, centred, both"),
     "one photo": (["--batch_size", 7], "pass a larger --imsize or --batch_size"),
     "stride": (["--stride", 8], "leave out --stride 8"),
-    "epochs": (["--epochs", 0], "--epochs 0: pass 1 or more"),
+    "channel": (["--channel", 384], "leave --channel out"),
+    "epochs": (["--epochs", 0], "--epochs 0 is too small: pass 1 or more"),
+    "val_fraction": (["--val_fraction", -0.5], "--val_fraction -0.5 is too small: pass 0"),
+    "all held out": (["--val_fraction", 1], "--val_fraction 1.0 leaves no photo to train on"),
+    "warmup": (["--warmup", -1], "--warmup -1 is too small: pass 0 or more"),
+    "save_steps": (["--save_steps", -3], "--save_steps -3 is too small: pass 0 or more"),
+    "attend": (["--attend", -1], "--attend -1 is too small: pass 0 or more"),
+    "ema": (["--ema", 1], "--ema 1.0 never moves: pass less than 1"),
     "no folder": (["--dataroot", "nowhere"], "no images at nowhere"),
-    "nothing": (["--evaluate", "lift.pth"], "pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot"),
+    "nothing": (
+        ["--evaluate", "lift.pth"],
+        "pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot",
+    ),
     "nan": (["--lr", 1e30, "--save_steps", 1], "at step 2"),
+    "lr": (["--lr", 1e38], "--lr 1e+38 is no learning rate: pass a smaller one, e.g. 0.001"),
+    "no lr": (["--lr", "nan"], "--lr nan is no learning rate"),
 }
 
 
@@ -451,37 +825,60 @@ BAD = {
 def test_bad_input_is_one_line(cli, flags, own, case):
     more, message = BAD[case]
     ran = cli("train_lift", *flags(*more))
-    assert ran.code == 2 and message in ran.err and ran.err.count("\n") == 1 and "Traceback" not in ran.err
+    assert ran.code == 2 and message in ran.err
+    assert ran.err.count("\n") == 1 and "Traceback" not in ran.err
 
 
 def test_nan_keeps_the_last_good_checkpoint(cli, flags, tmp_path):
     assert cli("train_lift", *flags("--lr", 1e30, "--save_steps", 1)).code == 2
     (last,) = tmp_path.glob("runs/*/last.pth")
     state = torch.load(last, weights_only=True)
-    assert state["step"] == 1 and len(state["losses"]) == 1 and math.isfinite(state["losses"][0])
+    assert state["step"] == 1
+    assert len(state["losses"]) == 1 and math.isfinite(state["losses"][0])
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_last_step_that_diverges_is_an_error(cli, flags, tmp_path, folder, validated):
+    """One step in all: its loss is finite, and what it makes of the weights is not usable."""
+    more = ["--lr", 1e30, "--epochs", 1, "--batch_size", 8]
+    if validated:
+        more += ["--val_dataroot", folder]
+    ran = cli("train_lift", *flags(*more))
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert "not finite after step 1" in ran.err and "pass a smaller --lr" in ran.err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert not list(run.iterdir())
 
 
 def test_broken_photos_are_replaced_counted_and_named(cli, flags, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "photos")
-    (tmp_path / "photos/a/0.jpg").write_bytes(b"no photo")
-    cut = tmp_path / "photos/b/3.jpg"
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    (photos / "a/0.jpg").write_bytes(b"no photo")
+    cut = photos / "b/3.jpg"
     cut.write_bytes(cut.read_bytes()[:-500])
-    ran = cli("train_lift", *flags("--dataroot", tmp_path / "photos", "--workers", 1, "--val_dataroot", tmp_path / "photos"))
+    more = ["--dataroot", photos, "--val_dataroot", photos, "--workers", 1]
+    ran = cli("train_lift", *flags(*more))
     assert ran.code == 0, ran.err
-    last = json.loads(ran.out.splitlines()[-1])
+    last = last_line(ran)
     assert [Path(name).name for name in last["unreadable"]] == ["0.jpg", "3.jpg"]
-    assert last["metrics"]["val"]["photos"] == 6 and len(last["metrics"]["val"]["unreadable"]) == 2
+    val = last["metrics"]["val"]
+    assert val["photos"] == 6 and len(val["unreadable"]) == 2
     assert "2 photos could not be read" in ran.out
-    for file in (tmp_path / "photos").rglob("*.jpg"):
+    for file in photos.rglob("*.jpg"):
         file.write_bytes(b"no photo")
-    ran = cli("train_lift", *flags("--dataroot", tmp_path / "photos", "--output_dir", tmp_path / "other"))
-    assert ran.code == 2 and "none of the 8 photos can be read" in ran.err and ran.err.count("\n") == 1
+    ran = cli("train_lift", *flags("--dataroot", photos, "--output_dir", tmp_path / "other"))
+    assert ran.code == 2 and "none of the 8 photos can be read" in ran.err
+    assert ran.err.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(cli, flags, tmp_path, monkeypatch):
     """A limit on the size of files stands for the full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    die_before(monkeypatch, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1])))
+
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+
+    die_before(monkeypatch, 2, fill_the_disk)
     try:
         ran = cli("train_lift", *flags("--save_steps", 1))
     finally:
@@ -492,9 +889,3 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(cli, flags, tmp_path
     assert {file.name for file in last.parent.iterdir()} == {"last.pth", "metrics.jsonl"}
     monkeypatch.undo()
     assert cli("train_lift", *flags("--save_steps", 1, "--resume")).code == 0
-
-
-def test_a_full_disk_under_the_cache_is_one_line(cli, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_lift.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
-    ran = cli("train_lift", *flags("--cache_features", tmp_path / "cache"))
-    assert ran.code == 2 and "pass another --cache_features" in ran.err and ran.err.count("\n") == 1

@@ -1,0 +1,204 @@
+"""Frozen features of a batch of photos, computed by the backbone or read from a file made before.
+
+    photos = cached(photos, extractor, "cache/", views=4, batch_size=64, workers=2)
+    images, feats = images_and_features(batch_of_photos, extractor)
+
+A backbone that is frozen gives the same features in every epoch, so training can read them instead:
+train_lift.py --cache_features. One photo of 448 pixels takes 1 MB with a ViT-S/16.
+
+Notation: B batch, C channels, p patch size, S pixels of the square photos.
+"""
+
+import hashlib
+import shutil
+import signal
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from extractor import DenseExtractor
+
+# A photo at S, S/2 and S/4 pixels, and the backbone's features of each, as a batch names them
+LEVELS = ("full", "half", "quarter")
+FEATURES = ("f1", "f2", "f3")
+
+
+def images_and_features(
+    batch: dict[str, Tensor], extractor: DenseExtractor, levels: int = 3
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The normalised images of a batch and their frozen features, on the extractor's device.
+
+    Args:
+        batch: of train_lift.Photos, or of Cached, which lacks the full image and has the features.
+        levels: how many sizes are wanted, the largest first.
+    Returns:
+        Images [B, 3, S/k, S/k], None where missing, and features [B, C, S/k/p, S/k/p], k = 1, 2, 4.
+    """
+    images: list[Tensor | None] = []
+    feats = []
+    for level, features in zip(LEVELS[:levels], FEATURES):
+        image = None
+        if level in batch:
+            pixels = batch[level].to(extractor.device, non_blocking=True)  # type: ignore[arg-type]
+            image = extractor.normalize(pixels.float() / 255)
+        images.append(image)
+
+        if features in batch:
+            known = batch[features].to(extractor.device, non_blocking=True)  # type: ignore[arg-type]
+            feats.append(known.float())
+        else:
+            feats.append(extractor(image))
+    return images, feats
+
+
+# ---- the file -----------------------------------------------------------------------------------
+
+
+class Cached(Dataset):
+    """What Photos gives, with features f1, f2 and f3 in place of the full image, from one file.
+
+    The file holds a record of fixed size for each photo, `views` times over.
+    """
+
+    def __init__(self, path: Path, record: np.dtype, views: int, paths: list[Path]):
+        self.path = path
+        self.record = record
+        self.views = views
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        # opened anew for each photo, since a mapped file cannot be handed to a loader's worker
+        records = np.memmap(self.path, self.record, "r")
+        row = records[epoch % self.views * len(self) + index]
+        return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
+
+
+def record_type(extractor: DenseExtractor, imsize: int) -> np.dtype:
+    """The type of one photo's record: the two smaller images, three maps, and the broken mark."""
+    half, quarter = imsize // 2, imsize // 4
+    fields = [("half", "u1", (3, half, half)), ("quarter", "u1", (3, quarter, quarter))]
+    for features, size in zip(FEATURES, (imsize, half, quarter)):
+        side = size // extractor.patch
+        fields.append((features, "f2", (extractor.width, side, side)))
+    return np.dtype([*fields, ("broken", "i8")])
+
+
+def cache_key(photos, extractor: DenseExtractor) -> str:
+    """A hash of all that the features depend on: weights, precision, files, augmentation."""
+    facts = sorted(extractor.facts().items())
+    normalization = (extractor.mean, extractor.std)
+    files = []
+    for path in photos.paths:
+        status = path.stat()
+        files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
+    augment = None
+    if photos.jitter:
+        augment = photos.seed
+
+    key = (facts, str(extractor.dtype), normalization, files, photos.imsize, photos.downsample)
+    return hashlib.sha256(repr((*key, augment)).encode()).hexdigest()[:20]
+
+
+def cached(
+    photos, extractor: DenseExtractor, folder: str | Path, views: int, batch_size: int, workers: int
+) -> Cached:
+    """Compute the features of `views` passes over `photos` once, into a file of `folder`.
+
+    The file is named by a hash of everything that it depends on. It is written record by record,
+    so that a stopped run goes on where it was. A second process waits for the first one.
+
+    Args:
+        photos: a train_lift.Photos.
+    Raises:
+        OSError: the features do not fit on the disk, or cannot be written.
+    """
+    record = record_type(extractor, photos.imsize)
+    path = Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
+    dataset = Cached(path, record, views, photos.paths)
+    if path.exists():
+        return dataset
+
+    keys = []
+    for view in range(views):
+        keys += [(view, index) for index in range(len(photos))]
+
+    part = path.with_suffix(".part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as file:
+            wait_for_lock(file)
+            if not path.exists():
+                fill(file, record, photos, extractor, keys, batch_size, workers)
+                part.rename(path)
+    except OSError as error:
+        remedy = "make room or pass another --cache_features"
+        raise OSError(f"cannot write {part} ({error}): {remedy}") from error
+    part.unlink(missing_ok=True)  # made by a process that then had to wait
+    return dataset
+
+
+def wait_for_lock(file: BinaryIO) -> None:
+    """Wait until no other process fills this file."""
+    import fcntl  # not on Windows, where only --cache_features is lost
+
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def fill(
+    file: BinaryIO,
+    record: np.dtype,
+    photos,
+    extractor: DenseExtractor,
+    keys: list[tuple[int, int]],
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Append the records of `keys` (view, index) that `file` lacks.
+
+    It goes on at the start of a batch: the batches, and so the last bits of the features, are
+    those of a run that was never stopped.
+
+    Raises:
+        OSError: there is less room on the disk than they take.
+    """
+    complete = file.tell() // record.itemsize
+    done = complete // batch_size * batch_size
+    file.truncate(done * record.itemsize)
+
+    needed = (len(keys) - done) * record.itemsize
+    free = shutil.disk_usage(Path(file.name).parent).free
+    if needed > free:
+        raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} are free")
+
+    batches = [keys[at : at + batch_size] for at in range(done, len(keys), batch_size)]
+    loader = DataLoader(
+        photos, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals
+    )
+    for batch in tqdm(loader, "features", unit="batch", disable=None):
+        _, feats = images_and_features(batch, extractor)
+        rows = np.zeros(len(batch["broken"]), record)
+        for name in ("half", "quarter", "broken"):
+            rows[name] = batch[name].numpy()
+        for name, value in zip(FEATURES, feats):
+            rows[name] = value.cpu().numpy()
+        file.write(rows.tobytes())
+    file.flush()
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a loader's worker, by its number, leave Ctrl-C and SIGTERM to the process that began it.
+
+    Both reach every process of a group. The main one needs its workers until its step is done; they
+    end when it does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
