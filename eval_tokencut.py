@@ -1,29 +1,127 @@
-"""Unsupervised object discovery with TokenCut (Wang et al., CVPR 2022, arXiv 2202.11539): CorLoc of dense features.
+"""Unsupervised object discovery with TokenCut: CorLoc of dense features.
 
-    python eval_tokencut.py --dataroot ROOT --dataset VOC12 --set trainval --model_type dino_vits16 --output_dir out/dino
-    python eval_tokencut.py --dataroot ROOT --dataset VOC07 --lift_path lift.pth --tau 0.2 --output_dir out/lift
-    python eval_tokencut.py --dataroot ROOT --dataset COCO20k --lift_path lift.pth --tau 0.3 --output_dir out/coco
-    python eval_tokencut.py --image_path photos/ --lift_path lift.pth --output_dir out/photos      # pictures, no ground truth
+    python eval_tokencut.py --dataroot ROOT --dataset VOC12 --set trainval --output_dir out/dino
+    python eval_tokencut.py --dataroot ROOT --dataset VOC07 --set trainval \\
+        --lift_path lift.pth --output_dir out/lift
+    python eval_tokencut.py --dataroot ROOT --dataset COCO20k --tau 0.3 --output_dir out/coco
+    python eval_tokencut.py --image_path photos/ --output_dir out/photos
 
-The cells of an image are a graph, joined where their descriptors have a cosine above tau. The second smallest eigenvector of
-its normalised cut splits it; the connected part around the eigenvector's largest entry is the object. An image counts as
-found if the box of that part has an IoU of 0.5 or more with any annotated box; CorLoc is the share of images found.
---dinoseg takes the attention of CLS instead (DINO-seg, the baseline of LOST, Simeoni et al., BMVC 2021, arXiv 2109.14279).
+The last command needs no annotation: it draws the object that it finds in each photo.
 
-ROOT holds VOC2012/VOCdevkit or VOCdevkit; for COCO20k coco_20k_filenames.txt and COCO/{annotations,images}. Prints CorLoc and,
-as the last line, the same and all settings as JSON. OUTPUT_DIR/predictions.jsonl gets a line an image, and a run that was
-stopped goes on from it. 60 photos at 224 with ViT-Ti and LiFT take about 7 s on one CPU core.
+The cells of an image are a graph, joined where their descriptors have a cosine above tau. The
+second smallest eigenvector of its normalised cut splits it. The connected part around the
+eigenvector's largest entry is the object. An image counts as found if the box of that part has an
+IoU of 0.5 or more with any annotated box. CorLoc is the share of images found.
+
+--dinoseg takes the attention of CLS instead: DINO-seg, the baseline of LOST.
+
+ROOT holds VOC2012/VOCdevkit or VOCdevkit. For COCO20k it holds coco_20k_filenames.txt and
+COCO/{annotations,images}. The paper takes tau 0.2 for VOC and 0.3 for COCO20k.
+
+Prints CorLoc and, as the last line, the same and all settings as JSON. Each image is a line of
+OUTPUT_DIR/predictions.jsonl, and a run that was stopped goes on from it. 60 photos at 224 with
+ViT-Ti and LiFT take about 7 s on one CPU core.
+
+Sources: TokenCut, Wang et al., CVPR 2022 (arXiv 2202.11539); LOST, Simeoni et al., BMVC 2021
+(arXiv 2109.14279).
+
+Notation: C channels, H W image pixels, h w the grid of a map, N = h*w cells. A box is x0, y0, x1,
+y1 in pixels.
 """
 
+import argparse
 import json
 import sys
-from argparse import BooleanOptionalAction
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
-from os.path import commonpath
+from os.path import abspath, commonpath
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
+
+from command import (
+    Command,
+    add_backbone_args,
+    add_lift_args,
+    check_range,
+    difference,
+    first_line,
+    inside,
+    record,
+    replacing,
+    report,
+    settings,
+    world_size,
+    write_text,
+)
+
+VOC_YEARS = {"VOC07": "2007", "VOC12": "2012"}
+PICTURES = ("attn", "mask", "pred")
+
+# flags of the LiFT release that never had an effect on its results, and their defaults
+NO_EFFECT = {
+    "--arch": "vit_small",
+    "--patch_size": 16,
+    "--which_features": "k",
+    "--k_patches": 100,
+    "--resize": None,
+}
+
+
+class NoEffect(argparse.Action):
+    """Accept a flag that does nothing, and remember it for a note."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        namespace.no_effect = [*namespace.no_effect, option_string]
+
+
+def truth(text: str) -> bool:
+    """True or False of a word on the command line."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text} is neither: pass True or False")
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", help="folder that holds the data sets; needed without --image_path")
+    add("--dataset", choices=(*VOC_YEARS, "COCO20k"), default="VOC07", help="(default: VOC07)")
+    add("--set", default="train", help="image set of VOC (default: train); COCO20k has one")
+    add("--no_hard", action="store_true", help="leave out VOC's difficult and truncated objects")
+    add("--no_evaluation", action="store_true", help="read no annotation: boxes, but no CorLoc")
+    add("--image_path", help="a photo, folder or pattern to search instead of a data set")
+    add("--imsize", type=int, default=224, help="side of the square input (default: 224)")
+    add("--native", action="store_true", help="each image at its own size, as in TokenCut")
+    add("--imagenet_norm", action="store_true", help="ImageNet's mean and std for any backbone")
+    add("--tau", type=float, default=0.2, help="cosine above which cells are joined (default: 0.2)")
+    add("--eps", type=float, default=1e-5, help="weight of all other edges (default: 1e-5)")
+    add("--no-binary-graph", action="store_true", help="weigh joined cells by their cosine")
+    add("--dinoseg", action="store_true", help="cut the attention of CLS: the baseline DINO-seg")
+    add("--dinoseg_head", type=int, default=4, help="its head (default: 4)")
+    add("--output_dir", default="outputs", help="for predictions, pictures (default: outputs)")
+    add(
+        "--save_predictions", type=truth, nargs="?", const=True, default=True, metavar="True|False",
+        help="write OUTPUT_DIR/predictions.jsonl and go on from it (default: True)",
+    )  # fmt: skip
+    add("--no-save_predictions", dest="save_predictions", action="store_false", help="no file")
+    add("--visualize", choices=("attn", "pred", "all"), help="draw what was cut, the box, or all")
+    add("--save-feat-dir", help="folder for the map [C, h, w] of each image, as .npy")
+    add("--json", help="write the JSON line to this file, too")
+    for flag, default in NO_EFFECT.items():
+        add(flag, action=NoEffect, default=default, help=argparse.SUPPRESS)
+    command.set_defaults(no_effect=[])
+    add_backbone_args(command)
+    add_lift_args(command)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
 
 import cv2
 import numpy as np
@@ -37,488 +135,849 @@ from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from extractor import IMAGENET, Command, ViTExtractor, add_backbone_args, list_images, read_image, replacing, settings
-from lift import add_lift_args, upsampler
+from extractor import IMAGENET, build_extractor
+from lift import read_state, upsampler
+from photos import list_images, read_image
 
-VOC_YEARS = {"VOC07": "2007", "VOC12": "2012"}
 SMALL = 256  # cells up to which LAPACK is as fast as Lanczos
 MOST = 2**14  # cells of the largest graph: its affinity takes 1 GiB
 
 
 class Sample(NamedTuple):
-    """An image to search; `boxes` [n, 4] are the annotated x0, y0, x1, y1 in its pixels, None where nobody annotated."""
+    """An image to search."""
 
     name: str
     path: Path
-    boxes: np.ndarray | None = None
+    boxes: np.ndarray | None = None  # annotated, [n, 4] in its pixels; None: nobody annotated it
 
 
 class Part(NamedTuple):
-    """The object of an image on its grid: what it was cut by [h, w], the object's cells [h, w], the cell it grew from."""
+    """The object of an image, on its grid."""
 
-    heat: np.ndarray
-    mask: np.ndarray
-    seed: int
-
-
-# ---- data sets ------------------------------------------------------------------------------------------------------
+    heat: np.ndarray  # what was cut, [h, w]
+    mask: np.ndarray  # the object's cells, [h, w]
+    seed: int         # the number of the cell that it grew from
 
 
-def first_folder(*candidates):
+class Found(NamedTuple):
+    """What the search of one image gave."""
+
+    sample: Sample
+    photo: Image.Image
+    feats: torch.Tensor           # its map [C, h, w]
+    part: Part
+    extent: tuple[float, float]   # columns and rows of cells that the photo covers
+    entry: dict[str, Any]         # see `discover`
+
+
+# ---- data sets ----------------------------------------------------------------------------------
+
+
+def first_folder(*candidates: Path) -> Path:
     """The first path that is a folder. Raises FileNotFoundError if none is."""
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no folder {' or '.join(map(str, candidates))}: correct --dataroot")
+    tried = " or ".join(str(folder) for folder in candidates)
+    raise FileNotFoundError(f"no folder {tried}: correct --dataroot")
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """The text of a file of a data set, with an error that names it."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): restore it, or correct --dataroot or --set") from error
+        what = f"{path} cannot be read ({first_line(error)})"
+        raise ValueError(f"{what}: restore it, or correct --dataroot or --set") from error
 
 
-def voc_boxes(path, no_hard=False):
-    """Boxes [n, 4] of a VOC annotation file; its pixels count from 1, so minima lose one. ValueError for a malformed file."""
+def is_hard(thing: ElementTree.Element) -> bool:
+    """Whether a VOC object is marked difficult or truncated."""
+    difficult = int(thing.findtext("difficult") or 0)
+    truncated = int(thing.findtext("truncated") or 0)
+    return difficult > 0 or truncated > 0
+
+
+def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
+    """The boxes [n, 4] of a VOC annotation file.
+
+    Args:
+        no_hard: leave out difficult and truncated objects.
+    Raises:
+        ValueError: the file is malformed.
+    """
+    boxes = []
     try:
-        objects = ElementTree.fromstring(read_text(path)).findall("object")
-        if no_hard:
-            objects = [o for o in objects if not any(int(o.findtext(key) or 0) for key in ("difficult", "truncated"))]
-        corners = [[int(float(o.find("bndbox").findtext(key))) for key in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-    except (ElementTree.ParseError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no VOC annotation ({error}): restore it") from error
-    return np.array(corners, float).reshape(-1, 4) - [1, 1, 0, 0]
+        for thing in ElementTree.fromstring(read_text(path)).findall("object"):
+            if no_hard and is_hard(thing):
+                continue
+            box = thing.find("bndbox")
+            corners = []
+            for key in ("xmin", "ymin", "xmax", "ymax"):
+                corners.append(int(float(box.findtext(key))))
+            boxes.append(corners)
+    except (
+        ElementTree.ParseError, ArithmeticError, AttributeError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        what = f"{path} is no VOC annotation ({first_line(error)})"
+        raise ValueError(f"{what}: restore it") from error
+
+    # VOC counts pixels from 1 and includes the last one: only the minima lose one
+    return np.array(boxes, dtype=float).reshape(-1, 4) - [1, 1, 0, 0]
 
 
-def read_voc(root, year, image_set, no_hard=False):
-    """The Samples of PASCAL VOC. `no_hard` drops difficult and truncated objects, and images that have no others."""
+def read_voc(
+    root: str | Path, year: str, image_set: str, no_hard: bool = False, annotated: bool = True
+) -> list[Sample]:
+    """The Samples of PASCAL VOC, in the order of its list.
+
+    Args:
+        no_hard: drop difficult and truncated objects, and images that have no others.
+        annotated: read the annotation; without it, as for VOC's own test set, boxes are None.
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or malformed, or a name leaves the folder.
+    """
     root = Path(root)
-    home = first_folder(*(root / f"{extra}VOCdevkit/VOC{year}" for extra in (f"VOC{year}/", "")), root / f"VOC{year}")
-    names = [line.split()[0] for line in read_text(home / f"ImageSets/Main/{image_set}.txt").splitlines() if line.strip()]
-    samples = [
-        Sample(f"{name}.jpg", home / f"JPEGImages/{name}.jpg", voc_boxes(home / f"Annotations/{name}.xml", no_hard))
-        for name in names
-    ]
-    return [sample for sample in samples if len(sample.boxes) or not no_hard]
+    home = first_folder(
+        root / f"VOC{year}/VOCdevkit/VOC{year}", root / f"VOCdevkit/VOC{year}", root / f"VOC{year}"
+    )
+    samples = []
+    for line in read_text(home / f"ImageSets/Main/{image_set}.txt").splitlines():
+        if not line.strip():
+            continue
+        name = line.split()[0]  # a number may follow, for sets of one class
+        path = inside(home / "JPEGImages", f"{name}.jpg")
+        boxes = None
+        if annotated:
+            boxes = voc_boxes(inside(home / "Annotations", f"{name}.xml"), no_hard)
+            if no_hard and len(boxes) == 0:
+                continue
+        samples.append(Sample(f"{name}.jpg", path, boxes))
+    return samples
 
 
-def read_coco(path):
+def read_coco(path: Path) -> dict[str, Any]:
     """A COCO annotation file. Raises ValueError if it is none."""
     try:
         content = json.loads(read_text(path))
-        for kind, keys in {"images": {"id", "file_name"}, "annotations": {"image_id", "bbox", "iscrowd"}}.items():
-            if any(not keys <= record.keys() for record in content[kind]):
-                raise ValueError(f"{kind} without one of {', '.join(sorted(keys))}")
+        for image in content["images"]:
+            check_id(image["id"])
+            if not isinstance(image["file_name"], str):
+                raise TypeError(f"file_name {image['file_name']!r}")
+        for annotation in content["annotations"]:
+            check_id(annotation["image_id"])
+            for key in ("bbox", "iscrowd"):
+                if key not in annotation:
+                    raise KeyError(key)
         return content
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no COCO annotation file ({error!r}): restore or remove it") from error
+        what = f"{path} is no COCO annotation file ({first_line(repr(error))})"
+        raise ValueError(f"{what}: restore or remove it") from error
 
 
-def select(instances, names):
-    """The part of a COCO annotation file that is about the images `names`. ValueError if it lacks one of them."""
+def check_id(value: Any) -> None:
+    """Raise TypeError for what cannot be the id of a COCO image."""
+    if not isinstance(value, (int, str)):
+        raise TypeError(f"id {value!r}")
+
+
+def select(instances: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The part of a COCO annotation file that is about the images `names`.
+
+    Raises:
+        ValueError: one of them is not in it.
+    """
     wanted = set(names)
     images = [image for image in instances["images"] if image["file_name"] in wanted]
+    found = {image["file_name"] for image in images}
+    missing = wanted - found
+    if missing:
+        what = f"no {min(missing)} in the COCO annotations ({len(missing)} missing)"
+        raise ValueError(f"{what}: take those of train2014")
+
     ids = {image["id"] for image in images}
-    if len(ids) < len(wanted):
-        missing = min(wanted - {image["file_name"] for image in images})
-        raise ValueError(f"no {missing} in the COCO annotations ({len(wanted) - len(ids)} missing): take those of train2014")
-    return instances | {"images": images, "annotations": [a for a in instances["annotations"] if a["image_id"] in ids]}
+    annotations = [item for item in instances["annotations"] if item["image_id"] in ids]
+    return {**instances, "images": images, "annotations": annotations}
 
 
-def coco20k_index(root):
-    """COCO20k's annotations: the selection beside the list of names, else built from the full file and kept there."""
-    listed, kept = root / "coco_20k_filenames.txt", root / "instances_train2014_sel20k.json"
+def coco20k_index(root: Path) -> dict[str, Any]:
+    """The annotations of COCO20k.
+
+    They are a selection from COCO's own file, which is large: it is kept beside the list of names,
+    and made again only where that list has changed.
+    """
+    listed = root / "coco_20k_filenames.txt"
+    kept = root / "instances_train2014_sel20k.json"
     if kept.is_file() and not listed.is_file():
         return read_coco(kept)
+
     names = [Path(line).name for line in read_text(listed).split()]
     if kept.is_file():
         selection = read_coco(kept)
-        if {image["file_name"] for image in selection["images"]} == set(names):
+        selected = {image["file_name"] for image in selection["images"]}
+        if selected == set(names):
             return selection
+
     selection = select(read_coco(root / "COCO/annotations/instances_train2014.json"), names)
     try:
-        with replacing(kept) as temporary:
-            temporary.write_text(json.dumps(selection))
-    except OSError as error:
+        write_text(kept, json.dumps(selection))
+    except OSError as error:  # a folder that others own: slower the next time, but no failure
         print(f"note: it will be built again: {error}", file=sys.stderr)
     return selection
 
 
-def read_coco20k(root):
-    """The Samples of COCO20k (Vo et al., 2020), in the order of its annotations, without crowd boxes."""
-    folder = first_folder(Path(root) / "COCO/images/train2014")
-    index, boxes = coco20k_index(Path(root)), defaultdict(list)
-    for annotation in index["annotations"]:
-        if not annotation["iscrowd"]:
-            boxes[annotation["image_id"]].append(annotation["bbox"])
-    try:
-        arrays = [np.array(boxes[image["id"]], float).reshape(-1, 4) for image in index["images"]]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the COCO annotations in {root} hold a malformed bbox ({error}): restore them") from error
-    corners = [np.round(np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])) for xywh in arrays]
-    names = [image["file_name"] for image in index["images"]]
-    return [Sample(name, folder / name, box) for name, box in zip(names, corners)]
+def read_coco20k(root: str | Path) -> list[Sample]:
+    """The Samples of COCO20k (Vo et al., 2020), in the order of its annotations.
 
-
-def read_photos(path):
-    """Samples without annotation of a photo, a folder or a pattern, named by their path below what they share."""
-    paths = list_images(path)
-    top = commonpath([p.parent for p in paths])
-    return [Sample(p.relative_to(top).as_posix(), p) for p in paths]
-
-
-# ---- TokenCut -------------------------------------------------------------------------------------------------------
-
-
-def affinity(feats, tau, eps=1e-5, binary=True):
-    """The graph of a map [C, h, w] (TokenCut, section 3.2): [N, N] numpy, 1 where the cosine exceeds tau, else eps.
-
-    Not `binary`: the cosine itself where it reaches tau. float64 up to SMALL cells, else float32.
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or malformed, or a name leaves the folder.
     """
-    cells = F.normalize(feats.float().flatten(1).T, dim=1)       # [N, C]
-    cos = (cells @ cells.T).cpu().numpy()                        # [N, N]
-    dtype = np.float64 if len(cos) <= SMALL else np.float32
+    root = Path(root)
+    folder = first_folder(root / "COCO/images/train2014")
+    index = coco20k_index(root)
+
+    boxes = defaultdict(list)  # of each image id
+    for annotation in index["annotations"]:
+        if annotation["iscrowd"]:
+            continue
+        try:
+            x, y, width, height = map(float, annotation["bbox"])
+        except (TypeError, ValueError) as error:
+            what = f"the COCO annotations in {root} hold a malformed bbox ({first_line(error)})"
+            raise ValueError(f"{what}: restore them") from error
+        boxes[annotation["image_id"]].append([x, y, x + width, y + height])
+
+    samples = []
+    for image in index["images"]:
+        name = image["file_name"]
+        corners = np.array(boxes[image["id"]], dtype=float).reshape(-1, 4)
+        samples.append(Sample(name, inside(folder, name), np.round(corners)))
+    return samples
+
+
+def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
+    """Samples without annotation of a photo, a folder or a pattern.
+
+    They are named by their path below what they share. Pictures that an earlier run wrote into
+    `output_dir` are no photos.
+
+    Raises:
+        ValueError: there are none.
+    """
+    endings = tuple(f"_{kind}.png" for kind in PICTURES)
+    output_dir = Path(abspath(output_dir))
+    files = {}  # by absolute path
+    for file in list_images(path):
+        place = Path(abspath(file))
+        ours = place.is_relative_to(output_dir) and place.name.endswith(endings)
+        if not ours:
+            files[place] = file
+    if not files:
+        raise ValueError(f"no images at {path} but those of an earlier run: pass photos")
+
+    shared = commonpath([place.parent for place in files])
+    return [Sample(place.relative_to(shared).as_posix(), file) for place, file in files.items()]
+
+
+# ---- TokenCut -----------------------------------------------------------------------------------
+
+
+def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = True) -> np.ndarray:
+    """The graph of a map: the weights [N, N] of the edges between its cells.
+
+    Args:
+        feats: [C, h, w].
+        binary: 1 where the cosine exceeds tau, else eps. Without it, the cosine itself where it
+            reaches tau.
+    Returns:
+        float64 up to SMALL cells, else float32.
+    Source: TokenCut, section 3.2.
+    """
+    cells = F.normalize(feats.float().flatten(1).T, dim=1)         # [N, C]
+    cosine = (cells @ cells.T).cpu().numpy()                       # [N, N]
+    dtype = np.float32
+    if len(cosine) <= SMALL:
+        dtype = np.float64
     if binary:
-        return np.where(cos > tau, dtype(1), dtype(eps))
-    return np.where(cos < tau, eps, cos).astype(dtype).clip(eps)
+        return np.where(cosine > tau, dtype(1), dtype(eps))
+    return np.where(cosine < tau, eps, cosine).astype(dtype).clip(eps)
 
 
-def second_eigenvector(graph):
-    """The second smallest v of (D - A) v = lambda D v (Shi and Malik, 2000), A = `graph` [N, N], which is overwritten.
+def second_eigenvector(graph: np.ndarray) -> np.ndarray:
+    """The second smallest eigenvector v [N] of (D - A) v = lambda D v.
 
-    Small graphs go to LAPACK: cells often tie for the largest entry, LAPACK's rounding then chooses the object, and in small
-    matrices it does not depend on threads or machine as far as we saw. Larger ones go to Lanczos in float32. Where all edges
-    are equal every v is as good as any other: it is 1 at the second cell, which is what LAPACK makes of it.
+    Small graphs go to LAPACK. In them cells often tie for the largest entry, so that rounding
+    chooses the object, and LAPACK's does not depend on threads or machine as far as we saw. Larger
+    ones go to Lanczos in float32.
+
+    Args:
+        graph: A, [N, N]; it may be overwritten. D is the diagonal of its row sums.
+    Source: Shi and Malik, 2000.
     """
     if np.ptp(graph) <= 1e-5 * np.abs(graph).max():
-        return np.eye(1, len(graph), min(1, len(graph) - 1))[0]
+        # all edges are equal, and every v is as good as any other: LAPACK's is 1 at the second cell
+        v = np.zeros(len(graph))
+        v[min(1, len(graph) - 1)] = 1
+        return v
+
     degree = graph.sum(1, dtype=np.float64)
     if len(graph) <= SMALL:
-        return eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, 2])[1][:, 0]
+        _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, 2])
+        return vectors[:, 0]
+
+    # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda, and the eigenvectors D^1/2 v
     scale = (1 / np.sqrt(degree)).astype(np.float32)
     graph *= scale[:, None]
-    graph *= scale                                               # D^-1/2 A D^-1/2, eigenvalues 1 - lambda
-    first = np.sqrt(degree / degree.sum()).astype(np.float32)    # its eigenvector to 1, moved to -1 below
+    graph *= scale
+
+    # its largest eigenvalue, 1, is known; moved to -1, it leaves the second one as the largest
+    first = np.sqrt(degree / degree.sum()).astype(np.float32)
 
     def product(x):
         return graph @ x - 2 * (first @ x) * first
 
+    operator = LinearOperator(graph.shape, product, dtype=np.float32)
     start = np.random.RandomState(0).standard_normal(len(graph)).astype(np.float32)
-    return scale * eigsh(LinearOperator(graph.shape, product, dtype=np.float32), k=1, which="LA", v0=start)[1][:, 0]
+    _, vectors = eigsh(operator, k=1, which="LA", v0=start)
+    return scale * vectors[:, 0]
 
 
-def component(mask, seed):
+def component(mask: np.ndarray, seed: int) -> np.ndarray:
     """The 4-connected part of a mask [h, w] that holds the cell number `seed`, as a mask."""
     labels, _ = label(mask)
     return labels == labels.flat[seed]
 
 
-def tokencut(feats, tau=0.2, eps=1e-5, binary=True):
-    """The object in a map [C, h, w] (TokenCut, section 3.2): a Part, its heat the eigenvector, largest at the seed."""
+def tokencut(feats: torch.Tensor, tau: float = 0.2, eps: float = 1e-5, binary: bool = True) -> Part:
+    """The object in a map [C, h, w]; its heat is the eigenvector, largest at the seed.
+
+    Source: TokenCut, section 3.2.
+    """
     v = second_eigenvector(affinity(feats, tau, eps, binary))
-    tie = 1e-5 if v.dtype == np.float32 else 0  # float32 does not tell a tie from rounding: the first cell wins
-    seed = int(np.argmax(np.abs(v) >= (1 - tie) * np.abs(v).max()))
+
+    # the first of the largest entries wins; float32 does not tell a tie from rounding
+    size = np.abs(v)
+    largest = size.max()
+    if v.dtype == np.float32:
+        largest *= 1 - 1e-5
+    seed = int(np.argmax(size >= largest))
+
+    # of the two sides of the cut, the object's is that of the seed
     mask = v > v.mean()
     if not mask[seed]:
-        v, mask = -v, ~mask
+        v = -v
+        mask = ~mask
     grid = feats.shape[1:]
     return Part(v.reshape(grid), component(mask.reshape(grid), seed), seed)
 
 
-def cls_attention(extractor, images):
-    """Attention [1, heads, h, w] of CLS to the cells of images [1, 3, H, W], in the extractor's layer."""
-    grid = extractor.grid(*images.shape[2:])
-    rows = extractor.extract_descriptors(images, facet="attn", include_cls=True)[:, 0, 0]    # [1, T * heads]
-    return rows.unflatten(1, (-1, extractor.heads))[:, -grid[0] * grid[1] :].mT.unflatten(2, grid)
+def cls_attention(extractor: Any, images: torch.Tensor) -> torch.Tensor:
+    """How CLS attends to the cells of images [1, 3, H, W]: [1, heads, h, w], of one layer."""
+    height, width = extractor.grid(*images.shape[2:])
+    attention = extractor.extract_descriptors(images, facet="attn", include_cls=True)
+    of_cls = attention[:, 0, 0]                                # [1, T * heads], head_dim-major
+    by_token = of_cls.unflatten(1, (-1, extractor.heads))      # [1, T, heads]
+    cells = by_token[:, -height * width :]                     # without prefix tokens
+    return cells.mT.unflatten(2, (height, width))              # [1, heads, h, w]
 
 
-def dinoseg(attention, head, mass=0.6):
-    """The object in attention maps [heads, h, w]: the largest part of the cells that hold `mass` of a head's attention."""
+def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
+    """The object in attention maps [heads, h, w].
+
+    It is the largest connected part of the cells that hold `mass` of one head's attention.
+
+    Raises:
+        ValueError: there is no such head.
+    Source: LOST, section 4.
+    """
     if not 0 <= head < len(attention):
-        raise ValueError(f"--dinoseg_head {head} is out of range: pass one of the heads 0 to {len(attention) - 1}")
+        heads = f"0 to {len(attention) - 1}"
+        raise ValueError(f"--dinoseg_head {head} is out of range: pass one of the heads {heads}")
     heat = attention[head].cpu().numpy()
+
+    # from the weakest cell on, leave out those that together hold the rest
     order = heat.argsort(axis=None)
-    mask = np.zeros(heat.shape, bool)
-    mask.flat[order] = heat.flat[order].cumsum() > (1 - mass) * heat.sum()
+    held = heat.flat[order].cumsum()
+    mask = np.zeros(heat.shape, dtype=bool)
+    mask.flat[order] = held > (1 - mass) * heat.sum()
+
     labels, _ = label(mask)
-    largest = labels == 1 + np.bincount(labels[mask] - 1).argmax()
-    return Part(heat, largest, int(np.where(largest, heat, -1).argmax()))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0  # what is left out
+    largest = labels == sizes.argmax()
+    seed = np.where(largest, heat, -1).argmax()
+    return Part(heat, largest, int(seed))
 
 
-# ---- boxes ----------------------------------------------------------------------------------------------------------
+# ---- boxes --------------------------------------------------------------------------------------
 
 
-def bounding_box(mask, cell, limit):
-    """The box x0, y0, x1, y1 in pixels around a mask [h, w] of cells of `cell` (W, H) pixels, clipped to `limit` (W, H)."""
-    x, y = (np.flatnonzero(mask.any(axis)) for axis in (0, 1))
-    return np.minimum(np.array([x[0], y[0], x[-1] + 1, y[-1] + 1]) * np.tile(cell, 2), np.tile(limit, 2))
+def bounding_box(mask: np.ndarray, cell: tuple[float, float], limit: tuple[int, int]) -> np.ndarray:
+    """The box [4] in pixels around the cells of a mask [h, w].
+
+    Args:
+        cell: width and height of a cell in pixels.
+        limit: width and height of the photo in pixels, to which the box is clipped.
+    """
+    cell_width, cell_height = cell
+    width, height = limit
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
+    left, right = columns[0] * cell_width, (columns[-1] + 1) * cell_width
+    top, bottom = rows[0] * cell_height, (rows[-1] + 1) * cell_height
+    return np.array([left, top, min(right, width), min(bottom, height)])
 
 
-def box_iou(box, boxes):
-    """IoU [n] of a box [4] with boxes [n, 4], all x0, y0, x1, y1; 1e-7 on heights and union, as YOLOv5's, which LOST took."""
-    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    inter = sides.clip(0).prod(1)
-    area, areas = ((b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1] + 1e-7) for b in (box, boxes))
-    return inter / (area + areas - inter + 1e-7)
+def box_area(boxes: np.ndarray) -> np.ndarray:
+    """Areas [...] of boxes [..., 4]; heights get 1e-7, as in YOLOv5's IoU, which LOST took."""
+    width = boxes[..., 2] - boxes[..., 0]
+    height = boxes[..., 3] - boxes[..., 1] + 1e-7
+    return width * height
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU [n] of a box [4] with boxes [n, 4]; 1e-7 more on the union, as in YOLOv5's."""
+    left_top = np.maximum(box[:2], boxes[:, :2])
+    right_bottom = np.minimum(box[2:], boxes[:, 2:])
+    sides = (right_bottom - left_top).clip(0)  # [n, 2], 0 where they do not overlap
+    overlap = sides.prod(axis=1)
+    union = box_area(box) + box_area(boxes) - overlap + 1e-7
+    return overlap / union
 
 
-def to_input(photo, size, normalize, patch, most):
-    """A PIL photo -> (images [1, 3, H, W], its size (W, H) in there): a square of `size`, or, if None, itself.
+# ---- evaluation ---------------------------------------------------------------------------------
 
-    Its own size is padded to multiples of the patch, right and below, with zeros. ValueError for more than `most` pixels.
+
+def to_input(
+    photo: Image.Image, size: int | None, normalize: Callable, patch: int, most: float
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A photo as the backbone's input.
+
+    Args:
+        size: side in pixels of the square it is resized to; None leaves its own size, which is
+            padded to multiples of the patch, right and below, with zeros.
+        most: pixels.
+    Returns:
+        images [1, 3, H, W], and the width and height of the photo in them.
+    Raises:
+        ValueError: more pixels than `most`.
     """
     if size:
         photo = photo.resize((size, size), Image.Resampling.BILINEAR)
-    if photo.width * photo.height > most:
+    width, height = photo.size
+    if width * height > most:
         raise ValueError(
-            f"{photo.width}x{photo.height} pixels are more than {MOST} cells, whose graph takes 1 GiB: pass a smaller --imsize "
-            "or --lift_iter, or leave out --native"
+            f"{width}x{height} pixels are more than {MOST} cells, whose graph takes 1 GiB: "
+            "pass a smaller --imsize or --lift_iter, or leave out --native"
         )
-    padding = (0, -photo.width % patch, 0, -photo.height % patch) if not size else (0, 0)
-    return F.pad(normalize(to_tensor(photo))[None], padding), photo.size
+    images = normalize(to_tensor(photo))[None]                    # [1, 3, H, W]
+    if not size:
+        images = F.pad(images, (0, -width % patch, 0, -height % patch))
+    return images, (width, height)
 
 
-def discover(sample, maps, cut, prepare):
-    """Search one Sample: (photo, map, Part, extent, entry).
+def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -> Found:
+    """Search one Sample.
 
-    `extent` (w, h) are the cells that the photo covers; cells of nothing but padding are dropped. The entry holds `box` in
-    pixels of the input, `photo_box` in those of the photo, `seed`, and where there is annotation `iou`, the largest, and
-    `correct`.
+    The entry of what is found holds `box` in pixels of the input, `photo_box` in those of the
+    photo and `seed`; where there is annotation, `iou`, the largest, and `correct` as well.
+
+    Args:
+        maps, cut, prepare: see `evaluate`.
+    Raises:
+        ValueError, FileNotFoundError: the photo cannot be read, or its features are not finite.
     """
     photo = read_image(sample.path)
     images, inner = prepare(photo)
-    feats = maps(images)[0]
+    feats = maps(images)[0]                                       # [C, h, w]
     if not torch.isfinite(feats).all():
-        raise ValueError(f"the features of {sample.path} are not finite: pass --dtype float32")
-    cell = np.divide(images.shape[:1:-1], feats.shape[:0:-1])
-    extent = inner / cell
-    columns, rows = np.ceil(extent - 1e-9).astype(int)
+        what = f"the features of {sample.path} are not finite"
+        raise ValueError(f"{what}: pass --dtype float32, or another --lift_path")
+
+    cell_width = images.shape[3] / feats.shape[2]
+    cell_height = images.shape[2] / feats.shape[1]
+    extent = (inner[0] / cell_width, inner[1] / cell_height)
+
+    # cells of nothing but padding are dropped
+    columns, rows = np.ceil(np.array(extent) - 1e-9).astype(int)
     part = cut(feats[:, :rows, :columns])
-    box, scale = bounding_box(part.mask, cell, inner), np.tile(np.divide(inner, photo.size), 2)
+
+    box = bounding_box(part.mask, (cell_width, cell_height), inner)
+    scale_x = inner[0] / photo.width
+    scale_y = inner[1] / photo.height
+    scale = np.array([scale_x, scale_y, scale_x, scale_y])        # input pixels of a photo's
     entry = {"box": box.tolist(), "photo_box": (box / scale).tolist(), "seed": part.seed}
     if sample.boxes is not None:
-        iou = float(box_iou(box, np.trunc(sample.boxes * scale)).max(initial=0))
-        entry |= {"iou": iou, "correct": iou >= 0.5}
-    return photo, feats, part, extent, entry
+        annotated = np.trunc(sample.boxes * scale)
+        iou = float(box_iou(box, annotated).max(initial=0))
+        entry["iou"] = iou
+        entry["correct"] = iou >= 0.5
+    return Found(sample, photo, feats, part, extent, entry)
 
 
-def corloc(predictions):
-    """{"corloc" in percent, "found", "images"} of {name: entry}; for photos without annotation the number of images only."""
+def corloc(predictions: dict[str, dict]) -> dict[str, Any]:
+    """The result of {name: entry}.
+
+    Returns:
+        "corloc" in percent, "found" and "images"; without annotation the number of images only.
+    """
+    images = len(predictions)
     verdicts = [entry["correct"] for entry in predictions.values() if "correct" in entry]
-    counts = {"corloc": 100 * sum(verdicts) / len(verdicts), "found": sum(verdicts)} if verdicts else {}
-    return counts | {"images": len(predictions)}
+    if not verdicts:
+        return {"images": images}
+    found = sum(verdicts)
+    return {"corloc": 100 * found / len(verdicts), "found": found, "images": images}
 
 
-def evaluate(samples, maps, cut, prepare, predictions=None, show=None):
-    """Search all Samples: {"corloc", "found", "images", "predictions": {name: entry}}, entries as from `discover`.
+def evaluate(
+    samples: list[Sample],
+    maps: Callable,
+    cut: Callable,
+    prepare: Callable,
+    done: dict[str, dict] | None = None,
+    keep: Callable[[Found], None] | None = None,
+) -> dict[str, Any]:
+    """Search all Samples.
 
-    `maps` is any callable from images [1, 3, H, W] to maps [1, C, h, w], `cut` from such a map [C, h, w] to a Part, `prepare`
-    from a photo to (images, its size in there). Samples that `predictions` (a dict, or a Predictions) holds are not searched
-    again. `show(sample, photo, map, part, extent, entry)` is called for each one that is.
+    Args:
+        maps: any callable from images [1, 3, H, W] to maps [1, C, h, w].
+        cut: from such a map [C, h, w] to a Part.
+        prepare: from a photo to images [1, 3, H, W] and its size (W, H) in there.
+        done: {name: entry} of Samples that were searched before.
+        keep: called with each Found.
+    Returns:
+        {"corloc", "found", "images", "predictions": {name: entry}}, entries as from `discover`.
     """
-    predictions = {} if predictions is None else predictions
-    left = [sample for sample in samples if sample.name not in predictions]
-    bar = tqdm(left, initial=len(samples) - len(left), total=len(samples), unit="image")
+    done = done or {}
+    predictions = {}
+    for sample in samples:
+        if sample.name in done:
+            predictions[sample.name] = done[sample.name]
+
+    left = [sample for sample in samples if sample.name not in done]
+    first = len(samples) - len(left)
+    bar = tqdm(left, initial=first, total=len(samples), unit="image", disable=None)
     for sample in bar:
-        photo, feats, part, extent, entry = discover(sample, maps, cut, prepare)
-        if show:
-            show(sample, photo, feats, part, extent, entry)
-        predictions[sample.name] = entry
-        if "correct" in entry:
-            bar.set_postfix_str(f"CorLoc {corloc(predictions)['corloc']:.2f}", refresh=False)
-    return corloc(predictions) | {"predictions": dict(predictions)}
+        found = discover(sample, maps, cut, prepare)
+        if keep:
+            keep(found)
+        predictions[sample.name] = found.entry
+        if "correct" in found.entry:
+            score = corloc(predictions)["corloc"]
+            bar.set_postfix_str(f"CorLoc {score:.2f}", refresh=False)
+    return {**corloc(predictions), "predictions": predictions}
 
 
-class Predictions(dict):
-    """{name: entry}, of which every new one is at once a line of a file, after a first line with the settings.
+# ---- predictions on disk ------------------------------------------------------------------------
 
-    What the file holds already is there from the start, but for lines that a killed run cut off. Raises ValueError for a file
-    of other settings.
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects in the lines of a file; lines that are none are left out.
+
+    A killed run, or a failing disk, cuts lines off. [] if there is no file.
     """
-
-    def __init__(self, path, settings):
-        super().__init__()
-        self.path, lines = Path(path), read_lines(path)
-        if lines and lines[0].get("settings") != settings:
-            raise ValueError(f"{path} was written with other settings: pass another --output_dir, or remove it to begin again")
-        keys = {"name", "box", "photo_box", "seed"}
-        whole = [line for line in lines[1:] if line.keys() in (keys, keys | {"iou", "correct"})]
-        self.update((line["name"], line) for line in whole if isinstance(line["name"], str))
-        if self:
-            print(f"note: {len(self)} images are taken from {path}: remove it to begin again", file=sys.stderr)
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"settings": settings}, *self.values()]))
-
-    def __setitem__(self, name, entry):
-        super().__setitem__(name, {"name": name} | entry)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self[name]) + "\n")
-
-
-def read_lines(path):
-    """The JSON objects in the lines of a file, without lines that are none; [] if there is no file."""
-    text, lines = Path(path).read_text(errors="replace") if Path(path).is_file() else "", []
-    for line in text.splitlines():
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-    return [line for line in lines if isinstance(line, dict)]
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+def is_box(value: Any) -> bool:
+    """Whether a value out of a file is a box: four finite numbers."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(type(side) is float and np.isfinite(side) for side in value)
 
 
-def over(values, photo, extent):
-    """Cells as uint8 [h, w] or [h, w, 3], of which the photo covers `extent` (w, h), as a picture of its size."""
-    box = (0, 0, *np.minimum(extent, values.shape[1::-1]))
-    return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=box)
+def is_whole(line: dict, annotated: bool) -> bool:
+    """Whether a line of a predictions file is as `discover` makes it."""
+    keys = {"name", "box", "photo_box", "seed"}
+    if annotated:
+        keys |= {"iou", "correct"}
+    if line.keys() != keys or not isinstance(line["name"], str) or type(line["seed"]) is not int:
+        return False
+    if not is_box(line["box"]) or not is_box(line["photo_box"]):
+        return False
+    if not annotated:
+        return True
+    return type(line["iou"]) is float and line["correct"] is (line["iou"] >= 0.5)
 
 
-def draw_heat(photo, part, extent):
+def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, dict]:
+    """Begin a predictions file, or go on with the one that is there.
+
+    Its first line is the record of the settings, every other one the entry of an image. Lines that
+    are not whole are dropped, and their images searched again.
+
+    Args:
+        made_by: command.record of this run.
+        annotated: whether entries hold `iou` and `correct`.
+    Returns:
+        {name: entry} of what was there.
+    Raises:
+        ValueError: other settings made the file.
+    """
+    remedy = "pass another --output_dir, or remove it to begin again"
+    lines = read_lines(path)
+    if lines:
+        before = lines[0].get("settings")
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} does not begin with the settings that made it: {remedy}")
+        changed = difference(before, made_by)
+        if changed:
+            raise ValueError(f"{path} was written with {changed}: {remedy}")
+
+    entries = {}
+    for line in lines[1:]:
+        if is_whole(line, annotated):
+            entries[line["name"]] = line
+    if entries:
+        note = f"note: {len(entries)} images are taken from {path}: remove it to begin again"
+        print(note, file=sys.stderr)
+
+    whole = [{"settings": made_by}, *entries.values()]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in whole))
+    for entry in entries.values():
+        del entry["name"]
+    return entries
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file, with an error that names it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        remedy = "free some space or pass another --output_dir"
+        raise OSError(f"cannot write {path} ({first_line(error)}): {remedy}") from error
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def over(values: np.ndarray, photo: Image.Image, extent: tuple[float, float]) -> Image.Image:
+    """Cells as a picture of a photo's size.
+
+    Args:
+        values: uint8, [h, w] or [h, w, 3].
+        extent: columns and rows of them that the photo covers.
+    """
+    rows, columns = values.shape[:2]
+    covered = (0, 0, min(extent[0], columns), min(extent[1], rows))
+    return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=covered)
+
+
+def draw_heat(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Image.Image:
     """The photo under what was cut, dark to bright."""
-    scaled = np.interp(part.heat, (part.heat.min(), part.heat.max() + 1e-12), (0, 255)).astype(np.uint8)
+    # the four corner cells of many ViTs are far from all others, and 2 % of a 14x14 grid: without
+    # the outermost 3 % they would leave one colour to the rest
+    low, high = np.percentile(part.heat, (3, 97))
+    scaled = np.interp(part.heat, (low, high + 1e-12), (0, 255)).astype(np.uint8)
     colours = cv2.cvtColor(cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     return Image.blend(photo, over(colours, photo, extent), 0.65)
 
 
-def draw_mask(photo, part, extent):
+def draw_mask(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Image.Image:
     """The photo, dark outside of the object."""
     dark = photo.point(lambda value: value // 4)
-    return Image.composite(photo, dark, over(part.mask.astype(np.uint8) * 255, photo, extent))
+    mask = over(part.mask.astype(np.uint8) * 255, photo, extent)
+    return Image.composite(photo, dark, mask)
 
 
-def draw_box(photo, box, truth):
+def draw_box(photo: Image.Image, box: list[float], annotated: np.ndarray | None) -> Image.Image:
     """The photo with the box found in red, annotated ones in green."""
     picture = photo.copy()
-    pen, width = ImageDraw.Draw(picture), max(2, min(photo.size) // 100)
-    for corners, colour in [(t, "lime") for t in truth] + [(box, "red")]:
-        x0, y0, x1, y1 = corners
-        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=width)
+    pen = ImageDraw.Draw(picture)
+    boxes = []
+    if annotated is not None:
+        boxes += [(corners, "lime") for corners in annotated]
+    boxes.append((box, "red"))
+
+    width = max(2, min(photo.size) // 100)
+    for (x0, y0, x1, y1), colour in boxes:
+        last = (max(x0, x1 - 1), max(y0, y1 - 1))
+        pen.rectangle((x0, y0, *last), outline=colour, width=width)
     return picture
 
 
-def save_pictures(folder, what, sample, photo, part, extent, entry):
-    """Write NAME_attn.png, NAME_mask.png and NAME_pred.png, or the one that `what` names, into `folder`."""
-    pictures = {
-        "attn": lambda: draw_heat(photo, part, extent),
-        "mask": lambda: draw_mask(photo, part, extent),
-        "pred": lambda: draw_box(photo, entry["photo_box"], [] if sample.boxes is None else sample.boxes),
-    }
-    for kind in pictures if what == "all" else [what]:
-        with replacing(Path(folder, f"{sample.name}_{kind}.png")) as temporary:
-            pictures[kind]().save(temporary)
+def save_pictures(folder: str | Path, what: str, found: Found) -> None:
+    """Write NAME_attn.png, NAME_mask.png and NAME_pred.png, or the one that `what` names."""
+    kinds = (what,)
+    if what == "all":
+        kinds = PICTURES
+    for kind in kinds:
+        if kind == "attn":
+            picture = draw_heat(found.photo, found.part, found.extent)
+        elif kind == "mask":
+            picture = draw_mask(found.photo, found.part, found.extent)
+        else:
+            picture = draw_box(found.photo, found.entry["photo_box"], found.sample.boxes)
+        with replacing(inside(folder, f"{found.sample.name}_{kind}.png")) as temporary:
+            picture.save(temporary)
 
 
-def save_map(folder, sample, feats):
+def save_map(folder: str | Path, found: Found) -> None:
     """Write the map [C, h, w] as NAME.npy into `folder`."""
-    with replacing(Path(folder, f"{sample.name}.npy")) as temporary:
-        np.save(temporary, feats.cpu().numpy())
+    with replacing(inside(folder, f"{found.sample.name}.npy")) as temporary:
+        np.save(temporary, found.feats.cpu().numpy())
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+def corners_stand_apart(feats: torch.Tensor) -> bool:
+    """Whether the four corner cells of a map [C, h, w] are unlike all others.
+
+    Their cosine to the mean descriptor is then less than half of the median one. So it is in many
+    ViTs, and TokenCut takes the corners for the object.
+    """
+    unit = F.normalize(feats.float(), dim=0)                       # [C, h, w]
+    mean = F.normalize(unit.mean((1, 2)), dim=0)
+    cosine = torch.einsum("chw,c->hw", unit, mean)
+    corners = cosine[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return bool(corners.max() < 0.5 * cosine.median())
 
 
-def parser():
-    command = Command(__doc__)
-    add = command.add_argument
-    add("--dataroot", default="datasets", help="folder that holds the data sets (default: datasets)")
-    add("--dataset", choices=(*VOC_YEARS, "COCO20k"), default="VOC07", help="data set (default: VOC07)")
-    add("--set", default="trainval", help="image set of VOC (default: trainval); COCO20k is one fixed list")
-    add("--no_hard", action="store_true", help="leave out VOC objects marked difficult or truncated")
-    add("--image_path", help="a photo, folder or pattern to search instead of a data set")
-    add("--imsize", type=int, default=224, help="side of the square input in pixels (default: 224)")
-    add("--native", action="store_true", help="each image at its own size instead, padded to the patch, as in TokenCut")
-    add("--imagenet_norm", action="store_true", help="ImageNet's mean and std for every backbone, as in the LiFT release")
-    add("--tau", type=float, help="cosine above which two cells are joined (default: 0.2; COCO20k: 0.3)")
-    add("--eps", type=float, default=1e-5, help="weight of all other edges (default: 1e-5)")
-    add("--no-binary-graph", action="store_true", help="weigh joined cells by their cosine")
-    add("--dinoseg", action="store_true", help="cut the attention of CLS instead: the baseline DINO-seg")
-    add("--dinoseg_head", type=int, default=4, help="its head (default: 4)")
-    add("--output_dir", default="outputs", help="folder for predictions and pictures (default: outputs)")
-    add("--save_predictions", action=BooleanOptionalAction, default=True, help="write and resume OUTPUT_DIR/predictions.jsonl")
-    add("--visualize", choices=("attn", "pred", "all"), help="pictures: what was cut, the box, or both and the mask")
-    add("--save-feat-dir", help="folder for the map [C, h, w] of each image, as .npy")
-    add("--json", help="write the JSON line to this file, too")
-    add_backbone_args(command)
-    add_lift_args(command)
-    return command
+# ---- command line -------------------------------------------------------------------------------
 
 
-def check(args):
+def drop_flags_without_effect(args: argparse.Namespace) -> None:
+    """Take the flags that do nothing off the settings; a note names those that were given."""
+    if args.no_effect:
+        flags = " ".join(args.no_effect)
+        print(f"note: {flags} do nothing, here as in the LiFT release", file=sys.stderr)
+    del args.no_effect
+    for flag in NO_EFFECT:
+        delattr(args, flag.removeprefix("--"))
+
+
+def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that are out of range or contradict each other."""
+    check_range(args, imsize=1, dinoseg_head=0)
     if not 0 <= args.tau < 1:
         raise ValueError(f"--tau {args.tau} is out of range: pass a cosine, 0 <= tau < 1")
     if not 0 < args.eps < 1:
         raise ValueError(f"--eps {args.eps} is out of range: pass 0 < eps < 1")
-    if args.imsize < 1:
-        raise ValueError(f"--imsize {args.imsize} is out of range: pass a multiple of the patch")
     if args.dinoseg and (args.lift_path or args.upsample):
-        raise ValueError("--dinoseg cuts the backbone's own attention: leave out --lift_path and --upsample")
+        what = "--dinoseg cuts the backbone's own attention"
+        raise ValueError(f"{what}: leave out --lift_path and --upsample")
+    if args.dinoseg and args.my_extractor:
+        raise ValueError("--dinoseg cuts the attention of a ViT: leave out --my_extractor")
     if args.no_hard and (args.image_path or args.dataset == "COCO20k"):
         raise ValueError("only VOC marks hard objects: leave out --no_hard")
+    if not args.image_path and not args.dataroot:
+        raise ValueError("no data: pass --dataroot FOLDER, or --image_path PHOTOS")
+    if world_size() > 1:
+        raise ValueError("this is the work of one process: start it with python, not torchrun")
 
 
-def read_samples(args):
-    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for. Raises ValueError if there are none."""
+def read_samples(args: argparse.Namespace) -> list[Sample]:
+    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for.
+
+    Raises:
+        ValueError: there are none.
+    """
     if args.image_path:
-        return read_photos(args.image_path)
-    voc = args.dataset in VOC_YEARS
-    samples = read_voc(args.dataroot, VOC_YEARS[args.dataset], args.set, args.no_hard) if voc else read_coco20k(args.dataroot)
+        return read_photos(args.image_path, args.output_dir)
+    annotated = not args.no_evaluation
+    if args.dataset in VOC_YEARS:
+        year = VOC_YEARS[args.dataset]
+        samples = read_voc(args.dataroot, year, args.set, args.no_hard, annotated)
+    else:
+        samples = read_coco20k(args.dataroot)
+        if not annotated:
+            samples = [sample._replace(boxes=None) for sample in samples]
     if not samples:
-        raise ValueError(f"{args.dataset} in {args.dataroot} has no images: correct --dataroot or --set, or leave out --no_hard")
+        what = f"{args.dataset} in {args.dataroot} has no images"
+        raise ValueError(f"{what}: correct --dataroot or --set, or leave out --no_hard")
     return samples
 
 
-def table(results, predictions):
-    """The results of `evaluate` as text: CorLoc, or where nobody annotated the box of each photo in its pixels."""
+def table(results: dict[str, Any], predictions: dict[str, dict]) -> str:
+    """The results of `evaluate` as text: CorLoc, or without annotation the boxes in the photos."""
     if "corloc" in results:
-        return f"images {results['images']}   found {results['found']}   CorLoc {results['corloc']:.2f}"
-    boxes = {name: " ".join(f"{corner:7.1f}" for corner in entry["photo_box"]) for name, entry in predictions.items()}
-    return "\n".join(f"{box}   {name}" for name, box in boxes.items())
+        counts = f"images {results['images']}   found {results['found']}"
+        return f"{counts}   CorLoc {results['corloc']:.2f}"
+    lines = [f"{'x0':>7} {'y0':>7} {'x1':>7} {'y1':>7}   photo"]
+    for name, entry in predictions.items():
+        box = " ".join(f"{corner:7.1f}" for corner in entry["photo_box"])
+        lines.append(f"{box}   {name}")
+    return "\n".join(lines)
 
 
-def main(args):
-    if args.tau is None:
-        args.tau = 0.3 if args.dataset == "COCO20k" and not args.image_path else 0.2
+def main(args: argparse.Namespace) -> None:
+    drop_flags_without_effect(args)
     check(args)
     samples = read_samples(args)
-    extractor = ViTExtractor.from_args(args)
+    if args.lift_path:
+        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    extractor = build_extractor(args)
     up = upsampler(args, extractor)
 
-    def maps(images):  # [1, 3, H, W] normalised -> [1, C, h, w]
-        return cls_attention(extractor, images) if args.dinoseg else up(images, extractor(images))
+    def maps(images):                              # [1, 3, H, W] normalised -> [1, C, h, w]
+        if args.dinoseg:
+            return cls_attention(extractor, images)
+        return up(images, extractor(images))
 
-    def show(sample, photo, feats, part, extent, entry):
-        if args.save_feat_dir:
-            save_map(args.save_feat_dir, sample, feats)
-        if what:
-            save_pictures(args.output_dir, what, sample, photo, part, extent, entry)
-
-    what = args.visualize or ("all" if args.image_path else None)
-    cut = partial(dinoseg, head=args.dinoseg_head)
-    if not args.dinoseg:
+    if args.dinoseg:
+        cut = partial(dinoseg, head=args.dinoseg_head)
+    else:
         cut = partial(tokencut, tau=args.tau, eps=args.eps, binary=not args.no_binary_graph)
-    prepare = partial(
-        to_input, size=None if args.native else args.imsize, patch=extractor.patch,
-        normalize=Normalize(*IMAGENET) if args.imagenet_norm else extractor.normalize,
-        most=MOST * (extractor.stride / up.factor) ** 2,
-    )  # fmt: skip
-    decisive = {key: value for key, value in settings(args).items() if key not in ("json", "device", "output_dir", "versions")}
-    predictions = Predictions(Path(args.output_dir, "predictions.jsonl"), decisive) if args.save_predictions else {}
-    results = evaluate(samples, maps, cut, prepare, predictions, show)
-    found = results.pop("predictions")
-    print(table(results, found))
-    line = json.dumps({"settings": settings(args), "results": results})
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(line + "\n")
-    print(line)
+
+    size = args.imsize
+    if args.native:
+        size = None
+    normalize = extractor.normalize
+    if args.imagenet_norm:
+        normalize = Normalize(*IMAGENET)
+    most = MOST * (extractor.step / up.factor) ** 2
+    prepare = partial(to_input, size=size, normalize=normalize, patch=extractor.patch, most=most)
+
+    # channel and patch are only checked; all else but the output's place decides what is found
+    facts = {**extractor.facts(), **up.facts()}
+    made_by = record(
+        args,
+        leave_out=("output_dir", "save_predictions", "json", "channel", "patch"),
+        paths=("dataroot", "image_path", "save_feat_dir"),
+        **facts,
+    )
+    done = {}
+    file = Path(args.output_dir, "predictions.jsonl")
+    if args.save_predictions:
+        done = resume(file, made_by, annotated=samples[0].boxes is not None)
+
+    what = args.visualize
+    if args.image_path and not what:
+        what = "all"
+    apart = []  # names of the photos whose corners stand apart
+
+    def keep(found):
+        if args.save_feat_dir:
+            save_map(args.save_feat_dir, found)
+        if what:
+            save_pictures(args.output_dir, what, found)
+            rows, columns = found.part.mask.shape
+            if not args.dinoseg and corners_stand_apart(found.feats[:, :rows, :columns]):
+                apart.append(found.sample.name)
+        if args.save_predictions:  # last: whoever has a line has all pictures, too
+            append_line(file, {"name": found.sample.name, **found.entry})
+
+    results = evaluate(samples, maps, cut, prepare, done, keep)
+    predictions = results.pop("predictions")
+    print(table(results, predictions))
+    if apart:
+        print(
+            f"note: in {len(apart)} of these photos the features of the corner cells stand apart "
+            "from all others, and what is found may be a corner or all but the corners: "
+            "try a higher --tau or another --facet",
+            file=sys.stderr,
+        )
+    used = settings(args, device=str(extractor.device), **facts)
+    report({"settings": used, "results": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""TokenCut, DINO-seg and the COCO20k selection as one writes them first: what eval_tokencut.py must equal.
+"""TokenCut, DINO-seg and the COCO20k selection as one writes them first.
 
-The graph is a dense float64 matrix, LAPACK solves the generalised eigenproblem, the object is grown cell by cell, and the
-annotations of each image are looked for in the whole list. `python benchmarks/speed.py tokencut` times them side by side.
+This is what eval_tokencut.py must equal. The graph is a dense float64 matrix, LAPACK solves the
+generalised eigenproblem, the object is grown cell by cell, and the annotations of each image are
+looked for in the whole list. `python benchmarks/speed.py tokencut` times them side by side.
+
+Notation: C channels, h w the grid of a map, N = h*w cells.
 """
 
 import numpy as np
@@ -16,8 +19,11 @@ import eval_tokencut
 def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
     """Second smallest v [N] of (D - A) v = lambda D v for the graph A of a map [C, h, w]."""
     cells = F.normalize(feats.flatten(1).T, dim=1)
-    cos = (cells @ cells.T).numpy()
-    graph = np.where(cos > tau, 1.0, eps) if binary else np.where(cos < tau, eps, cos).astype(float)
+    cosine = (cells @ cells.T).numpy()
+    if binary:
+        graph = np.where(cosine > tau, 1.0, eps)
+    else:
+        graph = np.where(cosine < tau, eps, cosine).astype(float)
     degree = np.diag(graph.sum(axis=1))
     _, vectors = eigh(degree - graph, degree, subset_by_index=[1, 2])
     return vectors[:, 0]
@@ -25,88 +31,128 @@ def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
 
 def grow(inside, y, x):
     """The 4-connected part of a mask [h, w] that holds the cell (y, x), as a mask."""
-    h, w = inside.shape
-    part, front = np.zeros((h, w), bool), [(y, x)]
+    height, width = inside.shape
+    part = np.zeros((height, width), dtype=bool)
+    front = [(y, x)]
     while front:
         y, x = front.pop()
-        if 0 <= y < h and 0 <= x < w and inside[y, x] and not part[y, x]:
+        if 0 <= y < height and 0 <= x < width and inside[y, x] and not part[y, x]:
             part[y, x] = True
             front += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
     return part
 
 
 def plain_tokencut(feats, tau, eps=1e-5, binary=True):
-    """The object in a map [C, h, w]: (eigenvector [h, w], mask [h, w], seed)."""
-    h, w = feats.shape[1:]
+    """The object in a map [C, h, w]: eigenvector [h, w], mask [h, w], number of the seed cell."""
+    height, width = feats.shape[1:]
     v = plain_eigenvector(feats, tau, eps, binary)
     seed = int(np.argmax(np.abs(v)))
     inside = v > v.mean()
     if not inside[seed]:
-        v, inside = -v, ~inside
-    return v.reshape(h, w), grow(inside.reshape(h, w), *divmod(seed, w)), seed
+        v = -v
+        inside = ~inside
+    y, x = divmod(seed, width)
+    mask = grow(inside.reshape(height, width), y, x)
+    return v.reshape(height, width), mask, seed
 
 
 def plain_dinoseg(attention, mass=0.6):
-    """The mask [h, w] of the largest part of those strongest cells of one head [h, w] that hold `mass` of its attention."""
-    h, w = attention.shape
-    cells = sorted((float(attention[y, x]), y, x) for y in range(h) for x in range(w))
-    weak, inside = (1 - mass) * sum(value for value, _, _ in cells), np.ones((h, w), bool)
+    """DINO-seg of one head's attention [h, w]: a mask [h, w].
+
+    It is the largest connected part of the strongest cells that together hold `mass` of it.
+    """
+    height, width = attention.shape
+    cells = []
+    for y in range(height):
+        for x in range(width):
+            cells.append((float(attention[y, x]), y, x))
+    cells.sort()
+
+    left = (1 - mass) * sum(value for value, _, _ in cells)
+    inside = np.ones((height, width), dtype=bool)
     for value, y, x in cells:
-        weak -= value
-        if weak < 0:
+        left -= value
+        if left < 0:
             break
         inside[y, x] = False
-    parts = [grow(inside, y, x) for y in range(h) for x in range(w) if inside[y, x]]
-    return max(parts, key=np.sum)
+
+    largest = np.zeros((height, width), dtype=bool)
+    for _, y, x in cells:
+        if inside[y, x]:
+            part = grow(inside, y, x)
+            if part.sum() > largest.sum():
+                largest = part
+    return largest
 
 
 def plain_box(mask, size):
     """The box x0, y0, x1, y1 around a mask [h, w] of an image of size x size pixels."""
     ys, xs = np.nonzero(mask)
-    h, w = mask.shape
-    return [xs.min() * size / w, ys.min() * size / h, (xs.max() + 1) * size / w, (ys.max() + 1) * size / h]
+    height, width = mask.shape
+    left, right = xs.min() * size / width, (xs.max() + 1) * size / width
+    top, bottom = ys.min() * size / height, (ys.max() + 1) * size / height
+    return [left, top, right, bottom]
 
 
 def plain_iou(a, b):
     """IoU of two boxes x0, y0, x1, y1."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inter = max(width, 0) * max(height, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1] + 1e-7) for box in (a, b)]
-    return inter / (sum(areas) - inter + 1e-7)
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    overlap = width * height
+    area_a = (a[2] - a[0]) * (a[3] - a[1] + 1e-7)
+    area_b = (b[2] - b[0]) * (b[3] - b[1] + 1e-7)
+    return overlap / (area_a + area_b - overlap + 1e-7)
 
 
 def plain_select(instances, names):
     """The images `names` of a COCO annotation file, and their annotations."""
-    images, annotations = [], []
+    images = []
+    annotations = []
     for image in instances["images"]:
         if image["file_name"] in names:
             images.append(image)
-            annotations += [a for a in instances["annotations"] if a["image_id"] == image["id"]]
+            for annotation in instances["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    annotations.append(annotation)
     return {"images": images, "annotations": annotations}
 
 
-# ---- what benchmarks/speed.py times ---------------------------------------------------------------------------------
+# ---- what benchmarks/speed.py times -------------------------------------------------------------
 
 
 def blobs(side, channels=384, seed=0):
-    """A map [C, side, side] as of a photo: regions that fade into each other, of a few kinds, and some noise."""
+    """A map [C, side, side] as of a photo.
+
+    Regions of a few kinds fade into each other, with some noise.
+    """
     generator = torch.Generator().manual_seed(seed)
-    kinds = F.interpolate(torch.randn(1, 6, 4, 4, generator=generator), size=(side, side), mode="bicubic")[0]
-    mixed = torch.einsum("ck,khw->chw", torch.randn(channels, 6, generator=generator), kinds)
+    coarse = torch.randn(1, 6, 4, 4, generator=generator)
+    kinds = F.interpolate(coarse, size=(side, side), mode="bicubic")[0]
+    descriptors = torch.randn(channels, 6, generator=generator)
+    mixed = torch.einsum("ck,khw->chw", descriptors, kinds)
     return mixed + 0.5 * torch.randn(channels, side, side, generator=generator)
 
 
 def coco_instances(images, boxes, seed=0):
-    """Annotations as large as COCO's: dicts of `images` images and `boxes` boxes, each with an outline of 40 numbers."""
+    """Annotations as large as COCO's: every box comes with an outline of 40 numbers.
+
+    Args:
+        images, boxes: how many.
+    """
     random = np.random.RandomState(seed)
-    owners, sides = random.randint(images, size=boxes).tolist(), random.rand(boxes, 4).round(2).tolist()
-    return {
-        "images": [{"id": 7 * i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 480, "width": 640} for i in range(images)],
-        "annotations": [
-            {"id": i, "image_id": 7 * owner, "bbox": box, "iscrowd": 0, "segmentation": [box * 10]}
-            for i, (owner, box) in enumerate(zip(owners, sides))
-        ],
-    }
+    owners = random.randint(images, size=boxes).tolist()
+    sides = random.rand(boxes, 4).round(2).tolist()
+
+    listed = []
+    for number in range(images):
+        name = f"COCO_train2014_{number:012}.jpg"
+        listed.append({"id": 7 * number, "file_name": name, "height": 480, "width": 640})
+    annotations = []
+    for number, (owner, box) in enumerate(zip(owners, sides)):
+        annotation = {"id": number, "image_id": 7 * owner, "bbox": box, "iscrowd": 0}
+        annotation["segmentation"] = [box * 10]
+        annotations.append(annotation)
+    return {"images": listed, "annotations": annotations}
 
 
 def eigen_case(side, target, memory=None):
@@ -117,25 +163,37 @@ def eigen_case(side, target, memory=None):
         return lambda: plain_tokencut(feats, 0.2), lambda: eval_tokencut.tokencut(feats, 0.2)
 
     def same(plain, ours):
-        assert plain[2] == ours.seed and (plain[1] == ours.mask).all()
-        np.testing.assert_allclose(ours.heat / ours.heat.max(), plain[0] / plain[0].max(), atol=1e-3)
+        heat, mask, seed = plain
+        assert seed == ours.seed
+        assert (mask == ours.mask).all()
+        np.testing.assert_allclose(ours.heat / ours.heat.max(), heat / heat.max(), atol=1e-3)
 
-    return Case(f"tokencut: cut of {side}x{side} cells against dense eigh", target, setup, same, memory)
+    name = f"tokencut: cut of {side}x{side} cells against dense eigh"
+    return Case(name, target, setup, same, memory)
 
 
 def select_setup():
+    """A quarter of 4000 images, selected by both."""
     instances = coco_instances(images=4000, boxes=30000)
     names = [image["file_name"] for image in instances["images"][::4]]
     return lambda: plain_select(instances, names), lambda: eval_tokencut.select(instances, names)
 
 
 def same_selection(plain, ours):
+    """Assert that two selections hold the same images and annotations; ours are in order."""
     assert plain["images"] == ours["images"]
-    assert sorted(a["id"] for a in plain["annotations"]) == [a["id"] for a in ours["annotations"]]
+    plain_ids = [annotation["id"] for annotation in plain["annotations"]]
+    our_ids = [annotation["id"] for annotation in ours["annotations"]]
+    assert sorted(plain_ids) == our_ids
 
 
 CASES = [
     eigen_case(56, 10.0, memory=3.0),
     eigen_case(28, 1.0),
-    Case("tokencut: COCO20k's selection at a twentieth of its size", 20.0, select_setup, same_selection),
+    Case(
+        "tokencut: COCO20k's selection at a twentieth of its size",
+        20.0,
+        select_setup,
+        same_selection,
+    ),
 ]
