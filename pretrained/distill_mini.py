@@ -1,19 +1,25 @@
-"""Train vit_mini16, the small ViT that ships in pretrained/, by distilling the dense features of a teacher.
+"""Train vit_mini16, the small ViT that ships in pretrained/, by distilling a teacher.
 
     python pretrained/distill_mini.py --dataroot ../shared/data/train_images --minutes 60 \\
-        --val_dataroot ../shared/data/coco20k ../shared/data/voc --backbone_path vit_tiny_patch16_224.safetensors
+        --val_dataroot ../shared/data/coco20k ../shared/data/voc \\
+        --backbone_path vit_tiny_patch16_224.safetensors
 
-Teacher and student are both timm's vit_tiny_patch16_224 (12 blocks, 192 channels, patch 16). No tensor of the teacher
-is copied: every parameter of the student, position embedding included, starts random or constant, and all it sees of
-the teacher are queries, keys, values and tokens on heavily augmented crops of the photos.
+Teacher and student are both timm's vit_tiny_patch16_224 (12 blocks, 192 channels, patch 16). No
+tensor of the teacher is copied. Every parameter of the student, position embedding included, starts
+random or constant, and all it sees of the teacher are queries, keys, values and tokens on heavily
+augmented crops of the photos.
 
-Each block learns to reproduce the teacher's. At first its input is the teacher's own, so that all twelve learn at once,
-however bad those before still are; over the first `--forcing` of the run more and more samples enter as the student
-itself made them, until it runs end to end. Crops are 112 to 448 pixels wide.
+Each block learns to reproduce the teacher's. At first its input is the teacher's own, so that all
+twelve learn at once, however bad those before still are. Over the first `--forcing` of the run more
+and more samples enter as the student itself made them, until it runs end to end. Crops are 112 to
+448 pixels wide.
 
-Prints, as it goes, the mean cosine of the student's last-layer keys with the teacher's on the photos of
-`--val_dataroot`; writes the weights (float16) and a .json of settings, figures and curve; ends with one line of JSON.
-Meant for an hour on 2 CPU cores, or for 8 minutes on an H100 with `--tokens 50176`.
+As it goes, it prints the mean cosine of the student's last-layer keys with the teacher's on the
+photos of `--val_dataroot`. It writes the weights (float16) and a .json of settings, figures and
+curve, and ends with one line of JSON. It is meant for an hour on 2 CPU cores, or for 8 minutes on
+an H100 with `--tokens 50176`.
+
+Notation: B batch, C channels, d those of a head, t patches of an image, S its pixels.
 """
 
 import hashlib
@@ -22,8 +28,47 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the nouns lie one folder up
+
+from command import Command, replacing, report, save_tensors, settings, write_text
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", nargs="+", required=True, help="folders of photos to train on")
+    add("--val_dataroot", nargs="+", required=True, help="folders of other photos to measure on")
+    add("--backbone_path", help="the teacher's weight file instead of a download")
+    add(
+        "--output", default="pretrained/vit_mini16.safetensors",
+        help="the weights; beside them a .json (default: %(default)s)",
+    )  # fmt: skip
+    add("--minutes", type=float, default=60, help="length of the run, in time of training itself")
+    add("--steps", type=int, help="length of the run, instead of --minutes: repeatable")
+    add(
+        "--tokens", type=int, default=6272,
+        help="patches a step: 6272 are 32 crops at 224, or 8 at 448 (default: 6272)",
+    )  # fmt: skip
+    add("--lr", type=float, default=2e-3, help="AdamW's peak: 2 %% warmup, then cosine to 0")
+    add("--weight_decay", type=float, default=0.02)
+    add("--forcing", type=float, default=0.4, help="share of the run with the teacher's inputs")
+    add("--val_every", type=float, default=0.1, help="share of the run between measurements")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="while training")
+    add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    add("--resume", action="store_true", help="go on from the checkpoint beside --output")
+    add("--seed", type=int, default=0)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports
 
 import numpy as np
 import timm
@@ -31,246 +76,394 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the nouns lie one folder up
+from extractor import ViTExtractor, load_backbone_file
+from photos import list_images, read_image
 
-from extractor import Command, ViTExtractor, list_images, load_backbone_file, read_image, replacing, settings
-
-TEACHER, FACETS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", ("query", "key", "value", "token")
+TEACHER = "vit_tiny_patch16_224"
+FACETS = ("query", "key", "value", "token")
 SIZES = (112, 160, 224, 320, 448)  # pixels of a training crop
 MEASURED = (112, 224, 448)  # pixels at which student and teacher are compared in the end
 CANVAS = 448  # photos are kept in memory as squares of this size
 
 
-# ---- the two networks -----------------------------------------------------------------------------------------------
+# ---- the two networks ---------------------------------------------------------------------------
 
 
-def random_student(device, seed):
-    """A trainable vit_tiny_patch16_224 without classifier, every parameter random or constant, as an extractor."""
+def random_student(device: str, seed: int) -> ViTExtractor:
+    """A trainable ViT of the teacher's shape, every parameter random or constant."""
     torch.manual_seed(seed)
-    model = timm.create_model(TEACHER.split(".")[0], num_classes=0)
-    student = ViTExtractor(TEACHER, model=model, device=device)
+    model = timm.create_model(TEACHER, num_classes=0)
+    student = ViTExtractor(TEACHER, stride=None, model=model, device=device)
     student.model.requires_grad_(True)
     return student
 
 
-def run_block(block, x):
-    """Block input [B, 1+t, C] -> its qkv projection [B, 1+t, 3C] and its output [B, 1+t, C]."""
-    qkv = block.attn.qkv(block.norm1(x))
-    q, k, v = qkv.unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, 1+t, head_dim]
-    x = x + block.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+def run_block(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one block of a ViT on its input [B, 1+t, C].
+
+    Returns:
+        Its qkv projection [B, 1+t, 3C], and its output [B, 1+t, C].
+    """
+    qkv = block.attn.qkv(block.norm1(x))                    # [B, 1+t, 3C]
+    by_head = qkv.unflatten(2, (3, block.attn.num_heads, -1))
+    q, k, v = by_head.permute(2, 0, 3, 1, 4)                # [B, heads, 1+t, d] each
+    attended = F.scaled_dot_product_attention(q, k, v)
+    attended = attended.transpose(1, 2).flatten(2)          # [B, 1+t, C]
+    x = x + block.attn.proj(attended)
     return qkv, x + block.mlp(block.norm2(x))
 
 
-# ---- photos and crops -----------------------------------------------------------------------------------------------
+# ---- photos and crops ---------------------------------------------------------------------------
 
 
-def load_photos(folders, size):
-    """Photos in `folders` -> squares [N, 3, size, size] uint8, aspect ratios W/H [N], one line for each unreadable file.
+def load_photos(folders: list[str], size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Read all photos of some folders as squares.
 
-    Raises ValueError if there is no readable photo.
+    Returns:
+        Squares [N, 3, size, size] uint8, true aspect ratios W/H [N], and a line for each file that
+        could not be read.
+    Raises:
+        ValueError: there is no readable photo.
     """
 
     def read(path):
+        """(pixels, aspect) of a photo, or (None, what is wrong with it)."""
         try:
             image = read_image(path)
-            return np.array(image.resize((size, size), Image.LANCZOS)), image.width / image.height
+            square = image.resize((size, size), Image.LANCZOS)
+            return np.array(square), image.width / image.height
         except (ValueError, OSError) as error:
             return None, str(error)
 
-    paths = [path for folder in folders for path in list_images(folder)]
-    squares, aspects, broken = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], []
+    paths = []
+    for folder in folders:
+        paths += list_images(folder)
+
+    squares = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    aspects = []
+    broken = []
     with ThreadPoolExecutor() as pool:
-        for pixels, info in tqdm(pool.map(read, paths), "reading photos", len(paths), mininterval=5):
+        read_photos = pool.map(read, paths)
+        for pixels, info in tqdm(read_photos, "reading photos", len(paths), mininterval=5):
             if pixels is None:
                 broken.append(info)
             else:
                 squares[len(aspects)] = torch.from_numpy(pixels).permute(2, 0, 1)
                 aspects.append(info)
     if not aspects:
-        raise ValueError(f"{folders[0]}: none of {len(paths)} images can be read: pass a folder of photos")
+        what = f"{folders[0]}: none of {len(paths)} images can be read"
+        raise ValueError(f"{what}: pass a folder of photos")
     return squares[: len(aspects)], torch.tensor(aspects), broken
 
 
-def crops(photos, aspects, count, size, rng):
-    """`count` crops [count, 3, size, size] in 0..1 of the squares `photos` [N, 3, ., .] uint8 of true aspect `aspects` [N].
+def crops(
+    photos: Tensor, aspects: Tensor, count: int, size: int, rng: torch.Generator
+) -> Tensor:
+    """Cut out `count` crops, random in place, scale, aspect, rotation and flip.
 
-    Random in place, scale, aspect, rotation and flip; what lies beyond the photo is its mirror image.
+    What lies beyond the photo is its mirror image.
+
+    Args:
+        photos: squares [N, 3, ., .] uint8.
+        aspects: of the photos as they were, [N].
+    Returns:
+        [count, 3, size, size] in 0..1.
     """
 
     def uniform(low, high):
         return torch.empty(count, device=photos.device).uniform_(low, high, generator=rng)
 
     index = torch.randint(len(photos), (count,), device=photos.device, generator=rng)
-    area, ratio = uniform(math.log(0.06), math.log(2)).exp(), uniform(-0.4, 0.4).exp() / aspects[index]
-    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()  # shares of the photo's sides
-    x, y = (1 - width).clamp(min=0) * uniform(-1, 1), (1 - height).clamp(min=0) * uniform(-1, 1)
-    angle, width = uniform(-1, 1) ** 3 * 0.7, width * uniform(-1, 1).sign()
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([width * cos, -width * sin, x, height * sin, height * cos, y], 1).view(-1, 2, 3)
+
+    # width and height are shares of the photo's sides, x and y places of the centre in -1..1
+    area = uniform(math.log(0.06), math.log(2)).exp()
+    ratio = uniform(-0.4, 0.4).exp() / aspects[index]
+    width = (area * ratio).sqrt()
+    height = (area / ratio).sqrt()
+    x = (1 - width).clamp(min=0) * uniform(-1, 1)
+    y = (1 - height).clamp(min=0) * uniform(-1, 1)
+    angle = uniform(-1, 1) ** 3 * 0.7       # radians, mostly small
+    width = width * uniform(-1, 1).sign()   # a negative width is a mirror image
+
+    cos = angle.cos()
+    sin = angle.sin()
+    rows = [width * cos, -width * sin, x, height * sin, height * cos, y]
+    theta = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, [count, 3, 2 * size, 2 * size], align_corners=False)
-    twice = F.grid_sample(photos[index].float() / 255, grid, padding_mode="reflection", align_corners=False)
-    smooth = torch.rand((), device=photos.device, generator=rng) < 0.5  # LiFT is trained on strided, aliased images too
+    chosen = photos[index].float() / 255
+    twice = F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
+
+    # LiFT is trained on strided, aliased images too
+    smooth = torch.rand((), device=photos.device, generator=rng) < 0.5
     return torch.where(smooth, F.avg_pool2d(twice, 2), twice[:, :, ::2, ::2])
 
 
-def recolour(images, rng):
-    """Images in 0..1 with random brightness, contrast, saturation, hues and noise each, most of them mild, clamped to 0..1."""
+def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Give each image [B, 3, S, S] its own brightness, contrast, saturation, hues and noise.
+
+    Most of the changes are mild. The result is clamped to 0..1.
+    """
 
     def normal(*shape):
         return torch.randn(len(images), *shape, device=images.device, generator=rng)
 
     strength = torch.rand(len(images), 1, 1, device=images.device, generator=rng) ** 2
-    eye, grey = torch.eye(3, device=images.device), torch.full((3, 3), 1 / 3, device=images.device)
+
+    # a matrix [B, 3, 3] towards grey, with hues mixed and contrast scaled
+    eye = torch.eye(3, device=images.device)
+    grey = torch.full((3, 3), 1 / 3, device=images.device)
     colours = torch.lerp(eye, grey, 0.5 * strength * normal(1, 1)) + 0.2 * strength * normal(3, 3)
     colours = colours * (0.3 * strength * normal(1, 1)).exp()
-    mean, strength = images.mean((2, 3), keepdim=True), strength[..., None]
-    images = torch.einsum("bij,bjhw->bihw", colours, images - mean) + mean + 0.15 * strength * normal(3, 1, 1)
-    return (images + 0.1 * strength**2 * normal(*images.shape[1:])).clamp(0, 1)
+
+    mean = images.mean((2, 3), keepdim=True)
+    strength = strength[..., None]
+    images = torch.einsum("bij,bjhw->bihw", colours, images - mean) + mean
+    images = images + 0.15 * strength * normal(3, 1, 1)
+    noise = 0.1 * strength**2 * normal(*images.shape[1:])
+    return (images + noise).clamp(0, 1)
 
 
-def mix(images, rng):
-    """Half of the images as they are, a quarter blended with their neighbour, a quarter with a rectangle of it pasted in."""
-    count, size = len(images), images.shape[-1]
-    kind, share, *box = torch.rand(6, count, 1, 1, device=images.device, generator=rng)
+def mix(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Mix images [B, 3, S, S] with their neighbours in the batch.
+
+    A half stays as it is, a quarter is blended, and in a quarter a rectangle is pasted in.
+    """
+    count = len(images)
+    size = images.shape[-1]
+    random_numbers = torch.rand(6, count, 1, 1, device=images.device, generator=rng)
+    kind, share, left, top, width, height = random_numbers
+
     at = (torch.arange(size, device=images.device) + 0.5) / size
-    inside = ((at - box[0]).abs() < box[2] / 2) & ((at[:, None] - box[1]).abs() < box[3] / 2)  # [count, size, size]
-    weight = torch.where(kind < 0.25, inside.float(), torch.where(kind < 0.5, share / 2, 0.0))[:, None]
-    return images.lerp(images.roll(1, 0), weight)
+    columns = (at - left).abs() < width / 2              # [B, 1, S]
+    rows = (at[:, None] - top).abs() < height / 2        # [B, S, 1]
+    pasted = (columns & rows).float()                    # [B, S, S]
+    weight = torch.where(kind < 0.5, share / 2, 0.0)
+    weight = torch.where(kind < 0.25, pasted, weight)
+    return images.lerp(images.roll(1, 0), weight[:, None])
 
 
-def make_batch(photos, aspects, tokens, seed, step):
-    """Images [B, 3, S, S] in 0..1 of one random size S, with about `tokens` patches in all, and the generator behind them.
+def make_batch(
+    photos: Tensor, aspects: Tensor, tokens: int, seed: int, step: int
+) -> tuple[Tensor, torch.Generator]:
+    """Images [B, 3, S, S] in 0..1 of one random size S, and the generator behind them.
 
-    A function of photos, seed and step, so that a resumed run sees what it would have seen.
+    It is a function of photos, seed and step, so that a resumed run sees what it would have seen.
+
+    Args:
+        tokens: about how many patches all images have together.
     """
     rng = torch.Generator(photos.device).manual_seed(seed * 2**32 + step)
     size = random.Random(f"{seed} {step}").choice(SIZES)
     count = max(2, tokens // (size // 16) ** 2)
-    return mix(recolour(crops(photos, aspects, count, size, rng), rng), rng), rng
+    images = crops(photos, aspects, count, size, rng)
+    return mix(recolour(images, rng), rng), rng
 
 
-# ---- the loss, and what is measured ---------------------------------------------------------------------------------
+# ---- the loss, and what is measured -------------------------------------------------------------
 
 
-def unexplained(ours, theirs):
-    """Share of the teacher's variance that the student misses: 0 for equal features [B, t, C], 1 for the best constant."""
-    theirs = theirs.float()
-    return (ours - theirs).square().mean() / (theirs - theirs.mean((0, 1))).square().mean()
+def unexplained(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The share of the teacher's variance that the student misses, of features [B, t, C].
 
-
-def token_error(ours, theirs):
-    """Squared error of tokens [B, t, C] relative to their own squared length, averaged.
-
-    Relative, because some tokens are a hundred times as long as the rest (Darcet et al., "Vision Transformers Need
-    Registers", 2023).
+    It is 0 for equal features, 1 for the best constant.
     """
     theirs = theirs.float()
-    return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
+    variance = (theirs - theirs.mean((0, 1))).square().mean()
+    return (ours - theirs).square().mean() / variance
 
 
-def match_block(student, teacher, ours, theirs):
-    """A block of each on its own input [B, 1+t, C] -> their outputs [B, 1+t, C], and the student's error (0 is perfect).
+def token_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The squared error of tokens [B, t, C] relative to their own squared length, averaged.
 
-    The error adds what is missed of query, key and value, of the direction of keys, and of the tokens.
+    It is relative because some tokens are a hundred times as long as the rest.
+
+    Source: Darcet et al., "Vision Transformers Need Registers", 2023.
+    """
+    theirs = theirs.float()
+    squared_error = (ours - theirs).square().sum(-1)
+    return (squared_error / theirs.square().sum(-1)).mean()
+
+
+def match_block(
+    student: nn.Module, teacher: nn.Module, ours: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a block of each on its own input [B, 1+t, C].
+
+    Returns:
+        Their outputs [B, 1+t, C], and the student's error: what it misses of query, key and value,
+        of the direction of keys, and of the tokens. 0 is perfect.
     """
     with torch.no_grad():
         their_qkv, theirs = run_block(teacher, theirs)
     our_qkv, ours = run_block(student, ours)
-    pairs = list(zip(our_qkv.float().chunk(3, -1), their_qkv.float().chunk(3, -1)))
-    keys = 1 - F.cosine_similarity(*pairs[1], dim=-1).mean()
-    return ours, theirs, sum(unexplained(*pair) for pair in pairs) / 3 + keys + token_error(ours, theirs)
+
+    our_parts = our_qkv.float().chunk(3, -1)
+    their_parts = their_qkv.float().chunk(3, -1)
+    missed = sum(unexplained(mine, other) for mine, other in zip(our_parts, their_parts)) / 3
+    direction = 1 - F.cosine_similarity(our_parts[1], their_parts[1], dim=-1).mean()
+    return ours, theirs, missed + direction + token_error(ours, theirs)
 
 
-def errors(student, teacher, images, free, rng, match=match_block):
-    """Errors [depth + 2] of embedding, blocks and final norm on normalised images [B, 3, S, S].
+def errors(
+    student: ViTExtractor,
+    teacher: ViTExtractor,
+    images: Tensor,
+    free: float,
+    rng: torch.Generator,
+    match: Callable = match_block,
+) -> Tensor:
+    """The student's errors on normalised images [B, 3, S, S].
 
-    A share `free` of the samples enters each block as the student's own tokens, the others as the teacher's.
+    Args:
+        free: the share of samples that enter each block as the student's own tokens; the others
+            enter as the teacher's.
+    Returns:
+        [depth + 2]: of the embedding, of every block, and of the final norm.
     """
     grid = student.grid(*images.shape[2:])
     with torch.no_grad():
         theirs = teacher.embed(images, grid)
     ours = student.embed(images, grid)
     result = [token_error(ours, theirs)]
+
     for mine, other in zip(student.model.blocks, teacher.model.blocks):
         own = torch.rand(len(images), 1, 1, device=images.device, generator=rng) < free
-        ours, theirs, error = match(mine, other, torch.where(own, ours, theirs), theirs)
+        entering = torch.where(own, ours, theirs)
+        ours, theirs, error = match(mine, other, entering, theirs)
         result.append(error)
-    return torch.stack([*result, token_error(student.model.norm(ours), teacher.model.norm(theirs))])
+
+    last = token_error(student.model.norm(ours), teacher.model.norm(theirs))
+    return torch.stack([*result, last])
 
 
-def agreement(student, teacher, photos, size, facet="key"):
-    """Mean cosine over the patches of `photos` [N, 3, ., .] uint8 at size x size, in the last layer, in -1..1.
+def agreement(
+    student: ViTExtractor, teacher: ViTExtractor, photos: Tensor, size: int, facet: str = "key"
+) -> tuple[float, float]:
+    """Mean cosines with the teacher's features in the last layer, over all patches, in -1..1.
 
-    -> (student with teacher, the teacher's mean over all patches with teacher)
+    Args:
+        photos: [N, 3, ., .] uint8; they are compared at size x size pixels.
+    Returns:
+        That of the student's features, and that of the best constant: the teacher's mean.
     """
-    images = torch.cat([F.interpolate(b / 255, (size, size), mode="bilinear", antialias=True) for b in photos.split(8)])
-    ours, theirs = (
-        torch.cat([net.extract_descriptors(net.normalize(batch), facet=facet) for batch in images.split(8)])
-        for net in (student, teacher)
-    )  # [N, 1, t, C]
-    constant = theirs.mean((0, 2), keepdim=True)
-    return tuple(F.cosine_similarity(x, theirs, dim=-1).mean().item() for x in (ours, constant))
+    ours = []
+    theirs = []
+    for some in photos.split(8):
+        small = F.interpolate(some / 255, (size, size), mode="bilinear", antialias=True)
+        ours.append(student.extract_descriptors(student.normalize(small), facet=facet))
+        theirs.append(teacher.extract_descriptors(teacher.normalize(small), facet=facet))
+    ours = torch.cat(ours)                          # [N, 1, t, C]
+    theirs = torch.cat(theirs)
+
+    constant = theirs.mean((0, 2), keepdim=True)    # [1, 1, 1, C]
+    of_student = F.cosine_similarity(ours, theirs, dim=-1).mean().item()
+    of_constant = F.cosine_similarity(constant, theirs, dim=-1).mean().item()
+    return of_student, of_constant
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------
 
 
-def schedule(progress, lr, forcing):
-    """Progress 0..1 -> learning rate (2 % warmup, then cosine to 0) and the share of samples that run free."""
-    rate = lr * min(1, progress / 0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
-    return rate, min(1.0, progress / forcing) if forcing else 1.0
+def schedule(progress: float, lr: float, forcing: float) -> tuple[float, float]:
+    """The learning rate, and the share of samples that run free, at a progress of 0..1.
 
-
-def optimizer_of(model, decay):
-    """AdamW that decays the blocks' matrices alone; each group's `boost` multiplies the learning rate.
-
-    The embedding is one linear map of ill-conditioned input, pixels, and every block stands on it: at five times the rate
-    its error falls to a third in the same steps.
+    The rate has 2 % warmup, then falls as half a cosine to 0.
     """
-    groups = [{"params": [], "boost": boost, "weight_decay": wd} for boost, wd in ((5, 0.0), (1, decay), (1, 0.0))]
-    for name, p in model.named_parameters():
-        kind = 0 if name.startswith(("pos_embed", "cls_token", "patch_embed")) else 1 if p.ndim > 1 else 2
-        groups[kind]["params"].append(p)
+    warmup = progress / 0.02
+    decay = 0.5 + 0.5 * math.cos(math.pi * progress)
+    rate = lr * min(1, warmup, decay)
+    if forcing == 0:
+        return rate, 1.0
+    return rate, min(1.0, progress / forcing)
+
+
+def optimizer_of(model: nn.Module, decay: float) -> torch.optim.Optimizer:
+    """AdamW that decays the blocks' matrices alone; each group's `boost` multiplies the rate.
+
+    The embedding is one linear map of ill-conditioned input, pixels, and every block stands on it:
+    at five times the rate its error falls to a third in the same steps.
+    """
+    embedding = []
+    matrices = []
+    vectors = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(("pos_embed", "cls_token", "patch_embed")):
+            embedding.append(parameter)
+        elif parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    groups = [
+        {"params": embedding, "boost": 5, "weight_decay": 0.0},
+        {"params": matrices, "boost": 1, "weight_decay": decay},
+        {"params": vectors, "boost": 1, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def train(student, teacher, photos, aspects, args, state, check):
-    """Train `student` in place on crops of the squares `photos`.
+def train(
+    student: ViTExtractor,
+    teacher: ViTExtractor,
+    photos: Tensor,
+    aspects: Tensor,
+    args,
+    state: dict[str, Any],
+    check: Callable[[float, list[float]], None],
+) -> None:
+    """Train the student in place on crops of the squares `photos`.
 
-    `state` {step, seconds, optimizer} says where to begin and is kept up to date; `check(progress, errors)` is called
-    every `--val_every` of the run and at its end.
+    Args:
+        state: step, seconds and optimizer say where to begin, and are kept up to date.
+        check: called with (progress, errors) every `--val_every` of the run, and at its end.
     """
     optimizer = optimizer_of(student.model, args.weight_decay)
     if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
-    match = torch.compile(match_block, dynamic=True) if args.compile else match_block
-    weights = torch.tensor([1 / 12] * 12 + [1 + 1 / 12, 1 / 12], device=photos.device)
-    first, started = state["step"], time.time() - state["seconds"]
+    match = match_block
+    if args.compile:
+        match = torch.compile(match_block, dynamic=True)
+
+    # every error counts a twelfth, and the last block's, whose keys are used, one more
+    weights = torch.full((14,), 1 / 12, device=photos.device)
+    weights[12] += 1
+
+    first = state["step"]
+    started = time.time() - state["seconds"]
 
     def progress():
-        return min(1.0, state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes)
+        if args.steps:
+            return min(1.0, state["step"] / args.steps)
+        return min(1.0, state["seconds"] / 60 / args.minutes)
 
-    due, style = progress() + args.val_every, "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    due = progress() + args.val_every
+    style = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, desc="distilling", mininterval=5, bar_format=style) as bar:
         while progress() < 1:
             rate, free = schedule(progress(), args.lr, args.forcing)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["boost"]
+
             images, rng = make_batch(photos, aspects, args.tokens, args.seed, state["step"])
-            with torch.autocast(photos.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            low = args.dtype == "bfloat16"
+            with torch.autocast(photos.device.type, torch.bfloat16, enabled=low):
                 parts = errors(student, teacher, student.normalize(images), free, rng, match)
             loss = parts @ weights
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+
             if state["step"] == first:  # it may have compiled for a minute: the clock starts now
                 started = time.time() - state["seconds"]
-            state.update(step=state["step"] + 1, seconds=time.time() - started)
+            state["step"] += 1
+            state["seconds"] = time.time() - started
+
             if state["step"] % 20 == 0:
-                bar.set_postfix_str(f"step {state['step']}, loss {loss.item():.3f}, {free:.0%} free", refresh=False)
+                text = f"step {state['step']}, loss {loss.item():.3f}, {free:.0%} free"
+                bar.set_postfix_str(text, refresh=False)
                 bar.update(progress() - bar.n)
             if progress() >= min(1, due):
                 due += args.val_every
@@ -278,10 +471,12 @@ def train(student, teacher, photos, aspects, args, state, check):
                 check(progress(), parts.tolist())
 
 
-def begin(args, last):
-    """Random student, and the state of a run: at its start, or as the checkpoint `last` left them with --resume.
+def begin(args, last: Path) -> tuple[ViTExtractor, dict[str, Any]]:
+    """The student and the state of a run: at its start, or with --resume as `last` left them.
 
-    Raises ValueError if `--output` or `last` is in the way, FileNotFoundError if there is nothing to resume.
+    Raises:
+        ValueError: `--output` or `last` is in the way.
+        FileNotFoundError: there is nothing to resume.
     """
     student = random_student(args.device, args.seed)
     if args.resume and not last.is_file():
@@ -292,88 +487,94 @@ def begin(args, last):
         return student, state
     for path in (last, Path(args.output)):
         if path.exists():
-            raise ValueError(f"{path} is there already: pass --resume to go on, or another --output, or remove it")
+            remedy = "pass --resume to go on, or another --output, or remove it"
+            raise ValueError(f"{path} is there already: {remedy}")
     return student, {"step": 0, "seconds": 0.0, "curve": []}
 
 
-def parser():
-    """The command line."""
-    p = Command(__doc__)
-    p.add_argument("--dataroot", nargs="+", required=True, help="folders of photos to train on")
-    p.add_argument("--val_dataroot", nargs="+", required=True, help="folders of other photos to measure on")
-    p.add_argument("--backbone_path", help="the teacher's weight file instead of a download")
-    p.add_argument("--output", default="pretrained/vit_mini16.safetensors", help="the weights; beside them a .json")
-    p.add_argument("--minutes", type=float, default=60, help="length of the run, wall time of the training itself")
-    p.add_argument("--steps", type=int, help="length of the run in steps, instead of --minutes: repeatable")
-    p.add_argument("--tokens", type=int, default=6272, help="patches a step: 6272 are 32 crops at 224, or 8 at 448")
-    p.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate: 2 %% warmup, then cosine to 0")
-    p.add_argument("--weight_decay", type=float, default=0.02)
-    p.add_argument("--forcing", type=float, default=0.4, help="share of the run that still uses the teacher's inputs")
-    p.add_argument("--val_every", type=float, default=0.1, help="share of the run between measurements and checkpoints")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast while training")
-    p.add_argument("--compile", action="store_true", help="torch.compile for the blocks: slow start, faster steps")
-    p.add_argument("--resume", action="store_true", help="go on from an interrupted run's checkpoint beside --output")
-    p.add_argument("--seed", type=int, default=0)
-    return p
+def describe(
+    student: ViTExtractor, teacher: ViTExtractor, held_out: Tensor, output: Path
+) -> dict[str, Any]:
+    """Facts and figures of the written weights, for the .json beside them."""
+    metrics = {}
+    for size in MEASURED:
+        row = {}
+        for facet in FACETS:
+            row[facet], _ = agreement(student, teacher, held_out, size, facet)
+        _, row["constant_key"] = agreement(student, teacher, held_out, size)
+        metrics[size] = row
+
+    architecture = {"timm": TEACHER, "num_classes": 0}
+    for name in ("patch", "width", "heads", "depth", "mean", "std"):
+        architecture[name] = getattr(student, name)
+    return {
+        "architecture": architecture,
+        "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
+        "teacher": teacher.tag,
+        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(),
+        "metrics": metrics,
+    }
 
 
-def main(args):
+def main(args) -> None:
     """Train, measure, write."""
-    output, last = Path(args.output), Path(args.output).with_suffix(".last.pth")
+    output = Path(args.output)
+    last = output.with_suffix(".last.pth")
     student, state = begin(args, last)
-    teacher = ViTExtractor(TEACHER, backbone_path=args.backbone_path, device=args.device)
+    teacher = ViTExtractor(
+        TEACHER, stride=None, backbone_path=args.backbone_path, device=args.device
+    )
     held_out, _, _ = load_photos(args.val_dataroot, CANVAS)
     photos, aspects, broken = load_photos(args.dataroot, CANVAS)
-    held_out, photos, aspects = (tensor.to(student.device) for tensor in (held_out, photos, aspects))
+    held_out = held_out.to(student.device)
+    photos = photos.to(student.device)
+    aspects = aspects.to(student.device)
 
     def check(progress, parts):
-        if not all(map(math.isfinite, parts)):
-            raise ValueError(f"no finite loss at step {state['step']}: pass a lower --lr (good until {last})")
+        """Measure on the held-out photos, tell it, and write the checkpoint."""
+        if not all(math.isfinite(part) for part in parts):
+            what = f"no finite loss at step {state['step']}"
+            raise ValueError(f"{what}: pass a lower --lr (good until {last})")
+        cosines = {}
         with torch.autocast(student.device.type, torch.bfloat16):
-            cosines = {size: agreement(student, teacher, held_out, size)[0] for size in MEASURED[1:]}
+            for size in MEASURED[1:]:
+                cosines[size], _ = agreement(student, teacher, held_out, size)
         minutes = state["seconds"] / 60
-        state["curve"].append({"step": state["step"], "minutes": minutes, "held_out_key": cosines, "errors": parts})
-        with replacing(last) as temporary:
-            torch.save(state | {"student": student.model.state_dict()}, temporary)
+        point = {"step": state["step"], "minutes": minutes}
+        state["curve"].append({**point, "held_out_key": cosines, "errors": parts})
+        save_tensors(last, {**state, "student": student.model.state_dict()})
+
         held = ", ".join(f"{cosine:.4f} at {size}" for size, cosine in cosines.items())
         blocks = " ".join(f"{part:.2f}" for part in parts)
-        tqdm.write(f"{progress:4.0%} {minutes:5.1f} min, step {state['step']}: held-out keys {held}; errors {blocks}")
+        done = f"{progress:4.0%} {minutes:5.1f} min, step {state['step']}"
+        tqdm.write(f"{done}: held-out keys {held}; errors {blocks}")
 
     train(student, teacher, photos, aspects, args, state, check)
+
+    weights = {}
+    for name, tensor in student.model.state_dict().items():
+        weights[name] = tensor.half().cpu().contiguous()
     with replacing(output) as temporary:
-        save_file({name: t.half().cpu().contiguous() for name, t in student.model.state_dict().items()}, temporary)
+        save_file(weights, temporary)
     load_backbone_file(student.model, output)  # measure what is shipped: rounded to float16
-    record = describe(student, teacher, held_out, output) | {
-        "data": {"photos": len(photos), "broken": broken, "held_out": len(held_out)},
-        "run": settings(args) | {"steps_done": state["step"], "minutes_taken": state["seconds"] / 60},
-        "curve": state["curve"],
+
+    about = describe(student, teacher, held_out, output)
+    about["data"] = {"photos": len(photos), "broken": broken, "held_out": len(held_out)}
+    about["run"] = {
+        **settings(args),
+        "steps_done": state["step"],
+        "minutes_taken": state["seconds"] / 60,
     }
-    with replacing(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    about["curve"] = state["curve"]
+    write_text(output.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     last.unlink()
+
     for line in broken:
         print(f"skipped {line}")
-    for size, row in record["metrics"].items():
-        print(f"{size:>4}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
-    print(json.dumps({"metrics": record["metrics"], "settings": record["run"]}))
-
-
-def describe(student, teacher, held_out, output):
-    """Facts and figures of the written weights, for the .json beside them."""
-
-    def row(size):
-        cosines = {facet: agreement(student, teacher, held_out, size, facet)[0] for facet in FACETS}
-        return cosines | {"constant_key": agreement(student, teacher, held_out, size)[1]}
-
-    facts = {name: getattr(student, name) for name in ("patch", "width", "heads", "depth", "mean", "std")}
-    return {
-        "architecture": {"timm": TEACHER.split(".")[0], "num_classes": 0} | facts,
-        "parameters": sum(p.numel() for p in student.model.parameters()),
-        "teacher": TEACHER,
-        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(),
-        "metrics": {size: row(size) for size in MEASURED},
-    }
+    for size, row in about["metrics"].items():
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+        print(f"{size:>4}  {figures}")
+    report({"metrics": about["metrics"], "settings": about["run"]})
 
 
 if __name__ == "__main__":

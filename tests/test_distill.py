@@ -16,15 +16,20 @@ SCRIPT = "pretrained.distill_mini"
 distill = importlib.import_module(SCRIPT)
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder of six smooth photos of several sizes."""
     rng = np.random.RandomState(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for i in range(6):
         small = Image.fromarray(rng.randint(0, 256, (4, 5, 3), dtype=np.uint8))
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        small.resize((60 + 10 * i, 80), Image.Resampling.BICUBIC).save(tmp_path / f"photos/{i}.png")
-    return tmp_path / "photos"
+        small.resize((60 + 10 * i, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
 
 
 @pytest.fixture
@@ -35,8 +40,9 @@ def run(cli, photos, rule_backbone, monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "CANVAS", 64)
 
     def call(*flags, output=tmp_path / "out/mini.safetensors"):
-        common = ["--dataroot", photos, "--val_dataroot", photos, "--backbone_path", rule_backbone[3], "--device", "cpu"]
-        return cli(SCRIPT, *common, "--output", output, "--dtype", "float32", "--tokens", 64, *flags), output
+        common = ["--dataroot", photos, "--val_dataroot", photos, "--output", output]
+        common += ["--backbone_path", rule_backbone[3], "--device", "cpu", "--dtype", "float32"]
+        return cli(SCRIPT, *common, "--tokens", 64, *flags), output
 
     return call
 
@@ -47,35 +53,43 @@ def test_student_shares_nothing_with_the_teacher(rule_backbone):
     assert student.keys() == teacher.keys()
     for name, tensor in student.items():
         if tensor.std() > 0:
-            assert abs(torch.corrcoef(torch.stack([tensor.flatten(), teacher[name].flatten()]))[0, 1]) < 0.3, name
+            both = torch.stack([tensor.flatten(), teacher[name].flatten()])
+            assert abs(torch.corrcoef(both)[0, 1]) < 0.3, name
         else:
             assert tensor.flatten()[0] in (0, 1), name  # biases and gains
-    again, other = (distill.random_student("cpu", seed).model.pos_embed for seed in (0, 1))
+    again = distill.random_student("cpu", 0).model.pos_embed
+    other = distill.random_student("cpu", 1).model.pos_embed
     assert torch.equal(again, student["pos_embed"]) and not torch.equal(other, again)
 
 
 @pytest.mark.parametrize("size", [112, 224])
 def test_training_sees_what_the_extractor_extracts(rule_backbone, size):
     """A student equal to the teacher has no error, and its last keys are the extractor's."""
-    teacher = ViTExtractor("vit_tiny_patch16_224", backbone_path=rule_backbone[3], device="cpu")
-    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    teacher = ViTExtractor(
+        "vit_tiny_patch16_224", stride=None, backbone_path=rule_backbone[3], device="cpu"
+    )
+    images = torch.randn(1, 3, size, size, generator=seeded(0))
     found = []
 
     def match(mine, other, ours, theirs):
-        found[:] = [distill.run_block(mine, ours)[0][:, 1:].chunk(3, -1)[1]]
+        qkv, _ = distill.run_block(mine, ours)
+        _, keys, _ = qkv[:, 1:].chunk(3, -1)
+        found.append(keys)
         return distill.match_block(mine, other, ours, theirs)
 
     with torch.no_grad():
-        errors = distill.errors(teacher, teacher, images, 0.5, torch.Generator().manual_seed(0), match)
+        errors = distill.errors(teacher, teacher, images, 0.5, seeded(0), match)
     assert errors.shape == (14,) and errors.abs().max() < 1e-5
-    want = teacher.extract_descriptors(images)[0, 0].unflatten(1, (64, 3)).transpose(1, 2).flatten(1)  # head-major
-    assert torch.allclose(found[0][0], want, atol=1e-4)
+    descriptors = teacher.extract_descriptors(images)[0, 0]  # [t, C], head_dim-major
+    want = descriptors.unflatten(1, (64, 3)).transpose(1, 2).flatten(1)  # head-major
+    assert torch.allclose(found[-1][0], want, atol=1e-4)
 
 
 def test_errors_are_shares():
-    theirs = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    theirs = torch.randn(3, 5, 8, generator=seeded(0)) * 2 + 1
+    constant = theirs.mean((0, 1)).expand_as(theirs)
     assert distill.unexplained(theirs, theirs) == 0
-    assert distill.unexplained(theirs.mean((0, 1)).expand_as(theirs), theirs) == pytest.approx(1)
+    assert distill.unexplained(constant, theirs) == pytest.approx(1)
     assert distill.token_error(torch.zeros_like(theirs), theirs) == pytest.approx(1)
     assert distill.token_error(1.5 * theirs, theirs) == pytest.approx(0.25)
 
@@ -90,52 +104,74 @@ def test_batches_are_a_function_of_seed_and_step(photos):
     squares, aspects, broken = distill.load_photos([photos], 64)
     assert squares.shape == (6, 3, 64, 64) and squares.dtype == torch.uint8 and not broken
     assert aspects.tolist() == pytest.approx([(60 + 10 * i) / 80 for i in range(6)])
-    (a, _), (b, _), (c, _) = (distill.make_batch(squares, aspects, 392, 0, step) for step in (3, 3, 4))
-    assert torch.equal(a, b) and (a.shape != c.shape or not torch.equal(a, c))
-    assert a.min() >= 0 and a.max() <= 1
-    assert all(len(x) * (x.shape[-1] // 16) ** 2 <= max(392, 2 * 28**2) for x in (a, c))
+    first, _ = distill.make_batch(squares, aspects, 392, 0, 3)
+    again, _ = distill.make_batch(squares, aspects, 392, 0, 3)
+    other, _ = distill.make_batch(squares, aspects, 392, 0, 4)
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() <= 1
+    for batch in (first, other):
+        assert len(batch) * (batch.shape[-1] // 16) ** 2 <= max(392, 2 * 28**2)
 
 
 def test_crops_are_square_windows_of_the_photo():
-    """A photo of coordinates, twice as wide as high: a crop's gradients are the sides of its window."""
+    """A photo of coordinates, twice as wide as high: a crop's gradients are its window's sides."""
     at = torch.arange(256, dtype=torch.uint8)
-    photo = torch.stack([at.expand(256, 256), at[:, None].expand(256, 256), at.expand(256, 256)])[None]
-    crops = distill.crops(photo, torch.tensor([2.0]), 200, 32, torch.Generator().manual_seed(0))
-    dx, dy = crops[:, :2, :-1].diff(dim=3), crops[:, :2, :, :-1].diff(dim=2)
-    width, height = ((dx**2 + dy**2).sqrt() * 32 * 255 / 256).flatten(2).median(2).values.T  # shares of the photo's sides
-    area, aspect = width * height, 2 * width / height
+    x = at.expand(256, 256)
+    y = at[:, None].expand(256, 256)
+    photo = torch.stack([x, y, x])[None]
+    crops = distill.crops(photo, torch.tensor([2.0]), 200, 32, seeded(0))
+
+    along_x = crops[:, :2, :-1].diff(dim=3)
+    along_y = crops[:, :2, :, :-1].diff(dim=2)
+    sides = (along_x**2 + along_y**2).sqrt() * 32 * 255 / 256  # shares of the photo's sides
+    width, height = sides.flatten(2).median(2).values.T
+    area = width * height
+    aspect = 2 * width / height
     assert 0.05 < area.min() < 0.09 and 1.5 < area.max() < 2.1
     assert np.exp(-0.42) < aspect.min() < 0.8 and 1.25 < aspect.max() < np.exp(0.42)
-    assert (crops[:, 0].diff(dim=2).sum((1, 2)) < 0).float().mean() == pytest.approx(0.5, abs=0.1)  # flipped
+    flipped = crops[:, 0].diff(dim=2).sum((1, 2)) < 0
+    assert flipped.float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_mix_keeps_half():
-    images = torch.rand(400, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    mixed = distill.mix(images, torch.Generator().manual_seed(1))
+    images = torch.rand(400, 3, 16, 16, generator=seeded(0))
+    mixed = distill.mix(images, seeded(1))
     same = (mixed == images).flatten(1).float().mean(1)
     assert 0.4 < (same == 1).float().mean() < 0.65
+
     pasted = (same > 0) & (same < 1)
     neighbour = images.roll(1, 0)
-    assert pasted.any() and ((mixed == images) | (mixed == neighbour))[pasted].all()
+    own_or_neighbours = (mixed == images) | (mixed == neighbour)
+    assert pasted.any() and own_or_neighbours[pasted].all()
+
     blended = same == 0
-    low, high = torch.minimum(images, neighbour), torch.maximum(images, neighbour)
-    assert blended.any() and ((mixed >= low - 1e-6) & (mixed <= high + 1e-6)).all()
+    low = torch.minimum(images, neighbour)
+    high = torch.maximum(images, neighbour)
+    between = (mixed >= low - 1e-6) & (mixed <= high + 1e-6)
+    assert blended.any() and between.all()
 
 
 def test_a_short_run_learns_and_ships(run, photos):
     (photos / "broken.jpg").write_bytes(b"no jpeg")
     ran, output = run("--steps", 40, "--val_every", 0.25, "--lr", 3e-3)
     assert ran.code == 0, ran.err
-    record, last_line = json.loads(output.with_suffix(".json").read_text()), json.loads(ran.out.splitlines()[-1])
+    record = json.loads(output.with_suffix(".json").read_text())
+    last_line = json.loads(ran.out.splitlines()[-1])
     cosines = [point["held_out_key"]["48"] for point in record["curve"]]
     assert len(cosines) == 4 and cosines[-1] > cosines[0]
-    assert all(row["key"] > row["constant_key"] for row in record["metrics"].values()), record["metrics"]
+    for row in record["metrics"].values():
+        assert row["key"] > row["constant_key"], record["metrics"]
     assert last_line["metrics"] == record["metrics"] and record["run"]["steps_done"] == 40
     assert "skipped" in ran.out and "broken.jpg" in ran.out and record["data"]["photos"] == 6
-    assert output.stat().st_size <= 12e6 and record["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
-    assert {t.dtype for t in load_file(output).values()} == {torch.float16}
-    assert ViTExtractor("vit_mini16", backbone_path=output, device="cpu").width == 192
-    assert sorted(p.name for p in output.parent.iterdir()) == ["mini.json", "mini.safetensors"]
+
+    assert output.stat().st_size <= 12e6
+    assert record["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert {tensor.dtype for tensor in load_file(output).values()} == {torch.float16}
+    extractor = ViTExtractor("vit_mini16", stride=None, backbone_path=output, device="cpu")
+    assert extractor.width == 192
+    files = sorted(path.name for path in output.parent.iterdir())
+    assert files == ["mini.json", "mini.safetensors"]
     ran, _ = run("--steps", 1)
     assert ran.code == 2 and "there already" in ran.err
 
@@ -159,8 +195,10 @@ def test_resumed_run_ends_with_the_same_weights(run, monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "make_batch", make_batch)
     ran, _ = run(*flags, "--resume", output=half)
     assert ran.code == 0, ran.err
-    want, got = load_file(whole), load_file(half)
-    assert all(torch.equal(want[name], got[name]) for name in want)
+    want = load_file(whole)
+    got = load_file(half)
+    for name in want:
+        assert torch.equal(want[name], got[name]), name
 
 
 @pytest.mark.parametrize(
@@ -179,12 +217,18 @@ def test_bad_input_is_one_line(run, flags, says):
 
 
 def test_shipped_weights(shared):
-    """pretrained/vit_mini16.safetensors is what its .json says, and agrees with the teacher on photos nobody trained on."""
+    """The weights are what their .json says, and agree with the teacher on photos of neither."""
     path = distill.Path(distill.__file__).parent / "vit_mini16.safetensors"
     record = json.loads(path.with_suffix(".json").read_text())
-    assert path.stat().st_size <= 12e6 and record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    teacher = shared / "weights/vit_tiny_patch16_224.safetensors"
-    student, teacher = ViTExtractor("vit_mini16"), ViTExtractor("vit_tiny_patch16_224", backbone_path=teacher)
+    assert path.stat().st_size <= 12e6
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    weights = shared / "weights/vit_tiny_patch16_224.safetensors"
+    student = ViTExtractor("vit_mini16", stride=None, device="cpu")
+    teacher = ViTExtractor(
+        "vit_tiny_patch16_224", stride=None, backbone_path=weights, device="cpu"
+    )
     photos, _, _ = distill.load_photos([shared / "data/coco20k"], 224)
     cosine, constant = distill.agreement(student, teacher, photos, 224)
-    assert cosine == pytest.approx(record["metrics"]["224"]["key"], abs=0.02) and cosine >= 0.80 > constant
+    assert cosine == pytest.approx(record["metrics"]["224"]["key"], abs=0.02)
+    assert cosine >= 0.80 > constant

@@ -584,6 +584,7 @@ def test_compile_runs_on_a_cpu(cli, folder, tmp_path):
     save_file(model.state_dict(), tmp_path / "backbone.safetensors")
     flags = ["--dataroot", folder, "--imsize", 64, "--batch_size", 4, "--epochs", 1]
     flags += ["--val_fraction", 0, "--workers", 0, "--device", "cpu", "--model_type", "test_vit"]
+    flags += ["--single_scale"]  # one size less to generate code for
     flags += ["--backbone_path", tmp_path / "backbone.safetensors"]
     assert cli("train_lift", *flags, "--output_dir", tmp_path / "eager/runs").code == 0
     ran = cli("train_lift", *flags, "--output_dir", tmp_path / "runs", "--compile")
@@ -644,7 +645,7 @@ def test_sigkill(cli, flags, tmp_path):
 def test_a_signal_to_the_whole_group_saves(cli, flags, folder, tmp_path, processes):
     """As Ctrl-C and most job systems send it: to torchrun, its processes and their workers."""
     long = ["--epochs", 1000, "--save_every", 1000, "--save_steps", 0, "--workers", 2]
-    long += ["--val_dataroot", folder]
+    long += ["--batch_size", 4 // processes, "--val_dataroot", folder]
     python, script, environment = command(*flags(*long))
     if processes == 2:
         python += LAUNCHER
@@ -690,7 +691,8 @@ def test_two_processes_equal_the_plain_loop_on_both_their_batches(
     means = [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
     assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
     own = ("running_mean", "running_var", "num_batches_tracked")  # each process has its own
-    close(without(state, own), without(lift.state_dict(), own))
+    rel = 1e-3 if loss == "l2" else 1e-2  # of cosines some gradients are all but rounding
+    close(without(state, own), without(lift.state_dict(), own), rel)
 
     printed = []
     for line in ran.stdout.splitlines():
