@@ -931,6 +931,9 @@ def main(args: argparse.Namespace) -> None:
     size = args.imsize
     if args.native:
         size = None
+    elif size % extractor.patch:
+        what = f"--imsize {size} is no multiple of the patch ({extractor.patch})"
+        raise ValueError(f"{what}: pass one, or --native")
     normalize = extractor.normalize
     if args.imagenet_norm:
         normalize = Normalize(*IMAGENET)
