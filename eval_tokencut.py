@@ -737,15 +737,16 @@ def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, di
     entries = {}
     for line in lines[1:]:
         if is_whole(line, annotated):
-            entries[line["name"]] = line
+            name = line.pop("name")
+            entries[name] = line
     if entries:
         note = f"note: {len(entries)} images are taken from {path}: remove it to begin again"
         print(note, file=sys.stderr)
 
-    whole = [{"settings": made_by}, *entries.values()]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in whole))
-    for entry in entries.values():
-        del entry["name"]
+    text = json.dumps({"settings": made_by}) + "\n"
+    for name, entry in entries.items():
+        text += json.dumps({"name": name, **entry}) + "\n"
+    write_text(path, text)
     return entries
 
 
@@ -976,7 +977,7 @@ def main(args: argparse.Namespace) -> None:
         print(
             f"note: in {len(apart)} of these photos the features of the corner cells stand apart "
             "from all others, and what is found may be a corner or all but the corners: "
-            "try a higher --tau or another --facet",
+            "try a higher --tau or, without LiFT, another --facet",
             file=sys.stderr,
         )
     used = settings(args, device=str(extractor.device), **facts)

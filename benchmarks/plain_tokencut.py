@@ -1,4 +1,4 @@
-"""TokenCut, DINO-seg and the COCO20k selection as one writes them first.
+"""TokenCut, DINO-seg and the COCO20k selection as their releases do them.
 
 This is what eval_tokencut.py must equal. The graph is a dense float64 matrix, LAPACK solves the
 generalised eigenproblem, the object is grown cell by cell, and the annotations of each image are
@@ -7,11 +7,16 @@ looked for in the whole list. `python benchmarks/speed.py tokencut` times them s
 Notation: C channels, h w the grid of a map, N = h*w cells.
 """
 
+from collections import defaultdict
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from case import Case
 from scipy.linalg import eigh
+from scipy.ndimage import label
+from scipy.sparse.linalg import eigsh
 
 import eval_tokencut
 
@@ -117,6 +122,46 @@ def plain_select(instances, names):
     return {"images": images, "annotations": annotations}
 
 
+# ---- what one would write today -----------------------------------------------------------------
+
+
+def todays_tokencut(feats, tau, eps=1e-5):
+    """plain_tokencut with scipy's Lanczos and labels, in double precision."""
+    height, width = feats.shape[1:]
+    cells = F.normalize(feats.flatten(1).T, dim=1)
+    cosine = (cells @ cells.T).numpy()
+    graph = np.where(cosine > tau, 1.0, eps)
+
+    # the largest eigenvalues of D^-1/2 A D^-1/2 are the smallest of the cut
+    scale = 1 / np.sqrt(graph.sum(axis=1))
+    _, vectors = eigsh(graph * scale[:, None] * scale, k=2, which="LA")
+    v = scale * vectors[:, 0]
+
+    seed = int(np.argmax(np.abs(v)))
+    inside = v > v.mean()
+    if not inside[seed]:
+        v = -v
+        inside = ~inside
+    labels, _ = label(inside.reshape(height, width))
+    return v.reshape(height, width), labels == labels.flat[seed], seed
+
+
+def todays_select(instances, names):
+    """plain_select with an index of the annotations by image, as pycocotools builds it."""
+    by_image = defaultdict(list)
+    for annotation in instances["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+
+    wanted = set(names)
+    images = []
+    annotations = []
+    for image in instances["images"]:
+        if image["file_name"] in wanted:
+            images.append(image)
+            annotations += by_image[image["id"]]
+    return {"images": images, "annotations": annotations}
+
+
 # ---- what benchmarks/speed.py times -------------------------------------------------------------
 
 
@@ -156,11 +201,15 @@ def coco_instances(images, boxes, seed=0):
 
 
 def eigen_case(side, target, memory=None):
-    """The whole cut of a map of side x side cells, paired."""
+    """The whole cut of a map of side x side cells."""
 
     def setup():
         feats = blobs(side)
-        return lambda: plain_tokencut(feats, 0.2), lambda: eval_tokencut.tokencut(feats, 0.2)
+        return (
+            partial(plain_tokencut, feats, 0.2),
+            partial(eval_tokencut.tokencut, feats, 0.2),
+            partial(todays_tokencut, feats, 0.2),
+        )
 
     def same(plain, ours):
         heat, mask, seed = plain
@@ -173,10 +222,14 @@ def eigen_case(side, target, memory=None):
 
 
 def select_setup():
-    """A quarter of 4000 images, selected by both."""
+    """A quarter of 4000 images, selected by all."""
     instances = coco_instances(images=4000, boxes=30000)
     names = [image["file_name"] for image in instances["images"][::4]]
-    return lambda: plain_select(instances, names), lambda: eval_tokencut.select(instances, names)
+    return (
+        partial(plain_select, instances, names),
+        partial(eval_tokencut.select, instances, names),
+        partial(todays_select, instances, names),
+    )
 
 
 def same_selection(plain, ours):

@@ -1023,6 +1023,14 @@ def test_the_same_folders_spelled_otherwise_go_on(run, voc, monkeypatch, read):
     assert read == []
 
 
+def test_a_full_disk_is_named():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError, match=r"cannot write /dev/full \(.*\): free some space"):
+        eval_tokencut.append_line(full, {"name": "a.png"})
+
+
 @pytest.mark.parametrize("first", ['{"settings": 3}', '{"name": "a"}', "[1]\n{}"])
 def test_a_file_that_does_not_say_what_made_it(cli, voc, rule_backbone, tmp_path, first):
     (tmp_path / "predictions.jsonl").write_text(first + "\n")
