@@ -212,6 +212,7 @@ class Photos(Dataset):
         """A PIL image as squares of S, S/2 and S/4 pixels; `seed` is that of its jitter."""
         image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
         if self.jitter:
+            # the jitter draws from torch's global generator, which is put back afterwards
             with torch.random.fork_rng(devices=[]):
                 one_number = np.random.SeedSequence(seed).generate_state(1)[0]
                 torch.manual_seed(int(one_number))
@@ -237,6 +238,7 @@ def split(args) -> tuple[list[Path], list[Path]]:
         return paths, val_paths
 
     count = int(args.val_fraction * len(paths))
+    # numpy's legacy generator is frozen: a seed holds out the same photos in every version
     order = np.random.RandomState(args.seed).permutation(len(paths))
     held_out = set(order[:count].tolist())
     train_paths = [path for index, path in enumerate(paths) if index not in held_out]
@@ -320,8 +322,9 @@ class Objective(nn.Module):
         """Images at S/2 (and S/4), and features at S, S/2 (and S/4) -> scalar."""
         total = 0.0
         for level, image in enumerate(images):
-            finer, coarser = feats[level], feats[level + 1]
-            out = self.lift(image, coarser).float()
+            finer = feats[level]                           # [B, C, 2h, 2w]
+            coarser = feats[level + 1]                     # [B, C, h, w]
+            out = self.lift(image, coarser).float()        # [B, C, 2h, 2w]
             total = total + loss_between(self.loss, out, finer, self.centre)
         return total
 
@@ -341,7 +344,7 @@ def mean_feature(
     total = torch.zeros(extractor.width, dtype=torch.float64)
     for at in range(0, len(mine), 8):
         batch = default_collate([photos[0, index] for index in mine[at : at + 8]])
-        _, feats = images_and_features(batch, extractor, levels=1)
+        _, feats = images_and_features(batch, extractor, levels=1)  # [B, C, h, w]
         total += feats[0].mean((2, 3)).cpu().double().sum(0)
 
     everywhere = torch.tensor(gather(total.tolist()), dtype=torch.float64)  # [processes, C]
@@ -383,7 +386,9 @@ def evaluate(
 
     for batch in loader:
         images, feats = images_and_features(batch, extractor, levels)
-        target = feats[0]
+        target = feats[0]  # [B, C, h, w], and so is all that is made
+
+        # in the order of `names`
         with precision():
             made = [upsample(lift, images[1], feats[1])]
         made.append(double(feats[1]))
@@ -393,12 +398,13 @@ def evaluate(
                 made.append(upsample(lift, images[2], feats[2], iterations=2))
             made.append(F.interpolate(feats[2], scale_factor=4, mode="bilinear"))
 
-        cosines = []
+        cosines = []  # of every position, [B, h, w] each
         for x in made:
             cosines.append(F.cosine_similarity(x, target))
             cosines.append(F.cosine_similarity(x - centre, target - centre))
         per_photo = torch.stack(cosines).mean((2, 3)).cpu().double()  # [2 * names, B]
 
+        # what stands in for a photo that cannot be read is not counted twice
         read = batch["broken"] < 0
         totals += per_photo[:, read].sum(1)
         photos += int(read.sum())
@@ -458,6 +464,7 @@ class Run:
         self.extractor = extractor
         self.folder = folder
 
+        # the same weights at the start in every process, and after a stop before the first save
         torch.manual_seed(args.seed)
         lift = LiFT(
             extractor.width,
@@ -468,8 +475,10 @@ class Run:
             attend=args.attend,
         )
         self.lift = lift.to(extractor.device)
-        if dist.is_initialized() and extractor.device.type == "cuda":
+        if dist.is_initialized() and extractor.device.type == "cuda":  # gloo has none
             self.lift = nn.SyncBatchNorm.convert_sync_batchnorm(self.lift)
+
+        # buffers are averaged too: they are the statistics of the batch norms
         self.ema = None
         if args.ema:
             average = get_ema_multi_avg_fn(args.ema)
@@ -535,10 +544,12 @@ class Run:
         Raises:
             ValueError: a loss or a weight is not finite.
         """
+        # a weight may be spoilt by the last step, whose own loss was finite
         weights = self.lift.state_dict().values()
         finite = bool(torch.stack([value.isfinite().all() for value in weights]).all())
         told = gather((torch.stack(losses).tolist(), broken, stop, finite))
 
+        # the loss of a step is the mean of what the processes had
         means = np.mean([of_one for of_one, _, _, _ in told], axis=0).tolist()
         first = self.step - len(means) + 1
         for step, loss in enumerate(means, first):
@@ -592,6 +603,7 @@ class Run:
         self.losses = []
         self.metrics.append(results)
         if rank() == 0:
+            # the whole file anew: after --resume it may hold lines of steps that are trained again
             lines = [json.dumps(line, allow_nan=False) + "\n" for line in self.metrics]
             write_text(self.folder / "metrics.jsonl", "".join(lines))
 
@@ -599,6 +611,7 @@ class Run:
         """Write the module as a bare state_dict, and what it is for beside it as lift.json."""
         if rank() > 0:
             return
+        # on the CPU, so that the file can be read where there is no GPU
         state = {}
         for key, value in self.best().state_dict().items():
             state[key] = value.cpu().contiguous()
@@ -860,6 +873,7 @@ def train(
     read_every = 1 if run.extractor.device.type == "cpu" else 10
     tensorboard = open_tensorboard(args, run.folder)
 
+    # what was not read yet
     losses: list[Tensor] = []
     broken: set[str] = set()
     bar = tqdm(
@@ -870,6 +884,7 @@ def train(
         disable=rank() > 0 or None,
     )
     with bar, Stop() as stop:
+        # workers begin here, after the handlers are set, and inherit them until they set their own
         coming = iter(loader)
         began = time.time()
         began_at = run.step
@@ -885,6 +900,7 @@ def train(
             broken.update(str(paths[index]) for index in unread)
             bar.update(photos_a_step)
 
+            # reading the losses waits for the GPU, and for the other processes
             epoch_ends = run.step % steps == 0
             save = args.save_steps > 0 and run.step % args.save_steps == 0
             if not epoch_ends and not save and len(losses) < read_every:
@@ -903,6 +919,7 @@ def train(
                     run.export(f"lift_{epoch}.pth")
                 began = time.time()
                 began_at = run.step
+            # saved last: what is in last.pth has been measured and exported
             if epoch_ends or save or stopped_by:
                 run.save()
             if stopped_by:
@@ -959,6 +976,7 @@ def prepare(
     if dist.is_initialized():
         model = DistributedDataParallel(model)
 
+    # bfloat16 for float16 too: it has the range of float32, and needs no scaling of losses
     precision: Callable = nullcontext
     if extractor.dtype != torch.float32:
         precision = partial(torch.autocast, extractor.device.type, torch.bfloat16)
@@ -1040,32 +1058,38 @@ def note_what_is_too_little(args, photos: int, held_out: int, steps: int) -> Non
 
 
 def evaluate_files(args) -> None:
-    """--evaluate: measure a module on each --val_dataroot."""
-    paths = {root: list_images(root) for root in args.val_dataroot}
+    """--evaluate: measure a module on each --val_dataroot.
+
+    The centre is the mean feature of --dataroot, where it is given, else of the photos measured.
+    """
+    measured = {}
+    for root in args.val_dataroot:
+        measured[root] = Photos(list_images(root), args.imsize, args.downsample)
+    trained_on = None
+    if args.dataroot:
+        trained_on = Photos(list_images(args.dataroot), args.imsize, args.downsample)
+
     extractor = build_extractor(args)
     levels = 3
     if args.imsize % (4 * extractor.patch):
-        levels = 2  # nothing can be made from S/4
+        levels = 2  # S/4 is no whole number of patches, and nothing is made from it
     check_sizes(extractor, args.imsize, levels)
     lift = load_lift(args.evaluate, extractor)
 
     results = {}
-    for root, files in paths.items():
-        photos = Photos(files, args.imsize, args.downsample)
-        known = photos
-        if args.dataroot:
-            known = Photos(list_images(args.dataroot), args.imsize, args.downsample)
-        centre = mean_feature(known, extractor, rank(), world_size())
+    for root, photos in measured.items():
+        centre = mean_feature(trained_on or photos, extractor, rank(), world_size())
         keys = in_order(photos, args.batch_size, rank(), world_size())
         loader = make_loader(photos, keys, args, extractor)
         results[root] = evaluate(extractor, lift, loader, centre, levels=levels)
         if rank() == 0:
-            print(root, *[f"{name} {value}" for name, value in results[root].items()], sep="  ")
+            figures = "  ".join(f"{name} {value}" for name, value in results[root].items())
+            print(f"{root}  {figures}")
         note_below_bilinear(results[root])
 
     if rank() == 0:
         facts = {**extractor.facts(), "channel": extractor.width, "patch": extractor.patch}
-        known = settings(args, **facts, device=str(extractor.device))
+        known = settings(args, **facts, device=str(extractor.device), processes=world_size())
         report({"settings": known, "results": results}, args.json)
 
 
@@ -1086,13 +1110,12 @@ def main(args) -> None:
     extractor = build_extractor(args)
     check_sizes(extractor, args.imsize, levels=3)
     folder = run_folder(args, extractor)
-    if not args.resume and any(folder.glob("*.pth")):
-        raise ValueError(f"{folder} holds a run: pass --resume, or another --output_dir")
-
     lock = nullcontext()
     if rank() == 0:
         lock = locked(folder)
     with lock:
+        if not args.resume and any(folder.glob("*.pth")):
+            raise ValueError(f"{folder} holds a run: pass --resume, or another --output_dir")
         train_into(folder, args, extractor, photos, val_photos)
 
 
@@ -1104,6 +1127,7 @@ def train_into(
     share = math.ceil(len(photos) / world)
     batches = math.ceil(share / args.batch_size)  # of an epoch, in each process
     steps = math.ceil(batches / args.accumulate)
+    # S/4 is then one patch: LiFT's deepest batch norm needs more than one value
     if args.imsize == 4 * extractor.patch and (share - 1) % args.batch_size == 0:
         raise ValueError(
             "a batch of one photo of 4 patches is too little for batch norm: pass a larger "
@@ -1128,6 +1152,7 @@ def train_into(
         val_photos = cache(val_photos, views=1)
     if run.centre is None and (val_photos.paths or args.loss in ("centred", "both")):
         run.centre = mean_feature(photos, extractor, rank(), world)
+    # one photo at S/2, for run.check_output
     images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)
     run.sample = (images[1], feats[1])
 
