@@ -1,550 +1,1001 @@
-"""DAVIS 2017: propagate the first mask of every video by dense features and score J&F, in one command.
+"""DAVIS 2017: propagate the first mask of every video by dense features, and score J&F.
 
-    python eval_davis.py --dataroot DAVIS --model_type dino_vits16 --lift_path lift.pth --output_dir results --imsize 224
-    python eval_davis.py --dataroot DAVIS --score_only results/davis_vidseg_224_layer11
+    python eval_davis.py --dataroot DAVIS --model_type dino_vits16 --lift_path lift.pth \\
+        --output_dir results
+    python eval_davis.py --dataroot DAVIS --score_only masks_of_another_method --output_dir scores
 
-The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{sequence}/. Interrupted, it goes on at the next
-sequence; masks that the same settings made are kept, others are made anew. Both commands score the masks, write
-global_results-val.csv and per-sequence_results-val.csv beside them as davis2017-evaluation does, and print a table and one line
-of JSON with settings and results (per object: J and F).
+The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{sequence}/ and scores
+them. Interrupted, it goes on at the next sequence. The folder keeps a record of the settings and
+weights that made its masks. A run with others is refused there and needs another --output_dir.
 
-Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after Jabri et al., arXiv 2006.14613): each cell takes
-the labels of the most similar cells, within a window, of the first and the last frames. Scores are those of
-davis2017-evaluation, semi-supervised: the first and the last frame do not count, 255 is background. Two differences: decay does
-not wrap in videos of more than 256 frames, and 255 in a result is background too, with a note, instead of an error.
+The second command scores a folder of {sequence}/*.png and writes nothing into it.
 
---dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and ImageSets/2017/val.txt.
-Time on 2 CPU cores, a frame at 224: about 0.1 s for ViT-S/16 with LiFT, 0.5 s for ViT-S/8 with LiFT, and 1.5 ms to score it.
+Both write global_results-val.csv and per-sequence_results-val.csv as davis2017-evaluation does,
+say where, and print a table of J and F per object and one line of JSON with settings and results.
 
-Notation: h w grid of features, C channels, n labels (background and objects), T context frames, p patch size.
+Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after Jabri et al., arXiv
+2006.14613). Each cell takes the labels of the most similar cells, within a window, of the first and
+the last frames. Scores are those of davis2017-evaluation, semi-supervised: the first and the last
+frame do not count, and 255 is background. There are two differences. Decay does not wrap in videos
+of more than 256 frames. And 255 in a result is background too, with a note, instead of an error.
+
+The masks of DAVIS 2016 are 0 and 255, with 255 for the object: pass --binary.
+
+--dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and
+ImageSets/2017/val.txt. On 2 CPU cores a frame at 224 takes about 0.1 s with ViT-S/16 and LiFT, 0.5
+s with ViT-S/8 and LiFT, and 1.5 ms to score.
+
+Notation: H W image pixels, h w the grid of features, C channels, n labels (background and objects),
+T context frames, p patch size.
 """
 
 import argparse
 import csv
-import json
 import math
+import os
 import sys
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from command import (
+    RECORD,
+    Command,
+    add_backbone_args,
+    add_lift_args,
+    check_range,
+    claim_folder,
+    first_line,
+    inside,
+    record,
+    replacing,
+    report,
+    settings,
+    world_size,
+)
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", required=True, help="DAVIS 2017: Annotations, ImageSets, JPEGImages (480p)")
+    add(
+        "--output_dir", default="temp_davis_test",
+        help="for davis_vidseg_{imsize}_layer{layer}, or with --score_only for the scores "
+        "(default: temp_davis_test)",
+    )  # fmt: skip
+    add("--imsize", type=int, default=224, help="side to which frames are squashed (default: 224)")
+    add("--short_side", type=int, help="DINO's resizing instead: pixels of the shorter side")
+    add("--n_last_frames", type=int, default=7, help="context besides the first (default: 7)")
+    add(
+        "--size_mask_neighborhood", type=int, default=12,
+        help="radius of the window, in cells; 0: everywhere (default: 12)",
+    )  # fmt: skip
+    add("--topk", type=int, default=5, help="context cells that vote (default: 5)")
+    add("--sequences", nargs="+", help="only these (default: ImageSets/2017/val.txt)")
+    add("--binary", action="store_true", help="255 is the object, as in DAVIS 2016, and not void")
+    add("--score_only", metavar="DIR", help="propagate nothing, score DIR/{sequence}/*.png")
+    add("--workers", type=int, default=4, help="threads for files and scores (default: 4)")
+    add("--overlay", action="store_true", help="also write overlay/{sequence}/*.jpg")
+    add("--video", metavar="MP4", help="also write the overlays of all sequences as one video")
+    add("--json", metavar="FILE", help="also write the last line of the output to this file")
+    add_backbone_args(command)
+    add_lift_args(command)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from extractor import Command, ViTExtractor, add_backbone_args, first_line, read_image, replacing, settings
-from lift import add_lift_args, upsampler
+from extractor import build_extractor
+from lift import read_state, upsampler
+from photos import read_image
 
 TEMPERATURE = 0.1
-TILE = 14  # cells, the side of a block of targets: small blocks waste less outside the window, large ones multiply faster
-BATCH = 4  # frames that go through the backbone at once
-VOID = 255
+TILE = 14   # cells, the side of a block of targets: small blocks waste less, large ones are faster
+BATCH = 4   # frames that go through the backbone at once
+VOID = 255  # pixels that nobody labelled; with --binary the object
 FPS = 24
+
 CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
 METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
+# flags that have a part in scores alone
+SCORING = (
+    "dataroot", "sequences", "binary", "score_only", "workers", "output_dir", "overlay", "video",
+    "json", "versions",
+)  # fmt: skip
 
-# ---- the data set ---------------------------------------------------------------------------------------------------
+# flags that do not change the masks, or that the facts of backbone and LiFT state better
+NOT_IN_MASKS = (
+    "output_dir", "sequences", "workers", "score_only", "overlay", "video", "json",
+    "model_type", "channel", "patch",
+)  # fmt: skip
+
+
+# ---- the data set -------------------------------------------------------------------------------
 
 
 class Sequence(NamedTuple):
-    """A video: its name, its annotated masks and its frames (none for scoring alone), in order."""
+    """A video."""
 
     name: str
-    masks: list[Path]
-    frames: list[Path]
+    masks: list[Path]   # its annotations, in order
+    frames: list[Path]  # none for scoring alone
 
 
-def find_sequences(dataroot, names, with_frames):
-    """The sequences `names`, or those of ImageSets/2017/val.txt, as [Sequence].
+def find_sequences(
+    dataroot: str | Path, names: list[str] | None, with_frames: bool
+) -> list[Sequence]:
+    """The sequences `names`, or those of ImageSets/2017/val.txt.
 
-    Raises FileNotFoundError for a missing list, folder, frame or annotation.
+    Raises:
+        FileNotFoundError: the list, a folder, a frame or an annotation is missing.
+        ValueError: the list names no sequence, or one outside the data set.
     """
-    root, val = Path(dataroot), Path(dataroot) / "ImageSets/2017/val.txt"
-    if not names and not val.is_file():
-        raise FileNotFoundError(f"no list of sequences at {val}: correct --dataroot, or name sequences with --sequences")
-    names = list(dict.fromkeys(names or val.read_text(errors="replace").split()))
-    if not names or max(map(len, names)) > 255:
-        raise ValueError(f"{val} names no sequence, or what can be none: restore it, or name sequences with --sequences")
+    root = Path(dataroot)
+    val = root / "ImageSets/2017/val.txt"
+    if not names:
+        if not val.is_file():
+            remedy = "correct --dataroot, or name sequences with --sequences"
+            raise FileNotFoundError(f"no list of sequences at {val}: {remedy}")
+        names = val.read_text(errors="replace").split()
+
+    names = list(dict.fromkeys(names))  # each once
+    if not names or max(len(name) for name in names) > 255:
+        remedy = "restore it, or name sequences with --sequences"
+        raise ValueError(f"{val} names no sequence, or what can be none: {remedy}")
     return [find_sequence(root, name, with_frames) for name in names]
 
 
-def find_sequence(root, name, with_frames):
-    """One Sequence; FileNotFoundError unless it has frames and annotations, in pairs."""
-    folders = [(root / "Annotations/480p" / name, "*.png"), (root / "JPEGImages/480p" / name, "*.jpg")]
-    masks, frames = (sorted(folder.glob(pattern)) for folder, pattern in folders)
-    for found, (folder, pattern) in zip((masks, frames) if with_frames else (masks,), folders):
-        if not found:
-            raise FileNotFoundError(f"no {pattern} in {folder}: correct --dataroot or --sequences")
-    unpaired = sorted({mask.stem for mask in masks} ^ {frame.stem for frame in frames})
-    if with_frames and unpaired:
-        what = "annotation" if unpaired[0] in {frame.stem for frame in frames} else "frame"
+def find_sequence(root: Path, name: str, with_frames: bool) -> Sequence:
+    """One sequence by its name.
+
+    Raises:
+        FileNotFoundError: it has no annotations or frames, or they are not in pairs.
+        ValueError: the name leads out of the data set.
+    """
+    masks = find_files(inside(root / "Annotations/480p", name), "*.png")
+    if not with_frames:
+        return Sequence(name, masks, [])
+    frames = find_files(inside(root / "JPEGImages/480p", name), "*.jpg")
+
+    annotated = {path.stem for path in masks}
+    filmed = {path.stem for path in frames}
+    unpaired = sorted(annotated ^ filmed)
+    if unpaired:
+        what = "frame"
+        if unpaired[0] in filmed:
+            what = "annotation"
         raise FileNotFoundError(f"{name} has no {what} {unpaired[0]}: restore it in {root}")
-    return Sequence(name, masks, frames if with_frames else [])
+    return Sequence(name, masks, frames)
 
 
-def read_indexed(path):
-    """An indexed or grey PNG: (its values [H, W] uint8, its palette as a flat list or None).
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder, sorted; FileNotFoundError if there is none."""
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"no {pattern} in {folder}: correct --dataroot or --sequences")
+    return files
 
-    Raises FileNotFoundError or ValueError, in one line that names the file.
+
+def read_indexed(path: Path) -> tuple[np.ndarray, list[int] | None]:
+    """Read an indexed or grey PNG.
+
+    Returns:
+        Its values [H, W] uint8, and its palette as a flat list, or None.
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no mask {path}: restore it, every frame but the first and the last is scored")
+        remedy = "restore it, every frame but the first and the last is scored"
+        raise FileNotFoundError(f"no mask {path}: {remedy}")
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
                 raise ValueError(f"its mode is {image.mode}")
             return np.array(image).astype(np.uint8), image.getpalette()
     except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{path} is not a readable indexed PNG ({first_line(error)}): restore it or write it anew") from error
+        what = f"{path} is not a readable indexed PNG ({first_line(error)})"
+        raise ValueError(f"{what}: restore it or write it anew") from error
 
 
-def read_labels(path):
-    """Object labels [H, W] uint8 of an indexed PNG; void (255) is background. Raises as `read_indexed`."""
+def read_labels(path: Path, binary: bool = False) -> np.ndarray:
+    """The object labels [H, W] uint8 of an indexed PNG. Raises as `read_indexed`.
+
+    255 is background, or with `binary` the object 1.
+    """
     values, _ = read_indexed(path)
-    values[values == VOID] = 0
-    return values
+    return to_labels(values, binary)
 
 
-def pixels(size):
+def to_labels(values: np.ndarray, binary: bool) -> np.ndarray:
+    """The values of a mask with 255 as background, or with `binary` as the object 1."""
+    meaning = 0
+    if binary:
+        meaning = 1
+    return np.where(values == VOID, meaning, values).astype(np.uint8)
+
+
+def read_first_labels(sequence: Sequence, binary: bool) -> np.ndarray:
+    """The labels [H, W] uint8 of the first annotation.
+
+    Raises:
+        ValueError: it is unreadable, or has no object that could be followed.
+    """
+    path = sequence.masks[0]
+    values, _ = read_indexed(path)
+    labels = to_labels(values, binary)
+    if labels.any():
+        return labels
+    if VOID in values:
+        what = f"{path} holds nothing but 0 and 255, which is void in DAVIS 2017"
+        raise ValueError(f"{what}: pass --binary if 255 is the object, as in DAVIS 2016")
+    remedy = f"restore it, or leave {sequence.name} out with --sequences"
+    raise ValueError(f"{path} marks no object: {remedy}")
+
+
+def pixels(size: tuple[int, int]) -> str:
     """A size (W, H) as text."""
     return f"{size[0]}x{size[1]} pixels"
 
 
-def voc_palette():
-    """The palette of Pascal VOC, DAVIS's but for a few shades, as a flat list: a label's bits dealt to red, green and blue."""
-    label = np.arange(256)[:, None]
-    bits = [((label >> (3 * i + np.arange(3))) & 1) << (7 - i) for i in range(3)]  # [256, 3] each
-    return sum(bits).ravel().tolist()
+def voc_palette() -> list[int]:
+    """The palette of Pascal VOC as a flat list; DAVIS's is the same but for a few shades.
+
+    The bits of a label are dealt to red, green and blue, in turn, from the highest bit down.
+    """
+    palette = []
+    for label in range(256):
+        for channel in range(3):
+            shade = 0
+            for turn in range(3):
+                bit = (label >> (3 * turn + channel)) & 1
+                shade |= bit << (7 - turn)
+            palette.append(shade)
+    return palette
 
 
-def write_indexed(path, labels, palette):
-    """Write labels [H, W] uint8 as an indexed PNG, atomically."""
-    image = Image.fromarray(labels)
+def write_indexed(path: Path, values: np.ndarray, palette: list[int]) -> None:
+    """Write values [H, W] uint8 as an indexed PNG, whole or not at all."""
+    image = Image.fromarray(values)
     image.putpalette(palette)
     with replacing(path) as temporary:
         image.save(temporary)
 
 
-# ---- propagation ----------------------------------------------------------------------------------------------------
+# ---- frames -------------------------------------------------------------------------------------
 
 
-def frame_size(width, height, imsize, short_side, patch):
-    """Pixels (W, H) at which a frame is read: imsize x imsize, or with `short_side` DINO's rule.
+def frame_size(
+    width: int, height: int, imsize: int, short_side: int | None, patch: int
+) -> tuple[int, int]:
+    """Pixels (W, H) at which a frame of width x height pixels is read.
 
-    DINO's: the shorter side gets `short_side`, the other keeps the aspect ratio, cut to a multiple of 64 (of the patch where
-    that does not divide 64).
+    imsize x imsize, or with `short_side` DINO's rule. There the shorter side gets `short_side`, and
+    the longer one keeps the aspect ratio, cut to a multiple of 64 (of the patch where that does not
+    divide 64).
     """
     if not short_side:
         return imsize, imsize
-    step = 64 if 64 % patch == 0 else patch
-    longer = max(step, int(short_side * max(width, height) / min(width, height) // step * step))
-    return (longer, short_side) if width >= height else (short_side, longer)
+    step = 64
+    if 64 % patch:
+        step = patch
+    exact = short_side * max(width, height) / min(width, height)
+    longer = max(step, int(exact // step * step))
+    if width >= height:
+        return longer, short_side
+    return short_side, longer
 
 
-def read_frame(path, size, imsize, short_side, patch):
-    """A frame as a tensor [3, H, W] in 0..1, resized as its protocol asks: PIL bicubic, or cv2 bilinear with `short_side`.
+def read_frame(
+    path: Path, size: tuple[int, int], input_size: tuple[int, int], by_cv2: bool
+) -> Tensor:
+    """A frame as a tensor [3, H, W] in 0..1.
 
-    Raises ValueError unless it has the size (W, H) in pixels of its annotation, `size`.
+    Args:
+        size: (W, H) of its annotation, in pixels.
+        input_size: (W, H) to which it is resized.
+        by_cv2: bilinear by cv2, as DINO's protocol does it, instead of bicubic by PIL.
+    Raises:
+        ValueError: it is unreadable, or has another size than its annotation.
     """
     photo = read_image(path)
     if photo.size != size:
-        raise ValueError(f"{path} has {pixels(photo.size)}, its annotation {pixels(size)}: take both of one resolution")
-    wanted = frame_size(*size, imsize, short_side, patch)
-    return to_tensor(cv2.resize(np.asarray(photo), wanted) if short_side else photo.resize(wanted, Image.Resampling.BICUBIC))
+        what = f"{path} has {pixels(photo.size)}, its annotation {pixels(size)}"
+        raise ValueError(f"{what}: take both of one resolution")
+    if by_cv2:
+        return to_tensor(cv2.resize(np.asarray(photo), input_size))
+    return to_tensor(photo.resize(input_size, Image.Resampling.BICUBIC))
 
 
-def batches(read, paths, pool):
-    """Yield read(path) of all paths, stacked [B, ...]; the threads of `pool` read a batch while the one before is used."""
-    chunks = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-    ahead = pool.map(read, chunks[0])
-    for following in [*chunks[1:], []]:
-        ready, ahead = list(ahead), pool.map(read, following)
-        yield torch.stack(ready)
+def batches(
+    read: Callable[[Path], Tensor], paths: list[Path], pool: ThreadPoolExecutor
+) -> Iterator[Tensor]:
+    """Yield read(path) of all paths, stacked [B, ...].
 
-
-def one_hot(labels, grid):
-    """Labels [H, W] uint8 -> soft segmentation [h, w, n] on the grid: nearest pixel, one channel for each of 0..max.
-
-    An object that falls between the cells keeps its channel, empty, and a line on stderr names it.
+    The threads of `pool` read a batch while the one before is used.
     """
-    small = np.array(Image.fromarray(labels).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
-    lost = np.setdiff1d(labels, np.append(small, 0)).tolist()
+    chunks = []
+    for start in range(0, len(paths), BATCH):
+        chunks.append(paths[start : start + BATCH])
+
+    reading = pool.map(read, chunks[0])
+    for following in [*chunks[1:], []]:
+        frames = list(reading)
+        reading = pool.map(read, following)
+        yield torch.stack(frames)
+
+
+# ---- propagation --------------------------------------------------------------------------------
+
+
+def one_hot(labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """Labels [H, W] uint8 -> soft segmentation [h, w, n] on the grid, by the nearest pixel.
+
+    There is a channel for each of 0..max. An object that falls between the cells keeps its channel,
+    empty, and a line on stderr names it.
+    """
+    height, width = grid
+    image = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    small = np.array(image)
+    lost = np.setdiff1d(labels[labels > 0], small).tolist()
     if lost:
-        print(f"note: objects {lost} fall between the cells of the grid ({grid[0]}x{grid[1]}): not propagated", file=sys.stderr)
+        what = f"objects {lost} fall between the cells of the grid ({height}x{width})"
+        print(f"note: {what}: not propagated", file=sys.stderr)
     return F.one_hot(torch.from_numpy(small).long(), int(labels.max()) + 1).float()
 
 
-def propagate(features, images, labels, n_last_frames=7, size_mask_neighborhood=12, topk=5):
+def propagate(
+    features: Callable[[Tensor], Tensor],
+    images: Iterable[Tensor],
+    labels: np.ndarray,
+    n_last_frames: int = 7,
+    size_mask_neighborhood: int = 12,
+    topk: int = 5,
+) -> Iterator[Tensor]:
     """Yield the soft segmentation [n, h, w] of every frame of a video but the first.
 
-    `features` is any callable [B, 3, H, W] -> [B, C, h, w], `images` an iterable of batches of frames, `labels` [H, W] uint8
-    the objects of the first frame. The context of a frame is the first frame and the `n_last_frames` before it.
+    The context of a frame is the first frame and the `n_last_frames` before it.
+
+    Args:
+        features: any callable [B, 3, H, W] -> [B, C, h, w].
+        images: batches of frames.
+        labels: the objects of the first frame, [H, W] uint8.
+        size_mask_neighborhood: radius of the window in cells; 0 is everywhere.
+        topk: how many cells of the context vote.
     """
-    first, recent = None, deque(maxlen=n_last_frames)
+    first = None
+    recent: deque = deque(maxlen=n_last_frames)
     for batch in images:
-        for cells in F.normalize(features(batch), dim=1).permute(0, 2, 3, 1).contiguous():  # [h, w, C]
+        maps = F.normalize(features(batch), dim=1)                    # [B, C, h, w]
+        for cells in maps.permute(0, 2, 3, 1).contiguous():           # [h, w, C]
             if first is None:
-                first = (cells, one_hot(labels, cells.shape[:2]).to(cells.device))
+                given = one_hot(labels, cells.shape[:2]).to(cells.device)
+                first = (cells, given)
                 continue
-            segmentation = transfer(cells, [first, *recent], size_mask_neighborhood, topk)  # [h, w, n]
+            context = [first, *recent]
+            segmentation = transfer(cells, context, size_mask_neighborhood, topk)  # [h, w, n]
             recent.append((cells, segmentation))
             yield segmentation.permute(2, 0, 1)
 
 
-def transfer(cells, context, radius, topk):
-    """Soft segmentation [h, w, n] of L2-normalised `cells` [h, w, C] from a context of [(cells, segmentation)].
+def transfer(
+    cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, topk: int
+) -> Tensor:
+    """Carry the segmentations of a context over to a frame.
 
-    A target's sources are all cells |di|, |dj| <= radius (0: everywhere) away in all context frames. Those at least as similar
-    as the `topk`-th (ties count) vote with weight exp(cos / 0.1). Works in blocks of targets, each against the sources that
-    its windows reach: memory and, with a radius, time grow linearly with the number of cells.
+    The sources of a target cell are all cells of all context frames that are at most `radius` away
+    along both axes. Those that are at least as similar as the `topk`-th vote, ties included, with
+    weight exp(cosine / 0.1).
+
+    Works in blocks of targets, each against the sources that its windows reach. So memory and, with
+    a radius, time grow linearly with the number of cells.
+
+    Args:
+        cells: L2-normalised features of the frame, [h, w, C].
+        context: pairs of the same [h, w, C] and a soft segmentation [h, w, n].
+        radius: 0 is everywhere.
+    Returns:
+        Soft segmentation [h, w, n].
     """
-    h, w, _ = cells.shape
-    radius = radius or max(h, w)
-    out = cells.new_empty(h, w, context[0][1].shape[2])
-    for top, left in product(range(0, h, TILE), range(0, w, TILE)):
-        target = slice(top, top + TILE), slice(left, left + TILE)                                         # a cells
-        source = tuple(slice(max(s.start - radius, 0), s.stop + radius) for s in target)                  # b cells
-        sources, votes = (torch.cat([frame[i][source].flatten(0, 1) for frame in context]) for i in (0, 1))
-        cosine = cells[target].flatten(0, 1) @ sources.T                                                  # [a, T*b]
-        cosine.unflatten(1, (len(context), -1)).add_(window(target, source, (h, w), radius, cells.device)[:, None])
-        values, indices = most_similar(cosine, topk)                                                      # [a, k]
-        weights = (values / TEMPERATURE).softmax(1)
-        out[target] = (weights[..., None] * votes[indices]).sum(1).unflatten(0, out[target].shape[:2])    # [a, n]
+    height, width, _ = cells.shape
+    if radius == 0:
+        radius = max(height, width)
+    labels = context[0][1].shape[2]
+    out = cells.new_empty(height, width, labels)
+
+    for top, left in product(range(0, height, TILE), range(0, width, TILE)):
+        target_rows = slice(top, min(top + TILE, height))
+        target_columns = slice(left, min(left + TILE, width))
+        source_rows = slice(max(top - radius, 0), min(target_rows.stop + radius, height))
+        source_columns = slice(max(left - radius, 0), min(target_columns.stop + radius, width))
+
+        source_cells = []
+        source_labels = []
+        for frame_cells, segmentation in context:
+            source_cells.append(frame_cells[source_rows, source_columns].flatten(0, 1))
+            source_labels.append(segmentation[source_rows, source_columns].flatten(0, 1))
+        sources = torch.cat(source_cells)                             # [T*b, C]
+        votes = torch.cat(source_labels)                              # [T*b, n]
+
+        targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
+        cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
+        outside = outside_window(
+            (height, width), target_rows, target_columns, source_rows, source_columns, radius,
+            cells.device,
+        )  # fmt: skip
+        by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b], the same memory
+        by_frame.masked_fill_(outside[:, None], -math.inf)
+
+        values, indices = most_similar(cosine, topk)                  # [a, k]
+        weights = (values / TEMPERATURE).softmax(dim=1)
+        carried = (weights[..., None] * votes[indices]).sum(dim=1)    # [a, n]
+        out[target_rows, target_columns] = carried.unflatten(0, targets.shape[:2])
     return out
 
 
-def window(target, source, grid, radius, device):
-    """0 for the b cells of block `source` inside the window of each of the a cells of block `target`, -inf outside: [a, b]."""
-    rows, columns = (
-        (torch.arange(size, device=device)[to][:, None] - torch.arange(size, device=device)[at]).abs() > radius
-        for size, to, at in zip(grid, target, source)
-    )
-    far = (rows[:, None, :, None] | columns[None, :, None, :]).flatten(0, 1).flatten(1)
-    return torch.zeros(far.shape, device=device).masked_fill_(far, -math.inf)
+def too_far(
+    size: int, target: slice, source: slice, radius: int, device: torch.device
+) -> Tensor:
+    """Along one axis: is each source cell over `radius` cells from each target? [targets, sources]
+
+    Args:
+        size: cells of the axis.
+        target, source: the parts of it that are compared.
+    """
+    cells = torch.arange(size, device=device)
+    distance = cells[target, None] - cells[None, source]
+    return distance.abs() > radius
 
 
-def most_similar(cosine, topk):
-    """The entries of each row [a, N] that are not below its `topk`-th largest: (values, -inf for others, and indices) [a, k]."""
+def outside_window(
+    grid: tuple[int, int],
+    target_rows: slice,
+    target_columns: slice,
+    source_rows: slice,
+    source_columns: slice,
+    radius: int,
+    device: torch.device,
+) -> Tensor:
+    """Whether each cell of a source block is outside the window of each of a target block: [a, b].
+
+    The window is a square, so a source is outside if either coordinate is too far.
+    """
+    height, width = grid
+    rows = too_far(height, target_rows, source_rows, radius, device)          # [a_h, b_h]
+    columns = too_far(width, target_columns, source_columns, radius, device)  # [a_w, b_w]
+    outside = rows[:, None, :, None] | columns[None, :, None, :]              # [a_h, a_w, b_h, b_w]
+    return outside.flatten(2).flatten(0, 1)                                   # [a, b]
+
+
+def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The entries of each row that are not below its `topk`-th largest.
+
+    Args:
+        cosine: [a, N], -inf for what is no candidate.
+    Returns:
+        values (-inf for entries that only fill the row) and indices, both [a, k] with k >= topk
+        where there are ties.
+    """
+    count = cosine.shape[1]
     k = topk
     while True:
-        k = min(k + 1, cosine.shape[1])
+        # one more than is needed shows whether there are ties with the last one
+        k = min(k + 1, count)
         values, indices = cosine.topk(k)
-        least = values[:, min(topk, k) - 1, None].clamp(min=-2)  # of cosines, -2 is below all and above -inf
-        if k == cosine.shape[1] or (values[:, -1:] < least).all():
+        least = values[:, min(topk, k) - 1, None]
+        least = least.clamp(min=-2)  # below all cosines, and above -inf
+        if k == count or (values[:, -1:] < least).all():
             return values.masked_fill(values < least, -math.inf), indices
-        k *= 2  # ties with the last one: look further
+        k *= 2
 
 
-def harden(segmentation, patch, size):
-    """Soft segmentation [n, h, w] -> labels [H, W] uint8 at `size` (W, H): bilinear x p, min-max per channel, argmax, nearest."""
-    large = F.interpolate(segmentation[None], scale_factor=patch, mode="bilinear", align_corners=False)[0]
-    low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
-    flat = high - low <= 1e-6 * high  # a channel that is the same everywhere stays as it is: nothing to stretch but rounding
-    labels = torch.where(flat, large, (large - low) / (high - low)).max(0).indices  # argmax is slow here
-    return np.array(Image.fromarray(labels.byte().cpu().numpy()).resize(size, Image.Resampling.NEAREST))
+def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
+    """Soft segmentation [n, h, w] -> labels [H, W] uint8 at `size` (W, H).
+
+    Enlarged p times bilinearly, each channel stretched to 0..1, the largest channel taken, and
+    resized by the nearest neighbour.
+    """
+    scale = float(patch)
+    large = F.interpolate(segmentation[None], scale_factor=scale, mode="bilinear")[0]
+    low = large.amin((1, 2), keepdim=True)
+    high = large.amax((1, 2), keepdim=True)
+
+    # in a channel that is the same everywhere there is nothing to stretch but rounding
+    flat = high - low <= 1e-6 * high
+    stretched = torch.where(flat, large, (large - low) / (high - low))
+
+    labels = stretched.max(0).indices  # argmax is slow here
+    image = Image.fromarray(labels.byte().cpu().numpy())
+    return np.array(image.resize(size, Image.Resampling.NEAREST))
 
 
-def write_masks(sequence, folder, soft, patch, bar):
-    """Write the masks of a sequence to `folder`: the given one, then those of its soft segmentations as they come."""
+def write_masks(
+    sequence: Sequence, folder: Path, labels: Iterable[np.ndarray], pool: ThreadPoolExecutor,
+    bar: tqdm, binary: bool,
+) -> None:  # fmt: skip
+    """Write the masks of a sequence to a folder: the given one, then `labels` as they come.
+
+    The threads of `pool` write while the next ones are computed.
+
+    Args:
+        labels: [H, W] uint8 of every frame but the first.
+        binary: write 255 for the object, as the given mask has it.
+    Raises:
+        OSError: the folder takes no files.
+    """
     given, palette = read_indexed(sequence.masks[0])
-    write_indexed(folder / sequence.masks[0].name, given, palette or voc_palette())
-    for path, segmentation in zip(sequence.masks[1:], soft):
-        write_indexed(folder / path.name, harden(segmentation, patch, given.shape[::-1]), palette or voc_palette())
+    palette = palette or voc_palette()
+    write_indexed(folder / sequence.masks[0].name, given, palette)
+
+    writing = []
+    for path, found in zip(sequence.masks[1:], labels):
+        if binary:
+            found = np.where(found == 1, VOID, found).astype(np.uint8)
+        writing.append(pool.submit(write_indexed, folder / path.name, found, palette))
         bar.update()
+    for written in writing:
+        written.result()  # raises what the thread raised
 
 
-def propagate_all(args, sequences, pool):
-    """Write the masks of every sequence that these settings have not finished yet; returns their folder."""
-    extractor = ViTExtractor.from_args(args)
+def finished(sequence: Sequence, folder: Path) -> bool:
+    """Whether all masks of a sequence are there."""
+    return all((folder / path.name).is_file() for path in sequence.masks)
+
+
+def claim(folder: Path, sequences: list[Sequence], made_by: dict[str, Any]) -> None:
+    """Keep a record of what makes the masks of a folder.
+
+    Raises:
+        ValueError: they were made by something else, or nobody knows by what.
+    """
+    remedy = "pass another --output_dir"
+    if not (folder / RECORD).is_file():
+        for sequence in sequences:
+            place = folder / sequence.name
+            if any(place.glob("*.png")):
+                raise ValueError(f"{place} has masks and no record of what made them: {remedy}")
+    claim_folder(folder, made_by, remedy)
+
+
+def propagate_all(
+    args: argparse.Namespace, sequences: list[Sequence], pool: ThreadPoolExecutor
+) -> tuple[Path, dict[str, Any]]:
+    """Write the masks of every sequence that is not finished yet.
+
+    Returns:
+        Their folder, and the settings as they were resolved.
+    Raises:
+        ValueError: something does not fit together, or the folder holds results of other settings.
+    """
+    if args.lift_path:
+        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    extractor = build_extractor(args)
     up = upsampler(args, extractor)
-    args.layer, args.stride, args.upsample, args.device = extractor.layer, extractor.stride, up.how, str(extractor.device)
+    facts = {**extractor.facts(), **up.facts()}
 
-    def features(frames):  # [B, 3, H, W] in 0..1 -> [B, C, h, w]
-        images = extractor.normalize(frames.to(extractor.device))
-        return up(images, extractor(images))
-
-    def segment(sequence):
-        labels = read_labels(sequence.masks[0])
-        read = partial(read_frame, size=labels.shape[::-1], imsize=args.imsize, short_side=args.short_side, patch=extractor.patch)
-        images = batches(read, sequence.frames, pool)
-        return propagate(features, images, labels, args.n_last_frames, args.size_mask_neighborhood, args.topk)
-
-    size = f"short{args.short_side}" if args.short_side else args.imsize
-    masks = Path(args.output_dir or ".") / f"davis_vidseg_{size}_layer{extractor.layer}"
+    size = str(args.imsize)
+    if args.short_side:
+        size = f"short{args.short_side}"
+    source = f"layer{extractor.layer}"
+    if args.my_extractor:
+        source = "my_extractor"  # has no layers
+    folder = Path(args.output_dir, f"davis_vidseg_{size}_{source}")
+    made_by = record(args, leave_out=NOT_IN_MASKS, paths=("dataroot",), **facts)
+    claim(folder, sequences, made_by)
     for name in CSVS:
-        (masks / name).unlink(missing_ok=True)  # it tells of other masks
-    made_by = provenance(args)
-    with tqdm(total=sum(len(s.masks) - 1 for s in sequences), unit="frame", disable=None) as bar:
+        (folder / name).unlink(missing_ok=True)  # it tells of other masks
+
+    def features(frames):                                  # [B, 3, H, W] in 0..1 -> [B, C, h, w]
+        images = extractor.normalize(frames.to(extractor.device))
+        feats = up(images, extractor(images))
+        if not feats.isfinite().all():
+            remedy = "pass --dtype float32, or another --lift_path"
+            raise ValueError(f"the features of the frames are not finite: {remedy}")
+        return feats
+
+    count = sum(len(sequence.masks) - 1 for sequence in sequences)
+    with torch.inference_mode(), tqdm(total=count, unit="frame", disable=None) as bar:
         for sequence in sequences:
             bar.set_description(sequence.name)
-            record = masks / f"{sequence.name}.json"
-            if finished(sequence, masks, record, made_by):
+            if finished(sequence, folder / sequence.name):
                 bar.update(len(sequence.masks) - 1)
                 continue
-            record.unlink(missing_ok=True)
-            write_masks(sequence, masks / sequence.name, segment(sequence), extractor.patch, bar)
-            with replacing(record) as temporary:
-                temporary.write_text(made_by)
-    return masks
+
+            first = read_first_labels(sequence, args.binary)
+            height, width = first.shape
+            input_size = frame_size(width, height, args.imsize, args.short_side, extractor.patch)
+            check_frame_size(input_size, extractor.patch)
+            read = partial(
+                read_frame,
+                size=(width, height),
+                input_size=input_size,
+                by_cv2=args.short_side is not None,
+            )
+            soft = propagate(
+                features,
+                batches(read, sequence.frames, pool),
+                first,
+                args.n_last_frames,
+                args.size_mask_neighborhood,
+                args.topk,
+            )
+            hard = (harden(one, extractor.patch, (width, height)) for one in soft)
+            write_masks(sequence, folder / sequence.name, hard, pool, bar, args.binary)
+    return folder, settings(args, device=str(extractor.device), **facts)
 
 
-def provenance(args):
-    """What decides the masks, as text: all settings but those of scoring and output, and the age of the weight files."""
-    free = ("output_dir", "score_only", "sequences", "workers", "overlay", "video", "json")
-    dates = {path: Path(path).stat().st_mtime for path in (args.backbone_path, args.lift_path) if path}
-    return json.dumps({name: value for name, value in settings(args).items() if name not in free} | {"files": dates}, indent=1)
+def check_frame_size(size: tuple[int, int], patch: int) -> None:
+    """Raise ValueError unless both sides (W, H) are multiples of the patch."""
+    if size[0] % patch or size[1] % patch:
+        what = f"frames are read at {pixels(size)}, which is no multiple of the patch ({patch})"
+        raise ValueError(f"{what}: pass another --imsize or --short_side")
 
 
-def finished(sequence, masks, record, made_by):
-    """Whether all masks of the sequence are there, made by the same settings."""
-    there = all((masks / sequence.name / path.name).is_file() for path in sequence.masks)
-    return there and record.is_file() and record.read_text(errors="replace") == made_by
+# ---- scores -------------------------------------------------------------------------------------
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """The boundary of a mask, both [H, W] bool.
 
-
-def boundary(mask):
-    """Boundary [H, W] bool of a mask [H, W] bool: pixels that differ from their right, lower or lower-right neighbour."""
+    Those are the pixels that differ from their right, lower or lower-right neighbour.
+    """
     padded = np.pad(mask, (0, 1), mode="edge")
-    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+    right = mask ^ padded[:-1, 1:]
+    lower = mask ^ padded[1:, :-1]
+    lower_right = mask ^ padded[1:, 1:]
+    return right | lower | lower_right
 
 
-def disk(shape):
-    """How far two boundaries may be apart: a disk, uint8, whose radius is 0.8 % of the diagonal of (H, W) pixels, rounded up."""
+def disk(shape: tuple[int, int]) -> np.ndarray:
+    """How far two boundaries may be apart in masks of `shape` (H, W): a disk, uint8.
+
+    Its radius is 0.8 % of the diagonal, rounded up.
+    """
     radius = math.ceil(0.008 * math.hypot(*shape))
     y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
     return (x * x + y * y <= radius * radius).astype(np.uint8)
 
 
-def jaccard(mask, truth):
-    """Region similarity J of two masks [H, W] bool: intersection over union, 1 if both are empty (Perazzi et al. 2016)."""
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Region similarity J of two masks [H, W] bool (Perazzi et al. 2016).
+
+    That is intersection over union, and 1 if both are empty.
+    """
     union = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / union if union else 1.0
+    if union == 0:
+        return 1.0
+    return np.count_nonzero(mask & truth) / union
 
 
-def contour(mask, truth, near):
-    """Contour accuracy F of two masks [H, W] bool: F-measure of their boundaries, matched within `near` (Perazzi et al. 2016)."""
-    edges = boundary(mask), boundary(truth)
-    counts = [np.count_nonzero(edge) for edge in edges]
-    if not all(counts):
-        return float(not any(counts))
-    dilated = [cv2.dilate(edge.view(np.uint8), near).view(bool) for edge in edges]
-    precision, recall = np.count_nonzero(edges[0] & dilated[1]) / counts[0], np.count_nonzero(edges[1] & dilated[0]) / counts[1]
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
+    """Contour accuracy F of two masks [H, W] bool (Perazzi et al. 2016).
+
+    That is the F-measure of their boundaries, matched within the disk `near`.
+    """
+    edge = boundary(mask)
+    true_edge = boundary(truth)
+    count = np.count_nonzero(edge)
+    true_count = np.count_nonzero(true_edge)
+    if count == 0 and true_count == 0:
+        return 1.0
+    if count == 0 or true_count == 0:
+        return 0.0
+
+    around = cv2.dilate(edge.view(np.uint8), near).view(bool)
+    true_around = cv2.dilate(true_edge.view(np.uint8), near).view(bool)
+    precision = np.count_nonzero(edge & true_around) / count
+    recall = np.count_nonzero(true_edge & around) / true_count
+    if precision + recall == 0:
+        return 0.0
+    return 2 * precision * recall / (precision + recall)
 
 
-def crop(labels, truth):
-    """The part of two label maps that holds all objects and their boundaries: the rest adds nothing to J and F."""
+def crop(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The part of two label maps that holds all objects and boundaries; the rest adds nothing."""
     x, y, width, height = cv2.boundingRect(labels | truth)
-    part = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
-    return labels[part], truth[part]
+    rows = slice(max(y - 1, 0), y + height + 1)
+    columns = slice(max(x - 1, 0), x + width + 1)
+    return labels[rows, columns], truth[rows, columns]
 
 
-def score_frame(labels, truth, count):
-    """J and F of objects 1..count in two label maps [H, W] uint8 of one size: [count, 2]."""
+def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple[float, float]]:
+    """(J, F) of each of the objects 1..count in two label maps [H, W] uint8 of one size."""
     near = disk(truth.shape)
     labels, truth = crop(labels, truth)
-    pairs = [(labels == k, truth == k) for k in range(1, count + 1)]
-    return [(jaccard(*pair), contour(*pair, near)) for pair in pairs]
+    scores = []
+    for number in range(1, count + 1):
+        mask = labels == number
+        true_mask = truth == number
+        scores.append((jaccard(mask, true_mask), contour(mask, true_mask, near)))
+    return scores
 
 
-def score_sequence(sequence, folder):
-    """J and F of every object and scored frame: [objects, 2, frames], for the masks in `folder`.
+def score_sequence(sequence: Sequence, folder: Path, binary: bool = False) -> np.ndarray:
+    """J and F of every object and scored frame, for the masks in a folder.
 
-    Raises ValueError or FileNotFoundError for masks that are missing, unreadable, of another size, or with more objects.
+    Returns:
+        [objects, 2, frames].
+    Raises:
+        ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
+            objects.
     """
-    count, scores, void = int(read_labels(sequence.masks[0]).max()), [], False
+    count = int(read_first_labels(sequence, binary).max())
+    scores = []
+    has_void = False
     for annotation in sequence.masks[1:-1]:
         path = folder / annotation.name
-        truth, (labels, _) = read_labels(annotation), read_indexed(path)
-        void |= VOID in labels
-        labels[labels == VOID] = 0
+        truth = read_labels(annotation, binary)
+        values, _ = read_indexed(path)
+        if VOID in values:
+            has_void = True
+        labels = to_labels(values, binary)
         check_result(path, labels, truth, count)
         scores.append(score_frame(labels, truth, count))
-    if void:
-        print(f"note: {folder} has label {VOID}, which counts as background", file=sys.stderr)
+
+    if has_void and not binary:
+        what = f"{folder} has label {VOID}, which counts as background"
+        print(f"note: {what} (--binary: as the object)", file=sys.stderr)
     return np.reshape(scores, (-1, count, 2)).transpose(1, 2, 0)
 
 
-def check_result(path, labels, truth, count):
-    """Raise ValueError unless a result [H, W] has the size of its annotation and no label above `count`."""
+def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) -> None:
+    """Raise ValueError unless a result has its annotation's size and no label above `count`."""
     if labels.shape != truth.shape:
-        size, wanted = pixels(labels.shape[::-1]), pixels(truth.shape[::-1])
-        raise ValueError(f"{path} has {size}, its annotation {wanted}: resize it (nearest) to the annotation")
+        size = pixels(labels.shape[::-1])
+        wanted = pixels(truth.shape[::-1])
+        what = f"{path} has {size}, its annotation {wanted}"
+        raise ValueError(f"{what}: resize it (nearest) to the annotation")
     if labels.max() > count:
-        raise ValueError(f"{path}: label {labels.max()} where the first annotation has {count} objects: keep to their labels")
+        what = f"{path}: label {labels.max()} where the first annotation has {count} objects"
+        raise ValueError(f"{what}: keep to their labels")
 
 
-def summary(values):
-    """Mean, recall (share above 0.5) and decay (mean of the first quarter minus that of the last) over frames [frames]."""
-    if not len(values):
-        return (math.nan,) * 3
-    edges = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
-    quarters = [values[i : j + 1].mean() for i, j in pairwise(edges)]
-    return values.mean(), (values > 0.5).mean(), quarters[0] - quarters[3]
+def summary(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, recall and decay of one object's J or F over its frames [frames]; NaN for no frame.
 
-
-def evaluate(masks, sequences, pool):
-    """Score the folder `masks` of {sequence}/*.png with the threads of `pool`; returns METRICS and `per_object` {name: [J, F]}.
-
-    METRICS are means over all objects of all sequences. What has no scored frame (videos of one or two) is None and left out.
-    Raises as `score_sequence`.
+    Recall is the share above 0.5; decay is the mean of the first quarter minus that of the last.
     """
-    jobs = pool.map(lambda sequence: score_sequence(sequence, masks / sequence.name), sequences)
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+
+    # quarters share the frame at their edge, as in davis2017-evaluation
+    first = values[edges[0] : edges[1] + 1].mean()
+    last = values[edges[3] : edges[4] + 1].mean()
+    return values.mean(), (values > 0.5).mean(), first - last
+
+
+def evaluate(
+    masks: Path, sequences: list[Sequence], pool: ThreadPoolExecutor, binary: bool = False
+) -> dict[str, Any]:
+    """Score the folder `masks` of {sequence}/*.png with the threads of `pool`.
+
+    Returns:
+        METRICS, which are means over all objects of all sequences, and `per_object`, {name: [J,
+        F]}. Objects without a scored frame, those of videos of one or two, are None and left out.
+    Raises:
+        ValueError, FileNotFoundError: as `score_sequence`.
+    """
+
+    def score(sequence):
+        return score_sequence(sequence, masks / sequence.name, binary)
+
+    jobs = pool.map(score, sequences)
     scores = list(tqdm(jobs, total=len(sequences), desc="J&F", unit="video", disable=None))
     short = [sequence.name for sequence in sequences if len(sequence.masks) < 3]
     if short:
-        print(f"note: not scored, nothing between the first and the last frame: {', '.join(short)}", file=sys.stderr)
-    objects = {f"{s.name}_{k + 1}": values for s, found in zip(sequences, scores) for k, values in enumerate(found)}
-    table = np.array([[summary(j), summary(f)] for j, f in objects.values()]).reshape(-1, 6)  # J and F: mean, recall, decay
-    scored = table[~np.isnan(table[:, 0])]
-    means = scored.mean(0) if len(scored) else np.full(6, math.nan)
-    results = zip(METRICS, map(number, [(means[0] + means[3]) / 2, *means]))
-    return dict(results) | {"per_object": {name: [number(row[0]), number(row[3])] for name, row in zip(objects, table)}}
+        names = ", ".join(short)
+        what = "not scored, nothing between the first and the last frame"
+        print(f"note: {what}: {names}", file=sys.stderr)
+
+    per_object = {}
+    scored = []  # rows of the objects that have a scored frame
+    for sequence, found in zip(sequences, scores):
+        for number, (region, edge) in enumerate(found, 1):
+            j = summary(region)
+            f = summary(edge)
+            name = f"{sequence.name}_{number}"
+            per_object[name] = [number_or_none(j[0]), number_or_none(f[0])]
+            if len(region):
+                scored.append(j + f)
+
+    means = np.full(6, math.nan)
+    if scored:
+        means = np.mean(scored, axis=0)
+    results: dict[str, Any] = {METRICS[0]: number_or_none((means[0] + means[3]) / 2)}
+    for metric, mean in zip(METRICS[1:], means):
+        results[metric] = number_or_none(mean)
+    results["per_object"] = per_object
+    return results
 
 
-def number(value):
+def number_or_none(value: float) -> float | None:
     """A float for JSON, which has no NaN."""
-    return None if math.isnan(value) else float(value)
+    if math.isnan(value):
+        return None
+    return float(value)
 
 
-# ---- output ---------------------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------
 
 
-def three(value):
-    """Three decimals, or nothing for None, as in the CSV files of davis2017-evaluation."""
-    return "" if value is None else f"{value:.3f}"
+def three(value: float | None) -> str:
+    """Three decimals, as in the CSV files of davis2017-evaluation; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.3f}"
 
 
-def write_csv(folder, results):
-    """Write the two CSV files of davis2017-evaluation: global and per sequence (that is: per object) results.
+def write_csv(folder: Path, results: dict[str, Any]) -> None:
+    """Write the two CSV files of davis2017-evaluation: the global results, and those per object.
 
-    Raises OSError where the folder takes no files.
+    Raises:
+        OSError: the folder takes no files.
     """
-    per_object = [(name, *map(three, values)) for name, values in results["per_object"].items()]
-    tables = [[METRICS, [three(results[metric]) for metric in METRICS]], [("Sequence", "J-Mean", "F-Mean"), *per_object]]
-    for name, rows in zip(CSVS, tables):
+    overall = [METRICS, [three(results[metric]) for metric in METRICS]]
+    each = [("Sequence", "J-Mean", "F-Mean")]
+    for name, (region, edge) in results["per_object"].items():
+        each.append((name, three(region), three(edge)))
+    for name, rows in zip(CSVS, (overall, each)):
         with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def print_table(results):
-    """Print J and F per object, then the means."""
-    width = max(map(len, [*results["per_object"], *METRICS]))
-    print(f"{'':{width}}       J       F")
-    for name, (j, f) in results["per_object"].items():
-        print(f"{name:{width}} {three(j) or '-':>7} {three(f) or '-':>7}")
+def table(results: dict[str, Any]) -> str:
+    """J and F of each object, then the means, as text."""
+    width = max(len(name) for name in (*results["per_object"], *METRICS))
+    lines = [f"{'':{width}}       J       F"]
+    for name, (region, edge) in results["per_object"].items():
+        lines.append(f"{name:{width}} {three(region) or '-':>7} {three(edge) or '-':>7}")
     for metric in METRICS:
-        print(f"{metric:{width}} {three(results[metric]) or '-':>7}")
+        lines.append(f"{metric:{width}} {three(results[metric]) or '-':>7}")
+    return "\n".join(lines)
 
 
-def pictures(masks, sequences):
-    """Yield (sequence name, frame name, RGB [H, W, 3] uint8) of all frames with a mask: objects tinted, outlined in white."""
+def pictures(masks: Path, sequences: list[Sequence]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield every frame that has a mask, its objects tinted and outlined in white.
+
+    Yields:
+        The name of the sequence, that of the frame, and RGB [H, W, 3] uint8.
+    """
     for sequence in sequences:
         for path in sequence.frames:
             mask = masks / sequence.name / f"{path.stem}.png"
-            if mask.is_file():  # other methods may leave out the first and the last
-                labels, palette = read_indexed(mask)
-                colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
-                photo = np.asarray(read_image(path).resize(labels.shape[::-1]))
-                picture = np.where(labels[..., None] > 0, photo // 2 + colours[labels] // 2, photo)
-                picture[boundary(labels) > 0] = 255
-                yield sequence.name, path.stem, picture
+            if not mask.is_file():  # other methods may leave out the first and the last
+                continue
+            values, palette = read_indexed(mask)
+            height, width = values.shape
+            colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
+            photo = np.asarray(read_image(path).resize((width, height)))
+            tinted = photo // 2 + colours[values] // 2
+            picture = np.where(values[..., None] > 0, tinted, photo)
+            picture[boundary(values) > 0] = 255
+            yield sequence.name, path.stem, picture
 
 
-def write_overlays(folder, masks, sequences):
+def write_overlays(folder: Path, masks: Path, sequences: list[Sequence]) -> None:
     """Write the `pictures` as JPEG files folder/{sequence}/{frame}.jpg."""
     for name, frame, picture in pictures(masks, sequences):
         with replacing(folder / name / f"{frame}.jpg") as temporary:
             Image.fromarray(picture).save(temporary, quality=90)
 
 
-def write_video(path, masks, sequences):
-    """Write the `pictures` of all sequences, one after another, as one MPEG-4 file of the first frame's size.
+def write_video(path: str, masks: Path, sequences: list[Sequence]) -> None:
+    """Write the `pictures` of all sequences, one after another, as one video.
 
-    Raises ValueError where OpenCV has no encoder for it.
+    Frames have the size of the first one, without the last row or column of an odd size, which
+    H.264 does not take.
+
+    Raises:
+        ValueError: OpenCV has no encoder for it.
     """
-    size = read_image(sequences[0].frames[0]).size
+    width, height = read_image(sequences[0].frames[0]).size
+    size = (width - width % 2, height - height % 2)
     with replacing(path) as temporary:
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), FPS, size)
-        if not writer.isOpened():
-            raise ValueError(f"this OpenCV cannot write {path}: install opencv-python from PyPI, or take --overlay")
+        writer = open_video(temporary, path, size)
         for _, _, picture in pictures(masks, sequences):
-            writer.write(cv2.cvtColor(cv2.resize(picture, size), cv2.COLOR_RGB2BGR))
+            resized = cv2.resize(picture, (width, height))[: size[1], : size[0]]
+            writer.write(cv2.cvtColor(resized, cv2.COLOR_RGB2BGR))
         writer.release()
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+def open_video(temporary: Path, path: str, size: tuple[int, int]) -> cv2.VideoWriter:
+    """A writer of H.264, or where OpenCV has none, of MPEG-4 part 2, with a note.
+
+    Args:
+        temporary, path: where it writes, and the name for messages.
+        size: (W, H).
+    Raises:
+        ValueError: OpenCV has neither.
+    """
+    # both libraries print what they tried: one line of ours is enough
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        h264 = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"avc1"), FPS, size)
+        if h264.isOpened():
+            return h264
+        mpeg4 = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), FPS, size)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+    if not mpeg4.isOpened():
+        remedy = "install opencv-python from PyPI, or take --overlay"
+        raise ValueError(f"this OpenCV cannot write {path}: {remedy}")
+    print(
+        f"note: this OpenCV has no H.264 encoder: {path} is MPEG-4 part 2, which browsers and "
+        f"QuickTime do not play; for them: ffmpeg -i {path} -pix_fmt yuv420p h264.mp4",
+        file=sys.stderr,
+    )
+    return mpeg4
 
 
-def at_least(low):
-    """An argparse type: an integer not below `low`."""
-
-    def integer(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: pass {low} or more")
-        return int(text)
-
-    return integer
+# ---- the command line ---------------------------------------------------------------------------
 
 
-def parser():
-    """The command line of this file."""
-    command = Command(__doc__)
-    command.add_argument("--dataroot", required=True, help="DAVIS 2017: Annotations, ImageSets and JPEGImages (480p)")
-    command.add_argument("--output_dir", help="folder for davis_vidseg_{imsize}_layer{layer} (default: this one)")
-    command.add_argument("--imsize", type=at_least(1), default=224, help="pixels of a side, frames being squashed (default: 224)")
-    command.add_argument("--short_side", type=at_least(1), help="DINO's resizing instead: pixels of the shorter side, e.g. 480")
-    command.add_argument("--n_last_frames", type=at_least(0), default=7, help="context frames besides the first (default: 7)")
-    command.add_argument("--size_mask_neighborhood", type=at_least(0), default=12, help="window, in cells; 0: all (default: 12)")
-    command.add_argument("--topk", type=at_least(1), default=5, help="context cells that vote (default: 5)")
-    command.add_argument("--sequences", nargs="+", help="only these (default: ImageSets/2017/val.txt)")
-    command.add_argument("--score_only", metavar="DIR", help="score DIR/{sequence}/*.png; CSVs go to --output_dir (default: DIR)")
-    command.add_argument("--workers", type=at_least(1), default=4, help="threads that read frames and score videos (default: 4)")
-    command.add_argument("--overlay", action="store_true", help="also write overlay/{sequence}/*.jpg: masks over frames")
-    command.add_argument("--video", metavar="MP4", help="also write masks over frames as a video, all sequences in one")
-    command.add_argument("--json", metavar="FILE", help="also write the last line of the output to this file")
-    add_backbone_args(command)
-    add_lift_args(command)
-    return command
-
-
-def main(args):
-    """Propagate (unless --score_only), score, write and print."""
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that cannot be meant."""
+    check_range(
+        args, imsize=1, short_side=1, n_last_frames=0, size_mask_neighborhood=0, topk=1, workers=1
+    )
     if args.video and Path(args.video).suffix != ".mp4":
-        raise ValueError(f"--video {args.video} is no MPEG-4 file: give it a name that ends in .mp4")
-    sequences = find_sequences(args.dataroot, args.sequences, not args.score_only or args.overlay or args.video)
+        what = f"--video {args.video} is no MPEG-4 file"
+        raise ValueError(f"{what}: give it a name that ends in .mp4")
+    if world_size() > 1:
+        what = f"{world_size()} processes would do the same work"
+        raise ValueError(f"{what}: start this script without torchrun")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Propagate (unless --score_only), score, write and print."""
+    check(args)
+    with_frames = not args.score_only or args.overlay or args.video is not None
+    sequences = find_sequences(args.dataroot, args.sequences, with_frames)
+    for sequence in sequences:
+        read_first_labels(sequence, args.binary)  # told before a backbone is built
+
     with ThreadPoolExecutor(args.workers) as pool:
-        masks = Path(args.score_only) if args.score_only else propagate_all(args, sequences, pool)
-        results = evaluate(masks, sequences, pool)
-    counts = {"sequences": len(sequences), "frames": sum(len(sequence.masks) for sequence in sequences)}
-    line = json.dumps({"settings": used(args), **counts, "results": results})
-    print_table(results)
-    print(line)  # before anything is written that might fail
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(line + "\n")
-    folder = Path(args.output_dir) if args.score_only and args.output_dir else masks
+        if args.score_only:
+            masks = Path(args.score_only)
+            folder = Path(args.output_dir)  # the masks may be somebody else's
+            used = {}
+            for name, value in settings(args).items():
+                if name in SCORING:
+                    used[name] = value
+        else:
+            masks, used = propagate_all(args, sequences, pool)
+            folder = masks
+        results = evaluate(masks, sequences, pool, args.binary)
+
+    # printed before anything is written that might fail
+    frames = sum(len(sequence.masks) for sequence in sequences)
+    line = {"settings": used, "sequences": len(sequences), "frames": frames, "results": results}
+    print(table(results))
+    report(line, args.json)
+
     write_csv(folder, results)
+    print(f"note: the scores are in {folder / CSVS[0]} and {CSVS[1]}", file=sys.stderr)
     if args.overlay:
         write_overlays(folder / "overlay", masks, sequences)
     if args.video:
         write_video(args.video, masks, sequences)
-
-
-def used(args):
-    """The settings that had a part in the result: with --score_only none of the propagation's."""
-    scoring = ("dataroot", "sequences", "score_only", "workers", "output_dir", "overlay", "video", "json", "versions")
-    return {name: value for name, value in settings(args).items() if name in scoring or not args.score_only}
 
 
 if __name__ == "__main__":
