@@ -1,19 +1,33 @@
-"""See what LiFT does to features: self-similarity, iterations and PCA of any photos, as pictures or a live page.
+"""See what LiFT does to features: self-similarity, iterations and PCA, as pictures or a live page.
 
-    python eval_visualize_feats.py --dataroot photos/ --model dino_vits16 --lift_path lift.pth --output_dir vis/
-    python eval_visualize_feats.py --dataroot cat.jpg --lift_path lift.pth --query 120,80 --query 9,210 --pca --keep_aspect
-    python eval_visualize_feats.py --dataroot photos/ --lift_path lift.pth --limit 5 --html page.html
+    python eval_visualize_feats.py --dataroot photos/ --model dino_vits16 --lift_path lift.pth
+    python eval_visualize_feats.py --dataroot cat.jpg --lift_path lift.pth --keep_aspect --pca \\
+        --query 120,80 --query 9,210
+    python eval_visualize_feats.py --dataroot photos/ --lift_path lift.pth --html page.html
 
-Writes for each photo, into the same subfolder of OUTPUT_DIR that it has in DATAROOT:
-    PHOTO_alternatives.png   the photo, backbone, that doubled bilinearly, backbone on the doubled photo, LiFT
-    PHOTO_iterations.png     backbone, LiFT applied once, twice, ... --lift_iter times (only with --lift_path)
-    PHOTO_pca.png            with --pca: all of these maps, first three principal components of one basis as RGB
-A map shows the cosine of one cell (the centre, or a --query) to every cell, its own minimum to maximum as dark to
-bright, as in the self-similarity figures of the LiFT paper (arXiv 2403.14625). With --html a self-contained page does the
-same for the point under the pointer. The last line printed is JSON: files, settings. A second run overwrites the first.
-A photo takes about 4 s with ViT-S/16, four iterations and --pca on one CPU core.
+Writes sheets for each photo, into the same subfolder of OUTPUT_DIR that it has in DATAROOT:
+
+    PHOTO_alternatives.png   the photo, backbone, that doubled bilinearly, backbone on the photo at
+                             double size, LiFT
+    PHOTO_iterations.png     backbone, LiFT applied once, twice, ... (only with --lift_path)
+    PHOTO_pca.png            with --pca: the first three principal components of all these maps, in
+                             one basis, as red, green and blue
+
+A map shows the cosine of one cell (the centre, or a --query) to every cell, from its least similar
+(dark) to its most similar (bright), as the LiFT paper does (arXiv 2403.14625).
+
+The cells in the four corners stand apart in many ViTs: their cosine to all others is low, whatever
+the photo shows there. They are drawn, but do not decide where the dark colours begin.
+
+With --html a page, one file, does the same for the point under the pointer. The last line printed
+is JSON: files, what was skipped, settings. A second run overwrites the sheets of the first. A photo
+takes about 4 s with ViT-S/16, four iterations and --pca on one CPU core.
+
+Notation: C channels, H W image pixels, h w the grid of a map, Q queries. A point is x, y in pixels
+of the photo; a cell is row, column.
 """
 
+import argparse
 import base64
 import io
 import json
@@ -21,180 +35,389 @@ import math
 import os
 import random
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from command import (
+    Command,
+    add_backbone_args,
+    check_range,
+    replacing,
+    report,
+    settings,
+    world_size,
+    write_text,
+)
+
+SHEETS = ("alternatives", "iterations", "pca")
+
+PANEL = 280  # pixels of the longer side of a panel; more where the backbone sees more
+GAP = 12  # white between panels, in pixels
+COMPONENTS = 128  # numbers a cell that the page keeps
+LONGEST = 16  # how many times its shorter side a photo's longer side may be
+
+
+def point(text: str) -> tuple[float, float]:
+    """The point of --query X,Y."""
+    try:
+        x, y = text.split(",")
+        return float(x), float(y)
+    except ValueError:
+        remedy = "pass x,y in pixels of the photo, such as 120,80"
+        raise argparse.ArgumentTypeError(f"{text!r} is no point: {remedy}") from None
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", required=True, help="a photo, a folder with subfolders, or a quoted pattern")
+    add("--output_dir", default="visualizations", help="for the sheets (default: visualizations)")
+    add("--imsize", type=int, default=224, help="pixels a side, in whole patches (default: 224)")
+    add("--keep_aspect", action="store_true", help="--imsize is the shorter side, not both")
+    add("--limit", type=int, default=20, help="photos to draw at random; 0: all (default: 20)")
+    add("--seed", type=int, default=0, help="seed of that draw (default: 0)")
+    add(
+        "--query", type=point, action="append", default=[], metavar="X,Y",
+        help="compare with the cell at this pixel of the photo; may be repeated (default: centre)",
+    )  # fmt: skip
+    add("--hide_marker", action="store_true", help="no ring around the query")
+    add("--fontsize", type=int, default=18, help="of the titles, in pixels (default: 18)")
+    add("--pca", action="store_true", help="also a sheet of principal components")
+    add("--html", help="also one page of all photos, on which the query follows the pointer")
+    add("--json", help="write the last line to this file, too")
+    add("--lift_path", help="LiFT checkpoint; without it the panels of LiFT are left out")
+    add("--lift_iter", type=int, default=4, help="LiFT at most this often in a row (default: 4)")
+    add_backbone_args(command)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from torchvision.transforms.functional import resize, to_tensor
 from tqdm import tqdm
 
-from extractor import Command, ViTExtractor, add_backbone_args, list_images, read_image, replacing, settings
-from lift import double, load_lift, pca_rgb, upsample
+from extractor import DenseExtractor, build_extractor
+from lift import LiFT, double, load_lift, read_state, upsample
+from photos import IMAGES, list_images, pca_rgb, read_image
 
-COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]  # [256, RGB]
-PANEL = 280  # pixels of the longer side of a panel; more where the backbone sees more
-GAP = 12  # white between panels, in pixels
-COMPONENTS = 128  # numbers a cell that the page keeps
-
-
-# ---- maps -----------------------------------------------------------------------------------------------------------
+# viridis, from dark to bright: [256, RGB]
+COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)
+COLOURS = COLOURS[:, 0, ::-1]
 
 
-def compute_maps(extractor, lift, photo, size, iterations):
-    """The maps to compare, {title: [C, h, w]}, of a PIL photo at `size` (W, H).
+# ---- maps ---------------------------------------------------------------------------------------
 
-    In order: the backbone, that doubled bilinearly, the backbone on the photo at double size, and unless `lift` is None
-    LiFT applied 1 to `iterations` times.
+
+@torch.no_grad()
+def compute_maps(
+    extractor: DenseExtractor,
+    lift: LiFT | None,
+    photo: Image.Image,
+    size: tuple[int, int],
+    iterations: int,
+) -> dict[str, Tensor]:
+    """The maps to compare of one photo, read at `size` (W, H).
+
+    Returns:
+        {title: [C, h, w]}, in this order: the backbone, that doubled bilinearly, the backbone on
+        the photo at double size and, with a module, LiFT applied 1 to `iterations` times.
+    Raises:
+        ValueError: a map holds NaN or infinity.
     """
+    images = prepare(extractor, photo, size)
+    feats = extractor(images)
+    large = prepare(extractor, photo, (2 * size[0], 2 * size[1]))
+    maps = {
+        "backbone": feats,
+        "bilinear": double(feats),
+        "backbone, photo at 2x": extractor(large),
+    }
+    if lift is not None:
+        steps = upsample(lift, images, feats, iterations, return_all=True)
+        for number in range(1, iterations + 1):
+            title = f"LiFT, {number} times"
+            if number == 1:
+                title = "LiFT"
+            maps[title] = steps[number]
 
-    def features(scale):
-        # bilinear with antialias on the float image, as in the reference release: Pillow's 8-bit result differs by 1e-2
-        pixels = resize(to_tensor(photo), (scale * size[1], scale * size[0]), antialias=True)
-        images = extractor.normalize(pixels)[None].to(extractor.device)
-        return images, extractor(images)
-
-    (images, feats), (_, feats_2x) = features(1), features(2)
-    maps = {"backbone": feats, "bilinear": double(feats), "backbone, photo at 2x": feats_2x}
-    steps = upsample(lift, images, feats, iterations, return_all=True)[1:] if lift else []
-    maps |= {f"LiFT, {n} times" if n > 1 else "LiFT": step for n, step in enumerate(steps, 1)}
+    for title, batch in maps.items():
+        if not batch.isfinite().all():
+            what = f"the features of {title} hold NaN or infinity in {extractor.dtype}"
+            raise ValueError(f"{what}: pass --dtype float32, or other weights")
     return {title: batch[0] for title, batch in maps.items()}
 
 
-def cell_at(point, photo_size, grid):
-    """The cell (row, column) of a grid (h, w) that holds the pixel (x, y) of a photo of (W, H) pixels."""
-    return int(point[1] * grid[0] / photo_size[1]), int(point[0] * grid[1] / photo_size[0])
+def prepare(extractor: DenseExtractor, photo: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A photo at `size` (W, H), normalised, on the extractor's device: [1, 3, H, W]."""
+    width, height = size
+    # in floating point, as the reference release does it: Pillow's 8-bit result differs by 1e-2
+    pixels = resize(to_tensor(photo), [height, width], antialias=True)
+    return extractor.normalize(pixels)[None].to(extractor.device)
 
 
-def self_similarity(feats, cells):
-    """Cosine of Q cells (row, column) of a map [C, h, w] to all its cells, min-max normalised: [Q, h, w] in 0..1.
+def cell_at(
+    point: tuple[float, float], photo_size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[int, int]:
+    """The cell (row, column) of a grid (h, w) that holds the pixel (x, y) of a photo (W, H)."""
+    x, y = point
+    row = int(y * grid[0] / photo_size[1])
+    column = int(x * grid[1] / photo_size[0])
+    return row, column
 
-    Where all cosines agree to within rounding (a flat map) the result is 0.
+
+def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
+    """Cosine of Q cells (row, column) of a map to all its cells, each min-max normalised.
+
+    Where all cosines agree to within rounding, as on a flat map, the result is 0.
+
+    Args:
+        feats: [C, h, w].
+    Returns:
+        [Q, h, w] in 0..1.
     """
-    width, x = feats.shape[2], feats.flatten(1)                                          # [C, h*w]
-    queries = F.normalize(x[:, [row * width + column for row, column in cells]], dim=0)  # [C, Q]
-    squares = sum(rows.square().sum(0) for rows in x.split(64))  # in blocks: x.norm(dim=0) takes five times as long
-    cos = queries.T @ x / squares.sqrt().clamp(min=1e-8)                                 # [Q, h*w]
-    low, high = cos.aminmax(dim=1, keepdim=True)
-    scaled = torch.where(high - low > 1e-6, (cos - low) / (high - low), 0)
+    width = feats.shape[2]
+    x = feats.flatten(1)                                           # [C, h*w]
+    indices = [row * width + column for row, column in cells]
+    queries = F.normalize(x[:, indices], dim=0)                    # [C, Q]
+
+    # in blocks of channels: x.norm(dim=0) takes five times as long
+    squares = torch.zeros_like(x[0])
+    for rows in x.split(64):
+        squares += rows.square().sum(0)
+    norms = squares.sqrt().clamp(min=1e-8)                         # [h*w]
+
+    cosines = queries.T @ x / norms                                # [Q, h*w]
+    low, high = cosines.aminmax(dim=1, keepdim=True)
+    scaled = torch.where(high - low > 1e-6, (cosines - low) / (high - low), 0)
     return scaled.unflatten(1, feats.shape[1:])
 
 
-# ---- sheets ---------------------------------------------------------------------------------------------------------
+def shown_similarity(
+    feats: Tensor, cells: list[tuple[int, int]], coarse: tuple[int, int]
+) -> Tensor:
+    """self_similarity as it is drawn: the corners do not decide where the dark colours begin.
+
+    Args:
+        feats: [C, h, w].
+        coarse: the grid of the backbone, whose corner cells are meant.
+    Returns:
+        [Q, h, w] in 0..1.
+    """
+    values = self_similarity(feats, cells)
+    counted = ~corners(feats.shape[1:], coarse).to(values.device)
+    if not counted.any():
+        return values
+    low = values[:, counted].amin(1)[:, None, None]                # [Q, 1, 1]
+    return ((values - low) / (1 - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def colour(values):
-    """Values [h, w] in 0..1 -> PIL picture of w x h pixels, dark to bright."""
-    return Image.fromarray(COLOURS[(values.cpu().numpy() * 255).round().astype(np.uint8)])
+def corners(grid: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
+    """Which cells of a grid (h, w) lie in the four corner cells of a coarse grid: a mask [h, w]."""
+    rows = max(1, grid[0] // coarse[0])
+    columns = max(1, grid[1] // coarse[1])
+    mask = torch.zeros(grid, dtype=torch.bool)
+    for row in (slice(0, rows), slice(grid[0] - rows, None)):
+        for column in (slice(0, columns), slice(grid[1] - columns, None)):
+            mask[row, column] = True
+    return mask
 
 
-def panel_size(photo, longer):
-    """The size (W, H), with this longer side, in which a photo and its maps are shown: in its own aspect, never squeezed."""
-    return tuple(max(1, round(longer * side / max(photo.size))) for side in photo.size)
+# ---- sheets -------------------------------------------------------------------------------------
 
 
-def enlarge(picture, size):
-    """A picture at `size` (W, H) with sharp cells of equal size, which nearest-neighbour alone gives whole factors only."""
-    whole = [cells * math.ceil(side / cells) for cells, side in zip(picture.size, size)]
-    return picture.resize(whole, Image.NEAREST).resize(size, Image.BOX)
+class Panel(NamedTuple):
+    """A picture of a sheet, and what stands above it."""
+
+    title: str
+    picture: Image.Image
 
 
-def ring(picture, x, y):
-    """The picture with a white ring, edged in black, around the point (x, y) given in 0..1."""
-    draw, x, y = ImageDraw.Draw(picture), x * picture.width, y * picture.height
+def colour(values: Tensor) -> Image.Image:
+    """Values [h, w] in 0..1 -> a picture of w x h pixels, dark to bright."""
+    levels = (values.cpu().numpy() * 255).round().astype(np.uint8)
+    return Image.fromarray(COLOURS[levels])
+
+
+def panel_size(photo: Image.Image, longer: int) -> tuple[int, int]:
+    """The size (W, H), with this longer side, that shows a photo in its own aspect."""
+    scale = longer / max(photo.size)
+    return max(1, round(scale * photo.width)), max(1, round(scale * photo.height))
+
+
+def enlarge(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture at `size` (W, H) with sharp cells of equal size."""
+    # nearest neighbour makes cells of equal size for whole factors only: beyond, and back by area
+    columns, rows = picture.size
+    width = columns * math.ceil(size[0] / columns)
+    height = rows * math.ceil(size[1] / rows)
+    beyond = picture.resize((width, height), Image.Resampling.NEAREST)
+    return beyond.resize(size, Image.Resampling.BOX)
+
+
+def draw_ring(picture: Image.Image, x: float, y: float) -> None:
+    """Draw a white ring, edged in black, around the point (x, y), in 0..1 of the picture."""
+    draw = ImageDraw.Draw(picture)
+    x = x * picture.width
+    y = y * picture.height
     for radius, width, ink in ((7, 4, "black"), (6, 2, "white")):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=ink, width=width)
-    return picture
 
 
-def grid_title(title, grid):
+def grid_title(title: str, grid: tuple[int, ...]) -> str:
     """A title with the real grid (h, w) below it."""
     return f"{title}\n{grid[0]}x{grid[1]}"
 
 
-def similarity_rows(photo, maps, points, size, marker):
-    """For each point (x, y) a row of (title, panel of size (W, H)): the photo, then the similarity in each map."""
-    rows = [[(f"photo\nx {x:g}, y {y:g}", photo.resize(size), (x / photo.width, y / photo.height))] for x, y in points]
+def similarity_rows(
+    photo: Image.Image,
+    maps: dict[str, Tensor],
+    points: list[tuple[float, float]],
+    size: tuple[int, int],
+    marker: bool,
+) -> list[list[Panel]]:
+    """A row for each point (x, y): the photo, then the similarity in each map.
+
+    Args:
+        maps: {title: [C, h, w]}, the backbone's first.
+        size: of the panels, (W, H).
+        marker: draw a ring around the point, and in a map around the centre of its cell.
+    """
+    coarse = next(iter(maps.values())).shape[1:]
+    rows = []
+    for x, y in points:
+        picture = photo.resize(size)
+        if marker:
+            draw_ring(picture, x / photo.width, y / photo.height)
+        rows.append([Panel(f"photo\nx {x:g}, y {y:g}", picture)])
+
     for title, feats in maps.items():
-        h, w = feats.shape[1:]
-        cells = [cell_at(point, photo.size, (h, w)) for point in points]
-        for row, values, (i, j) in zip(rows, self_similarity(feats, cells), cells):
+        height, width = feats.shape[1:]
+        cells = [cell_at(point, photo.size, (height, width)) for point in points]
+        similarities = shown_similarity(feats, cells, coarse)      # [Q, h, w]
+        for panels, values, (row, column) in zip(rows, similarities, cells):
             picture = enlarge(colour(values), size)
-            row.append((grid_title(title, (h, w)), picture, ((j + 0.5) / w, (i + 0.5) / h)))
-    return [[(title, ring(picture, *at) if marker else picture) for title, picture, at in row] for row in rows]
+            if marker:
+                draw_ring(picture, (column + 0.5) / width, (row + 0.5) / height)
+            panels.append(Panel(grid_title(title, (height, width)), picture))
+    return rows
 
 
-def pca_row(photo, maps, size):
-    """(title, panel) of the photo and of each map's first three principal components, panels of size (W, H)."""
-    row = [("photo\nPCA as RGB", photo.resize(size))]
+def pca_row(photo: Image.Image, maps: dict[str, Tensor], size: tuple[int, int]) -> list[Panel]:
+    """The photo, and the first three principal components of each map, in panels of `size`."""
+    row = [Panel("photo\nPCA as RGB", photo.resize(size))]
     for title, rgb in zip(maps, pca_rgb(list(maps.values()))):
-        row.append((grid_title(title, rgb.shape), enlarge(Image.fromarray(rgb), size)))
+        picture = enlarge(Image.fromarray(rgb), size)
+        row.append(Panel(grid_title(title, rgb.shape), picture))
     return row
 
 
-def sheets(photo, maps, points, size, marker, pca):
-    """The sheets of one photo as rows of (title, panel), {name: rows}; arguments as for similarity_rows."""
+def make_sheets(
+    photo: Image.Image,
+    maps: dict[str, Tensor],
+    points: list[tuple[float, float]],
+    size: tuple[int, int],
+    marker: bool,
+    pca: bool,
+) -> dict[str, list[list[Panel]]]:
+    """The sheets of one photo, {name of SHEETS: rows of panels}; arguments as similarity_rows."""
     rows = similarity_rows(photo, maps, points, size, marker)
-    named = {"alternatives": [row[:5] for row in rows]}
+    # in a row: the photo, backbone, bilinear, backbone at 2x, LiFT once, LiFT twice, ...
+    sheets = {"alternatives": [row[:5] for row in rows]}
     if len(maps) > 3:
-        named["iterations"] = [row[:2] + row[4:] for row in rows]
+        sheets["iterations"] = [row[:2] + row[4:] for row in rows]
     if pca:
-        named["pca"] = [pca_row(photo, maps, size)]
-    return named
+        sheets["pca"] = [pca_row(photo, maps, size)]
+    return sheets
 
 
-def draw_sheet(rows, fontsize):
-    """Rows of (title, panel), panels of one size, as one PIL picture on white, columns as wide as their titles."""
+def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
+    """Rows of panels, whose pictures have one size, on white; columns are as wide as their titles.
+
+    Args:
+        fontsize: of the titles, in pixels.
+    """
     font = ImageFont.load_default(fontsize)
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
-    boxes = [[measure.multiline_textbbox((0, 0), title, font) for title, _ in row] for row in rows]
-    heading = math.ceil(max(box[3] for row in boxes for box in row)) + GAP // 2
-    width, height = rows[0][0][1].size
-    columns = [max(width, *(math.ceil(box[2]) for box in column)) + GAP for column in zip(*boxes)]
-    sheet = Image.new("RGB", (sum(columns) + GAP, len(rows) * (heading + height + GAP) + GAP), "white")
+    width, height = rows[0][0].picture.size
+
+    # a column is as wide as its widest title, and all headings are as high as the highest
+    columns = [width] * len(rows[0])
+    heading = 0
+    for row in rows:
+        for number, panel in enumerate(row):
+            _, _, right, bottom = measure.multiline_textbbox((0, 0), panel.title, font)
+            columns[number] = max(columns[number], math.ceil(right))
+            heading = max(heading, math.ceil(bottom))
+    heading += GAP // 2
+
+    sheet_width = sum(columns) + GAP * (len(columns) + 1)
+    sheet_height = len(rows) * (heading + height + GAP) + GAP
+    sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        for c, (title, picture) in enumerate(row):
-            middle, top = GAP + sum(columns[:c]) + (columns[c] - GAP) // 2, GAP + r * (heading + height + GAP)
-            draw.multiline_text((middle, top), title, "black", font, anchor="ma", align="center")
-            sheet.paste(picture, (middle - width // 2, top + heading))
+    top = GAP
+    for row in rows:
+        left = GAP
+        for panel, column in zip(row, columns):
+            middle = left + column // 2
+            draw.multiline_text((middle, top), panel.title, "black", font, "ma", align="center")
+            sheet.paste(panel.picture, (middle - width // 2, top + heading))
+            left += column + GAP
+        top += heading + height + GAP
     return sheet
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page -----------------------------------------------------------------------------------
 
 
-def compact(feats, components=COMPONENTS):
-    """A map [C, h, w] small enough for a page: L2-normalised cells in their first principal directions, as int8.
+def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
+    """A map [C, h, w] small enough for a page: each cell as numbers of 8 bits.
 
-    The directions are not centred, so that dot products of the numbers kept are the cosines, to about 0.01.
+    They are its coordinates, L2-normalised, along the first principal directions. These are not
+    centred, so that dot products of the numbers are the cosines, to about 0.01.
+
+    Returns:
+        grid (h, w); codes, the numbers of all cells in base64; scale, what each is multiplied by.
     """
-    x = F.normalize(feats.cpu().flatten(1), dim=0)                    # [C, h*w]
-    directions = torch.linalg.eigh(x @ x.T).eigenvectors[:, -components:]
-    z = directions.T @ x                                              # [K, h*w]
-    scale = z.abs().amax(1).clamp(min=1e-9) / 127
-    codes = (z / scale[:, None]).round().to(torch.int8).T.contiguous().numpy()
-    return {"grid": feats.shape[1:], "scale": scale.tolist(), "codes": base64.b64encode(codes).decode()}
+    x = F.normalize(feats.cpu().flatten(1), dim=0)                             # [C, h*w]
+    directions = torch.linalg.eigh(x @ x.T).eigenvectors[:, -components:]      # [C, K]
+    coordinates = directions.T @ x                                             # [K, h*w]
+    scale = coordinates.abs().amax(1).clamp(min=1e-9) / 127
+    codes = (coordinates / scale[:, None]).round().to(torch.int8)
+    packed = base64.b64encode(codes.T.contiguous().numpy())
+    return {"grid": list(feats.shape[1:]), "scale": scale.tolist(), "codes": packed.decode()}
 
 
-def page_entry(name, photo, maps, point, size):
-    """One photo of the page, as JSON can hold it: a JPEG of size (W, H), the maps, the point (x, y) to begin with."""
+def page_entry(
+    name: str,
+    photo: Image.Image,
+    maps: dict[str, Tensor],
+    point: tuple[float, float],
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """One photo of the page, for JSON: name, a JPEG of `size` (W, H), the first point, the maps."""
     jpeg = io.BytesIO()
     photo.resize(size).save(jpeg, "JPEG", quality=90)
+    x, y = point
     return {
         "name": name,
         "jpeg": base64.b64encode(jpeg.getvalue()).decode(),
         "aspect": photo.width / photo.height,
-        "point": [point[0] / photo.width, point[1] / photo.height],
-        "maps": [{"title": title} | compact(feats) for title, feats in maps.items()],
+        "point": [x / photo.width, y / photo.height],
+        "maps": [{"title": title, **compact(feats)} for title, feats in maps.items()],
     }
 
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Self-similarity of features</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>
@@ -204,20 +427,27 @@ section > div { display: grid; gap: 12px; max-width: 1700px;
                 grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
 figure { margin: 0; }
 figcaption { text-align: center; }
-.view { position: relative; cursor: crosshair; touch-action: none; }
-.view > :first-child { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
-.ring { position: absolute; width: 10px; height: 10px; margin: -7px; border: 2px solid #fff; border-radius: 50%;
+/* a finger that moves up or down scrolls the page, one that moves sideways moves the point */
+.view { position: relative; cursor: crosshair; touch-action: pan-y pinch-zoom; }
+.view > :first-child { display: block; width: 100%; height: 100%; }
+canvas { image-rendering: pixelated; }
+.ring { position: absolute; width: 10px; height: 10px; margin: -7px;
+        border: 2px solid #fff; border-radius: 50%;
         box-shadow: 0 0 0 1px #000, inset 0 0 0 1px #000; pointer-events: none; }
 </style></head><body>
-<p>Move the pointer over the photo or a map: each map shows the cosine of the feature under it to all others,
-from its least (dark) to its most similar (bright).</p>
+<p>Move the pointer over the photo or a map, or tap it: each map shows the cosine of the feature
+there to all others, from its least (dark) to its most similar (bright). The cells in the four
+corners stand apart in many ViTs; they do not decide where the dark colours begin.</p>
 <script>
 "use strict";
 const COLOURS = DATA_COLOURS, PHOTOS = DATA_PHOTOS;
 
-function unpack(map) {                     // int8 codes -> unit vectors, one after the other
-  const bytes = Uint8Array.from(atob(map.codes), c => c.charCodeAt(0)), codes = new Int8Array(bytes.buffer);
-  const k = map.scale.length, cells = Float32Array.from(codes, (code, i) => code * map.scale[i % k]);
+// the codes of a map -> unit vectors, one cell after the other
+function unpack(map) {
+  const bytes = Uint8Array.from(atob(map.codes), c => c.charCodeAt(0));
+  const codes = new Int8Array(bytes.buffer);
+  const k = map.scale.length;
+  const cells = Float32Array.from(codes, (code, i) => code * map.scale[i % k]);
   for (let i = 0; i < cells.length; i += k) {
     const norm = Math.hypot(...cells.subarray(i, i + k)) || 1;
     for (let j = i; j < i + k; j++) cells[j] /= norm;
@@ -225,11 +455,24 @@ function unpack(map) {                     // int8 codes -> unit vectors, one af
   return cells;
 }
 
-function similarity(cells, k, query) {     // cosine of one cell to all
+// the cosines of one cell to all
+function similarity(cells, k, query) {
   const cosines = new Float32Array(cells.length / k);
   for (let i = 0; i < cosines.length; i++)
     for (let j = 0; j < k; j++) cosines[i] += cells[i * k + j] * cells[query * k + j];
   return cosines;
+}
+
+// whether each cell of a grid [h, w] lies in a corner cell of the backbone's grid
+function corners(grid, coarse) {
+  const [h, w] = grid;
+  const rows = Math.max(1, Math.floor(h / coarse[0]));
+  const columns = Math.max(1, Math.floor(w / coarse[1]));
+  const mask = [];
+  for (let i = 0; i < h; i++)
+    for (let j = 0; j < w; j++)
+      mask.push((i < rows || i >= h - rows) && (j < columns || j >= w - columns));
+  return mask;
 }
 
 function add(tag, parent, properties) {
@@ -237,29 +480,47 @@ function add(tag, parent, properties) {
 }
 
 function addView(row, tag, photo, properties) {
-  const figure = add("figure", row), view = add("div", figure, {className: "view"});
+  const figure = add("figure", row);
+  const view = add("div", figure, {className: "view"});
   const picture = add(tag, view, properties);
   photo.rings.push(add("div", view, {className: "ring"}));
+  const inside = t => Math.min(Math.max(t, 0), 1 - 1e-6);
   for (const kind of ["pointermove", "pointerdown"]) view.addEventListener(kind, event => {
-    const box = view.getBoundingClientRect(), inside = t => Math.min(Math.max(t, 0), 1 - 1e-6);
-    show(photo, inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height));
+    const box = view.getBoundingClientRect();
+    const x = inside((event.clientX - box.left) / box.width);
+    const y = inside((event.clientY - box.top) / box.height);
+    show(photo, x, y);
   });
   return [picture, add("figcaption", figure)];
 }
 
-function show(photo, x, y) {               // x, y in 0..1 of the photo
-  for (const ring of photo.rings) { ring.style.left = 100 * x + "%"; ring.style.top = 100 * y + "%"; }
+// draw all maps of a photo for its point (x, y), in 0..1
+function show(photo, x, y) {
+  for (const ring of photo.rings) {
+    ring.style.left = 100 * x + "%";
+    ring.style.top = 100 * y + "%";
+  }
   for (const map of photo.maps) {
-    const [h, w] = map.grid, query = Math.floor(y * h) * w + Math.floor(x * w);
+    const [h, w] = map.grid;
+    const query = Math.floor(y * h) * w + Math.floor(x * w);
     const cosines = similarity(map.cells, map.scale.length, query);
-    const low = cosines.reduce((a, b) => Math.min(a, b)), high = cosines.reduce((a, b) => Math.max(a, b));
-    const context = map.canvas.getContext("2d"), pixels = context.createImageData(w, h);
+    const high = cosines.reduce((a, b) => Math.max(a, b));
+    const least = cosines.reduce((a, b) => Math.min(a, b));
+    let counted = cosines.filter((_, i) => !map.corners[i]);
+    if (counted.length === 0) counted = cosines;
+    const low = counted.reduce((a, b) => Math.min(a, b));
+
+    const context = map.canvas.getContext("2d");
+    const pixels = context.createImageData(w, h);
     cosines.forEach((cosine, i) => {
-      const level = high - low > 1e-6 ? Math.round(255 * (cosine - low) / (high - low)) : 0;
+      let level = 0;
+      if (high - least > 1e-6)
+        level = Math.max(0, Math.round(255 * (cosine - low) / Math.max(high - low, 1e-6)));
       pixels.data.set([...COLOURS[level], 255], 4 * i);
     });
     context.putImageData(pixels, 0, 0);
-    map.caption.innerText = `${map.title} ${h}x${w}\\ncosine ${low.toFixed(2)} to ${high.toFixed(2)}`;
+    const range = `cosine ${low.toFixed(2)} to ${high.toFixed(2)}`;
+    map.caption.innerText = `${map.title} ${h}x${w}\\n${range}`;
   }
 }
 
@@ -268,11 +529,14 @@ for (const photo of PHOTOS) {
   add("h2", section, {textContent: photo.name});
   const row = add("div", section);
   photo.rings = [];
-  const image = {src: "data:image/jpeg;base64," + photo.jpeg, alt: photo.name, draggable: false};
-  addView(row, "img", photo, image)[1].textContent = "photo";
+  const source = "data:image/jpeg;base64," + photo.jpeg;
+  const [, caption] = addView(row, "img", photo, {src: source, alt: photo.name, draggable: false});
+  caption.textContent = "photo";
   for (const map of photo.maps) {
     map.cells = unpack(map);
-    [map.canvas, map.caption] = addView(row, "canvas", photo, {width: map.grid[1], height: map.grid[0]});
+    map.corners = corners(map.grid, photo.maps[0].grid);
+    const size = {width: map.grid[1], height: map.grid[0]};
+    [map.canvas, map.caption] = addView(row, "canvas", photo, size);
     map.canvas.style.aspectRatio = photo.aspect;
   }
   show(photo, ...photo.point);
@@ -281,112 +545,180 @@ for (const photo of PHOTOS) {
 """
 
 
-def write_page(path, entries):
-    """Write the page of some `page_entry`s: all is in the file, and its own policy forbids it to load anything."""
+def write_page(path: str | Path, entries: list[dict[str, Any]]) -> None:
+    """Write the page of some `page_entry`s.
+
+    All is in the file, and its own policy forbids it to load anything.
+    """
     photos = json.dumps(entries).replace("<", "\\u003c")  # a file named </script> stays text
-    page = PAGE.replace("DATA_COLOURS", json.dumps(COLOURS.tolist())).replace("DATA_PHOTOS", photos)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    page = PAGE.replace("DATA_COLOURS", json.dumps(COLOURS.tolist()))
+    write_text(path, page.replace("DATA_PHOTOS", photos))
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- which photos, and at what size -------------------------------------------------------------
 
 
-def choose(paths, limit, seed):
-    """`limit` of the paths (0: all), drawn without replacement by the seed, in their order."""
-    return sorted(random.Random(seed).sample(paths, limit)) if 0 < limit < len(paths) else paths
+def find_photos(dataroot: str, limit: int, seed: int) -> tuple[list[Path], Path]:
+    """`limit` photos (0: all) below `dataroot`, drawn by the seed, in their order; and their root.
+
+    Sheets of an earlier run are left out, for OUTPUT_DIR may lie in DATAROOT.
+
+    Raises:
+        ValueError: there is no photo.
+    """
+    found = [path for path in list_images(dataroot) if not is_sheet(path)]
+    if not found:
+        raise ValueError(f"no images but our own sheets at {dataroot}: pass a folder of photos")
+    root = Path(os.path.commonpath([path.parent for path in found]))
+    if 0 < limit < len(found):
+        found = sorted(random.Random(seed).sample(found, limit))
+    return found, root
 
 
-def check(args, patch):
-    """Raise ValueError for settings that no photo can satisfy."""
-    for name, least in (("imsize", patch), ("limit", 0), ("lift_iter", 1), ("fontsize", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} is too small: pass {least} or more")
-    if args.pca and args.facet == "attn":
-        raise ValueError("--pca cannot compare attn, which is as wide as its grid: pass another --facet or no --pca")
+def is_sheet(path: Path) -> bool:
+    """Whether a file has the name of a sheet of this script, such as cat.jpg_pca.png."""
+    for name in SHEETS:
+        ending = f"_{name}.png"
+        if path.name.endswith(ending):
+            return Path(path.name.removesuffix(ending)).suffix.lower() in IMAGES
+    return False
 
 
-def check_points(points, photo, path):
-    """The points (x, y), or the centre if there is none. Raises ValueError for one outside the photo."""
+def check_points(
+    points: list[tuple[float, float]], photo: Image.Image, path: Path
+) -> list[tuple[float, float]]:
+    """The points (x, y), or the centre if there is none. Raises ValueError for one outside."""
     for x, y in points:
         if not (0 <= x < photo.width and 0 <= y < photo.height):
             limits = f"pass x from 0 to {photo.width - 1} and y from 0 to {photo.height - 1}"
             raise ValueError(f"--query {x:g},{y:g} is outside {path}: {limits}")
-    return points or [(photo.width / 2, photo.height / 2)]
+    if points:
+        return points
+    return [(photo.width / 2, photo.height / 2)]
 
 
-def point(text):
-    """Parse the x,y of --query."""
-    try:
-        x, y = map(float, text.split(","))
-        return x, y
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no point: pass x,y in pixels of the photo, such as 120,80") from None
+def input_size(
+    extractor: DenseExtractor, photo: Image.Image, path: Path, imsize: int, keep_aspect: bool
+) -> tuple[int, int]:
+    """The size (W, H) at which the backbone sees a photo. Raises ValueError for a long strip."""
+    if not keep_aspect:
+        return extractor.size(photo.width, photo.height, (imsize, imsize))
+    if max(photo.size) > LONGEST * min(photo.size):
+        what = f"{path} has {photo.width}x{photo.height} pixels, a strip"
+        raise ValueError(f"{what}: resize or cut it, or leave out --keep_aspect")
+    return extractor.size(photo.width, photo.height, imsize)
 
 
-def parser():
-    """The command line."""
-    command = Command(__doc__)
-    command.add_argument("--dataroot", required=True, help="a photo, a folder with its subfolders, or a quoted pattern")
-    command.add_argument("--output_dir", default="vis", help="where the sheets go (default: vis)")
-    command.add_argument("--imsize", type=int, default=224, help="pixels a side, to the nearest patch (default: 224)")
-    command.add_argument("--keep_aspect", action="store_true", help="--imsize is the shorter side (default: a square)")
-    command.add_argument("--limit", type=int, default=20, help="how many photos, drawn at random; 0: all (default: 20)")
-    command.add_argument("--seed", type=int, default=0, help="seed of that draw (default: 0)")
-    query = "compare with the cell at this pixel of the photo; may be repeated (default: the centre)"
-    command.add_argument("--query", type=point, action="append", default=[], metavar="X,Y", help=query)
-    command.add_argument("--hide_marker", action="store_true", help="no ring around the query")
-    command.add_argument("--fontsize", type=int, default=18, help="of the titles, in pixels (default: 18)")
-    command.add_argument("--pca", action="store_true", help="also a sheet of principal components")
-    command.add_argument("--html", help="also one page of all photos, on which the query follows the pointer")
-    command.add_argument("--json", help="write the last line to this file as well")
-    command.add_argument("--lift_path", help="LiFT checkpoint; without it the panels of LiFT are left out")
-    command.add_argument("--lift_iter", type=int, default=4, help="iterations of LiFT on the second sheet (default: 4)")
-    add_backbone_args(command)
-    return command
+def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: int) -> int:
+    """About how many bytes compute_maps takes for a photo at `size` (W, H); 0 iterations: no LiFT.
+
+    Every map is kept. The last step of LiFT works on about three times its own result, and on the
+    enlarged image and its convolutions: 4 p^2 numbers for each cell.
+    """
+    width, height = size
+    rows, columns = extractor.grid(height, width)
+    cells = rows * columns
+    channels, channels_2x = extractor.width, extractor.width
+    if extractor.width is None:  # the facet attn: a channel for each cell and head
+        channels, channels_2x = cells, 4 * cells
+
+    numbers = cells * (channels + 4 * channels + 4 * channels_2x)
+    numbers += 15 * width * height  # both photos
+    for step in range(1, iterations + 1):
+        numbers += 4**step * cells * channels
+    if iterations:
+        numbers += 4**iterations * cells * (3 * channels + 4 * extractor.patch**2)
+    return 4 * numbers
 
 
-def main(args):
+def check_memory(needed: int) -> None:
+    """Raise ValueError if this machine has less memory than `needed` bytes.
+
+    A GPU that is too small says so itself; the system's way is to end the process.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        what = f"the maps take {needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
+        raise ValueError(f"{what}: pass a smaller --imsize or --lift_iter, or a coarser --stride")
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for what is wrong whatever the photos and the backbone are."""
+    check_range(args, imsize=1, limit=0, lift_iter=1, fontsize=1)
+    if world_size() > 1:
+        raise ValueError("this script draws in one process: leave out torchrun")
+    if args.pca and args.facet == "attn" and not args.my_extractor:
+        what = "--pca cannot compare attn, which is as wide as its grid"
+        raise ValueError(f"{what}: pass another --facet or no --pca")
+    for flag in ("html", "json"):
+        path = getattr(args, flag)
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{flag} {path} is a folder: pass a file")
+    if args.html and args.json and Path(args.html).resolve() == Path(args.json).resolve():
+        raise ValueError(f"--html and --json are one file, {args.json}: pass two")
+    if args.lift_path:
+        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+
+
+def main(args: argparse.Namespace) -> None:
     """Draw the sheets of every photo, and the page; print files and settings as JSON."""
-    found = list_images(args.dataroot)
-    root = os.path.commonpath([path.parent for path in found])
-    extractor = ViTExtractor.from_args(args)
-    check(args, extractor.patch)
-    lift = load_lift(args.lift_path, extractor) if args.lift_path else None
-    files, entries, skipped = [], [], {}
-    for path in tqdm(choose(found, args.limit, args.seed), unit="photo", disable=None):
+    check_flags(args)
+    paths, root = find_photos(args.dataroot, args.limit, args.seed)
+
+    extractor = build_extractor(args)
+    check_range(args, imsize=extractor.patch)
+    lift = None
+    iterations = 0
+    if args.lift_path:
+        lift = load_lift(args.lift_path, extractor)
+        iterations = args.lift_iter
+    if not args.keep_aspect:
+        check_memory(memory_needed(extractor, (args.imsize, args.imsize), iterations))
+
+    files = []
+    entries = []
+    skipped = {}
+    for path in tqdm(paths, unit="photo", disable=None):
         try:
             photo = read_image(path)
+            size = input_size(extractor, photo, path, args.imsize, args.keep_aspect)
+            check_memory(memory_needed(extractor, size, iterations))
         except (ValueError, OSError) as error:
             skipped[str(path)] = str(error)
             continue
         points = check_points(args.query, photo, path)
-        size = extractor.size(*photo.size, args.imsize if args.keep_aspect else (args.imsize, args.imsize))
-        maps = compute_maps(extractor, lift, photo, size, args.lift_iter)
-        panel = panel_size(photo, max(PANEL, *size))
-        for name, rows in sheets(photo, maps, points, panel, not args.hide_marker, args.pca).items():
-            files.append(Path(args.output_dir) / path.relative_to(root).with_name(f"{path.name}_{name}.png"))
-            with replacing(files[-1]) as temporary:
+        maps = compute_maps(extractor, lift, photo, size, iterations)
+
+        shown = panel_size(photo, max(PANEL, *size))
+        sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
+        for name, rows in sheets.items():
+            below = path.relative_to(root).with_name(f"{path.name}_{name}.png")
+            file = Path(args.output_dir) / below
+            with replacing(file) as temporary:
                 draw_sheet(rows, args.fontsize).save(temporary)
+            files.append(str(file))
+
         if args.html:
-            title = f"{path.relative_to(root)} ({extractor.name}, layer {extractor.layer}, {extractor.facet})"
-            entries.append(page_entry(title, photo, dict(list(maps.items())[:4]), points[0], panel))
+            source = extractor.name
+            if extractor.layer is not None:
+                source += f", layer {extractor.layer}, {extractor.facet}"
+            first_four = dict(list(maps.items())[:4])
+            title = f"{path.relative_to(root)} ({source})"
+            entries.append(page_entry(title, photo, first_four, points[0], shown))
+
     if not files:
         raise ValueError(next(iter(skipped.values())))
     if args.html:
         write_page(args.html, entries)
     for error in skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
-    report({"files": list(map(str, files)), "skipped": list(skipped), "settings": settings(args)}, args.json)
-
-
-def report(results, path):
-    """Print the results as one line of JSON; write it to `path` as well, if there is one."""
-    line = json.dumps(results)
-    if path:
-        with replacing(path) as temporary:
-            temporary.write_text(line + "\n")
-    print(line)
+    used = settings(args, device=str(extractor.device), **extractor.facts())
+    report({"files": files, "skipped": list(skipped), "settings": used}, args.json)
 
 
 if __name__ == "__main__":

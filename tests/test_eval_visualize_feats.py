@@ -1,4 +1,7 @@
-"""eval_visualize_feats.py: golden maps, the plain loop, sheets and the page (in a headless browser) read pixel by pixel."""
+"""eval_visualize_feats.py: golden maps, the plain loop, sheets and the page read pixel by pixel.
+
+The page is tried in a headless browser, where there is one.
+"""
 
 import base64
 import json
@@ -13,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plain_visualize import plain_self_similarity
+from plain_visualize import plain_self_similarity, todays_self_similarity
 
 import eval_visualize_feats as visualize
-from extractor import ViTExtractor, read_image
+from extractor import ViTExtractor
 from lift import load_lift
+from photos import read_image
 
 ROOT = Path(visualize.__file__).parent
 
@@ -26,27 +30,41 @@ def save_photo(path, width, height, seed=0):
     """A smooth random photo, as a PNG (nothing is lost)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     small = np.random.RandomState(seed).randint(0, 256, (5, 6, 3)).astype(np.uint8)
-    Image.fromarray(small).resize((width, height), Image.BICUBIC).save(path)
+    smooth = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    smooth.save(path)
     return path
+
+
+def extractor_of(flags, stride=None):
+    """The ViTExtractor of the fixtures' flags, on the CPU."""
+    _, name, _, path = flags
+    return ViTExtractor(name, stride=stride, device="cpu", backbone_path=path)
+
+
+PHOTOS = ["a", "b", "deep/a", "deep/er/c", "deep/er/d"]
+ALTERNATIVES = [f"{name}.png_alternatives.png" for name in PHOTOS]
 
 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of five photos of several sizes, flat and nested."""
-    names = ["a.png", "b.png", "deep/a.png", "deep/er/c.png", "deep/er/d.png"]
-    for seed, name in enumerate(names):
-        save_photo(tmp_path / "photos" / name, 90 + 20 * seed, 120, seed)
+    for seed, name in enumerate(PHOTOS):
+        save_photo(tmp_path / f"photos/{name}.png", 90 + 20 * seed, 120, seed)
     return tmp_path / "photos"
 
 
 @pytest.fixture
-def run(cli, rule_backbone, tmp_path):
-    """run(*flags) draws at 64 pixels with the rule backbone into tmp_path/vis and returns the JSON of the last line."""
+def base(rule_backbone, tmp_path):
+    """Flags that draw at 32 pixels with the rule backbone into tmp_path/vis."""
+    return ["--device", "cpu", "--imsize", 32, "--output_dir", tmp_path / "vis", *rule_backbone]
 
-    base = ["--device", "cpu", "--imsize", 64, "--output_dir", tmp_path / "vis", *rule_backbone]
+
+@pytest.fixture
+def run(cli, base):
+    """run(*flags) draws at 64 pixels and returns the JSON of the last line."""
 
     def run(*flags):
-        ran = cli("eval_visualize_feats", *base, *flags)
+        ran = cli("eval_visualize_feats", *base, "--imsize", 64, *flags)
         assert ran.code == 0, ran.err
         return json.loads(ran.out.splitlines()[-1])
 
@@ -56,10 +74,11 @@ def run(cli, rule_backbone, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The rows of every sheet that is drawn, as lists of titles."""
-    titles, draw = [], visualize.draw_sheet
+    titles = []
+    draw = visualize.draw_sheet
 
     def spy(rows, fontsize):
-        titles.append([[title for title, _ in row] for row in rows])
+        titles.append([[panel.title for panel in row] for row in rows])
         return draw(rows, fontsize)
 
     monkeypatch.setattr(visualize, "draw_sheet", spy)
@@ -67,37 +86,59 @@ def drawn(monkeypatch):
 
 
 def names(result, tmp_path):
-    return sorted(str(Path(f).relative_to(tmp_path / "vis")) for f in result["files"])
+    """The files of a result, below tmp_path/vis."""
+    return sorted(str(Path(file).relative_to(tmp_path / "vis")) for file in result["files"])
 
 
 def levels(pixels):
     """RGB pixels [..., 3] -> the values in 0..1 that have these colours."""
-    table = visualize.COLOURS.astype(int)
-    return np.abs(np.asarray(pixels)[..., None, :3].astype(int) - table).sum(-1).argmin(-1) / 255
+    table = visualize.COLOURS.astype(int)                      # [256, 3]
+    pixels = np.asarray(pixels)[..., None, :3].astype(int)     # [..., 1, 3]
+    distance = np.abs(pixels - table).sum(-1)                  # [..., 256]
+    return distance.argmin(-1) / 255
 
 
 def panel_values(sheet, column, grid, shape):
-    """Values [h, w] read from the cell centres of a panel of `shape` (W, H) in the last row of a sheet of such panels."""
-    left, top = 12 + column * (shape[0] + 12), sheet.height - 12 - shape[1]
-    picture = np.asarray(sheet)[top : top + shape[1], left : left + shape[0]]
-    rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(grid, reversed(shape)))
+    """Values [h, w] at the cell centres of a panel of `shape` (W, H) in a sheet's last row."""
+    width, height = shape
+    left = 12 + column * (width + 12)
+    top = sheet.height - 12 - height
+    picture = np.asarray(sheet)[top : top + height, left : left + width]
+    rows = ((np.arange(grid[0]) + 0.5) * height / grid[0]).astype(int)
+    columns = ((np.arange(grid[1]) + 0.5) * width / grid[1]).astype(int)
     return levels(picture[rows][:, columns])
 
 
-# ---- maps -----------------------------------------------------------------------------------------------------------
+def plain_shown(feats, cell, coarse):
+    """The plain loop, then the range of colours begun at the least value outside the corners."""
+    values = plain_self_similarity(feats, *cell)
+    height, width = values.shape
+    rows, columns = height // coarse[0], width // coarse[1]
+    low = 1.0
+    for i in range(height):
+        for j in range(width):
+            at_side = i < rows or i >= height - rows
+            at_end = j < columns or j >= width - columns
+            if not (at_side and at_end):
+                low = min(low, values[i, j].item())
+    return ((values - low) / (1 - low)).clamp(0, 1)
+
+
+# ---- maps ---------------------------------------------------------------------------------------
 
 
 def test_golden_maps(shared, vit_tiny, golden_lift):
     golden = dict(np.load(shared / "golden/visualize.npz"))
     (photo,) = (shared / "data/voc").rglob(str(golden.pop("image")))
-    extractor = ViTExtractor(vit_tiny[1], backbone_path=vit_tiny[3], device="cpu")
-    maps = visualize.compute_maps(extractor, load_lift(golden_lift, extractor), read_image(photo), (224, 224), 4)
+    extractor = extractor_of(vit_tiny)
+    lift = load_lift(golden_lift, extractor)
+    maps = visualize.compute_maps(extractor, lift, read_image(photo), (224, 224), 4)
     assert len(maps) == len(golden) == 7
     for (title, feats), (name, expected) in zip(maps.items(), golden.items()):
-        _, h, w = feats.shape
-        ours = visualize.self_similarity(feats, [(h // 2, w // 2)])[0].numpy()
-        step = h // len(expected)  # the file keeps every fourth cell of the largest map
-        assert np.abs(ours[::step, ::step] - expected).max() < 1e-4, (title, name)
+        _, height, width = feats.shape
+        ours = visualize.self_similarity(feats, [(height // 2, width // 2)])[0].numpy()
+        step = height // len(expected)  # the file keeps every fourth cell of the largest map
+        assert np.abs(ours[::step, ::step] - expected).max() < 1e-5, (title, name)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 7), (192, 5, 9), (130, 33, 20)])
@@ -109,12 +150,15 @@ def test_self_similarity_equals_the_plain_loop(shape):
     assert ours.shape == (4, h, w)
     for cell, values in zip(cells, ours):
         torch.testing.assert_close(values, plain_self_similarity(feats, *cell), atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, todays_self_similarity(feats, *cell), atol=1e-5, rtol=0)
         assert values.min() == 0 and values.max() == 1 and values[cell] == 1
 
 
 def test_flat_maps_and_empty_cells_have_a_defined_similarity():
-    flat = torch.full((7, 4, 5), 0.3) * torch.linspace(1, 2, 20).view(4, 5)  # one direction, several lengths
+    lengths = torch.linspace(1, 2, 20).view(4, 5)
+    flat = torch.full((7, 4, 5), 0.3) * lengths  # one direction, several lengths
     assert (visualize.self_similarity(flat, [(1, 1)]) == 0).all()
+    assert (visualize.shown_similarity(flat, [(1, 1)], (4, 5)) == 0).all()
     assert (visualize.self_similarity(torch.zeros(7, 4, 5), [(1, 1)]) == 0).all()
     holed = torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(0))
     holed[:, 0, 0] = 0
@@ -124,30 +168,64 @@ def test_flat_maps_and_empty_cells_have_a_defined_similarity():
 def test_cells_of_points():
     for side in range(1, 70):
         for cells in (1, 2, 7, 14, 15, 28, 56):
-            assert visualize.cell_at((side / 2, side / 2), (side, side), (cells, cells)) == (cells // 2,) * 2
-            assert visualize.cell_at((side - 1e-3, side - 1), (side, side), (cells, cells))[1] == cells - 1
+            size, grid = (side, side), (cells, cells)
+            assert visualize.cell_at((side / 2, side / 2), size, grid) == (cells // 2, cells // 2)
+            assert visualize.cell_at((side - 1e-3, side - 1), size, grid)[1] == cells - 1
     assert visualize.cell_at((0, 0), (500, 333), (14, 21)) == (0, 0)
     assert visualize.cell_at((100, 250), (200, 300), (6, 4)) == (5, 2)
 
 
-# ---- sheets ---------------------------------------------------------------------------------------------------------
+def test_corners_that_stand_apart_do_not_eat_the_colours():
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(16, 1, 1, generator=generator) + 0.3 * torch.randn(
+        16, 8, 12, generator=generator
+    )
+    apart = feats.clone()
+    for row in (0, 1, 6, 7):
+        for column in (0, 1, 2, 9, 10, 11):
+            apart[:, row, column] = -feats[:, row, column]
+
+    query = [(3, 5)]
+    ours = visualize.shown_similarity(apart, query, (4, 4))[0]
+    assert visualize.self_similarity(apart, query)[0, 1:7, 4:8].min() > 0.6  # eaten without it
+    assert ours[2:6].min() == 0 or ours[:, 3:9].min() == 0
+    assert ours[0, 0] == ours[7, 11] == ours[1, 2] == 0 and ours[3, 5] == 1
+    torch.testing.assert_close(ours, plain_shown(apart, (3, 5), (4, 4)), atol=1e-5, rtol=0)
+
+
+def test_a_grid_of_corners_alone_shows_all_its_cells():
+    feats = torch.randn(5, 2, 2, generator=torch.Generator().manual_seed(0))
+    shown = visualize.shown_similarity(feats, [(1, 1)], (2, 2))
+    assert torch.equal(shown, visualize.self_similarity(feats, [(1, 1)]))
+
+
+# ---- sheets -------------------------------------------------------------------------------------
 
 
 def test_sheets_show_the_maps_of_the_plain_loop(run, rule_backbone, rule_lift, tmp_path):
     photo = save_photo(tmp_path / "photo.png", 150, 100)
-    result = run("--dataroot", photo, "--lift_path", rule_lift, "--lift_iter", 2, "--hide_marker", "--query", "140,20")
+    lifted = ["--lift_path", rule_lift, "--lift_iter", 2]
+    result = run("--dataroot", photo, *lifted, "--hide_marker", "--query", "140,20")
     assert names(result, tmp_path) == ["photo.png_alternatives.png", "photo.png_iterations.png"]
-    extractor = ViTExtractor(rule_backbone[1], backbone_path=rule_backbone[3], device="cpu")
-    maps = visualize.compute_maps(extractor, load_lift(rule_lift, extractor), read_image(photo), (64, 64), 2)
-    cells = {title: visualize.cell_at((140, 20), (150, 100), feats.shape[1:]) for title, feats in maps.items()}
-    expected = {title: plain_self_similarity(feats, *cells[title]) for title, feats in maps.items()}
-    assert [tuple(values.shape) for values in expected.values()] == [(4, 4), (8, 8), (8, 8), (8, 8), (16, 16)]
-    for file, titles in zip(result["files"], (list(maps)[:4], ["backbone", "LiFT", "LiFT, 2 times"])):
-        sheet, shape = Image.open(file), (280, 187)  # panels keep the aspect of the photo
+
+    extractor = extractor_of(rule_backbone)
+    lift = load_lift(rule_lift, extractor)
+    maps = visualize.compute_maps(extractor, lift, read_image(photo), (64, 64), 2)
+    expected = {}
+    for title, feats in maps.items():
+        cell = visualize.cell_at((140, 20), (150, 100), feats.shape[1:])
+        expected[title] = plain_shown(feats, cell, (4, 4)).numpy()
+    grids = [values.shape for values in expected.values()]
+    assert grids == [(4, 4), (8, 8), (8, 8), (8, 8), (16, 16)]
+
+    shape = (280, 187)  # panels keep the aspect of the photo
+    of_sheets = (list(maps)[:4], ["backbone", "LiFT", "LiFT, 2 times"])
+    for file, titles in zip(result["files"], of_sheets):
+        sheet = Image.open(file)
         assert sheet.width == 12 + (len(titles) + 1) * (shape[0] + 12)
         for column, title in enumerate(titles, 1):
             values = panel_values(sheet, column, expected[title].shape, shape)
-            assert np.abs(values - expected[title].numpy()).max() < 0.01, title
+            assert np.abs(values - expected[title]).max() < 0.01, title
 
 
 def test_markers_lie_on_the_query(run, tmp_path):
@@ -157,91 +235,155 @@ def test_markers_lie_on_the_query(run, tmp_path):
         file = run("--dataroot", photo, "--query", "30,80", *flags)["files"][0]
         sheets.append(np.asarray(Image.open(file)).astype(int))
     changed = np.abs(sheets[0] - sheets[1]).sum(-1) > 0
+
     top = len(changed) - 12 - 280
-    where = [np.argwhere(changed[:, 12 + 292 * i : 292 * (i + 1)]).mean(0) - (top, 0) for i in range(4)]
-    cells = [(80, 30), (87.5, 37.5), (81.25, 31.25), (81.25, 31.25)]  # (y, x) in percent: the point, its cells' centres
+    where = []
+    for i in range(4):
+        panel = changed[:, 12 + 292 * i : 292 * (i + 1)]
+        where.append(np.argwhere(panel).mean(0) - (top, 0))
+    # (y, x) in percent: the point, then the centres of its cells
+    cells = [(80, 30), (87.5, 37.5), (81.25, 31.25), (81.25, 31.25)]
     assert np.abs(np.array(where) - 2.8 * np.array(cells)).max() < 1.5
 
 
 def test_titles_state_real_grids(run, drawn, photos, rule_lift):
-    flags = ["--lift_path", rule_lift, "--lift_iter", 3, "--pca", "--query", "1,2", "--query", "3,4"]
+    flags = ["--lift_path", rule_lift, "--lift_iter", 3, "--pca"]
+    flags += ["--query", "1,2", "--query", "3,4"]
     run("--dataroot", photos / "a.png", "--imsize", 48, *flags)
-    grids = [[title.split("\n")[1] for title in row[1:]] for rows in drawn for row in rows]
-    alternatives, iterations = ["3x3", "6x6", "6x6", "6x6"], ["3x3", "6x6", "12x12", "24x24"]
-    assert grids == [alternatives] * 2 + [iterations] * 2 + [alternatives + iterations[2:]]
+    grids = []
+    for rows in drawn:
+        for row in rows:
+            grids.append([title.split("\n")[1] for title in row[1:]])
+    alternatives = ["3x3", "6x6", "6x6", "6x6"]
+    iterations = ["3x3", "6x6", "12x12", "24x24"]
+    pca = alternatives + iterations[2:]
+    assert grids == [alternatives, alternatives, iterations, iterations, pca]
     assert [row[0] for row in drawn[0]] == ["photo\nx 1, y 2", "photo\nx 3, y 4"]
 
 
 def test_keep_aspect_stride_and_layer(run, drawn, photos):
-    """deep/er/d.png has 170 x 120 pixels: 91 x 64 at --imsize 64, of which 96 x 64 is the nearest multiple of the patch."""
-    run("--dataroot", photos / "deep/er/d.png", "--keep_aspect", "--stride", 8, "--layer", 3, "--facet", "token")
+    """The photo has 170 x 120 pixels: 91 x 64, of which 96 x 64 is the nearest in patches."""
+    flags = ["--keep_aspect", "--stride", 8, "--layer", 3, "--facet", "token"]
+    result = run("--dataroot", photos / "deep/er/d.png", *flags)
     assert [title.split("\n")[1] for title in drawn[0][0][1:]] == ["7x11", "14x22", "15x23"]
+    settings = result["settings"]
+    assert (settings["stride"], settings["layer"], settings["facet"]) == (8, 3, "token")
 
 
 def test_lift_panels_are_left_out_without_lift(run, drawn, photos, tmp_path):
     result = run("--dataroot", photos / "b.png")
     assert names(result, tmp_path) == ["b.png_alternatives.png"]
-    assert [title.split("\n")[0] for title in drawn[0][0]] == ["photo", "backbone", "bilinear", "backbone, photo at 2x"]
+    titles = [title.split("\n")[0] for title in drawn[0][0]]
+    assert titles == ["photo", "backbone", "bilinear", "backbone, photo at 2x"]
 
 
 def test_long_titles_widen_the_sheet(photos, run):
-    widths = [Image.open(run("--dataroot", photos / "b.png", "--fontsize", size)["files"][0]).width for size in (8, 18, 60)]
+    widths = []
+    for size in (8, 18, 60):
+        file = run("--dataroot", photos / "b.png", "--fontsize", size)["files"][0]
+        widths.append(Image.open(file).width)
     assert widths[0] == widths[1] < widths[2]
 
 
 def test_sheets_are_white_around_panels_and_titles(run, photos):
-    sheet = np.asarray(Image.open(run("--dataroot", photos / "b.png")["files"][0]))
+    file = run("--dataroot", photos / "b.png")["files"][0]
+    sheet = np.asarray(Image.open(file))
     for edge in (sheet[:10], sheet[-12:], sheet[:, :12], sheet[:, -12:]):
         assert (edge == 255).all()
-    titles = sheet[12:50].min(axis=(0, 2))
-    assert (titles.reshape(-1)[12:].reshape(4, -1).min(1) < 60).all()  # dark letters above every panel
+    darkest = sheet[12:50].min(axis=(0, 2))[12:].reshape(4, -1).min(1)
+    assert (darkest < 60).all()  # dark letters above every panel
 
 
 def test_pca_colours_compare_between_maps():
     feats = torch.randn(20, 8, 8, generator=torch.Generator().manual_seed(0))
-    photo = Image.new("RGB", (64, 64))
-    (_, whole), (_, corner) = visualize.pca_row(photo, {"whole": feats, "corner": feats[:, :4, :4]}, (64, 64))[1:]
-    whole, corner = np.asarray(whole)[4::8, 4::8], np.asarray(corner)[8::16, 8::16]
+    maps = {"whole": feats, "corner": feats[:, :4, :4]}
+    row = visualize.pca_row(Image.new("RGB", (64, 64)), maps, (64, 64))
+    whole = np.asarray(row[1].picture)[4::8, 4::8]
+    corner = np.asarray(row[2].picture)[8::16, 8::16]
     assert np.array_equal(whole[:4, :4], corner) and whole.std() > 30
 
 
-# ---- which photos ---------------------------------------------------------------------------------------------------
+def test_a_backbone_of_ones_own(cli, photos, tmp_path, monkeypatch, drawn):
+    source = (
+        "from torch import nn\n"
+        "def patches():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Tanh())\n"
+    )
+    (tmp_path / "own_patches.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--device", "cpu", "--imsize", 64, "--output_dir", tmp_path / "vis"]
+    flags += ["--my_extractor", "own_patches:patches", "--html", tmp_path / "page.html", "--pca"]
+    ran = cli("eval_visualize_feats", "--dataroot", photos / "a.png", *flags)
+    assert ran.code == 0, ran.err
+    assert [title.split("\n")[1] for title in drawn[0][0][1:]] == ["4x4", "8x8", "8x8"]
+    (entry,) = page_data(tmp_path / "page.html")
+    assert entry["name"] == "a.png (own_patches:patches)"
+
+
+# ---- which photos -------------------------------------------------------------------------------
 
 
 def test_photos_are_drawn_by_the_seed_and_mirrored(run, photos, tmp_path):
-    everything = [f"{name}.png_alternatives.png" for name in ("a", "b", "deep/a", "deep/er/c", "deep/er/d")]
-    assert names(run("--dataroot", photos, "--limit", 0), tmp_path) == everything
-    assert names(run("--dataroot", photos), tmp_path) == everything
-    draws = [names(run("--dataroot", photos, "--limit", 2, "--seed", seed), tmp_path) for seed in (0, 0, 1, 2, 3)]
-    assert draws[0] == draws[1] and len(set(map(tuple, draws))) > 1 and all(len(set(d)) == 2 for d in draws)
+    assert names(run("--dataroot", photos, "--limit", 0), tmp_path) == ALTERNATIVES
+    assert names(run("--dataroot", photos), tmp_path) == ALTERNATIVES
+    draws = []
+    for seed in (0, 0, 1, 2, 3):
+        result = run("--dataroot", photos, "--limit", 2, "--seed", seed)
+        draws.append(tuple(names(result, tmp_path)))
+    assert draws[0] == draws[1] and len(set(draws)) > 1
+    assert all(len(set(draw)) == 2 for draw in draws)
 
 
 def test_relative_paths(run, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
     for dataroot in (".", "**/*.png"):
-        drawn = names(run("--dataroot", dataroot, "--limit", 0), tmp_path)
-        assert drawn == [f"{name}.png_alternatives.png" for name in ("a", "b", "deep/a", "deep/er/c", "deep/er/d")]
+        assert names(run("--dataroot", dataroot, "--limit", 0), tmp_path) == ALTERNATIVES
     assert names(run("--dataroot", "deep/a.png"), tmp_path) == ["a.png_alternatives.png"]
 
 
-def test_json_file_holds_the_last_line(run, photos, tmp_path):
-    result = run("--dataroot", photos / "*.png", "--json", tmp_path / "new/result.json", "--limit", 1)
-    assert json.loads((tmp_path / "new/result.json").read_text()) == result
-    assert result["settings"]["imsize"] == 64 and result["settings"]["versions"]["torch"] == torch.__version__
+def test_sheets_of_an_earlier_run_are_no_photos(run, cli, base, photos):
+    first = run("--dataroot", photos, "--output_dir", photos, "--pca")
+    assert len(first["files"]) == 10
+    second = run("--dataroot", photos, "--output_dir", photos / "vis", "--pca")
+    assert len(second["files"]) == 10
+    assert run("--dataroot", photos, "--output_dir", photos, "--pca")["files"] == first["files"]
+    ran = cli("eval_visualize_feats", *base, "--dataroot", photos / "a.png_pca.png")
+    assert ran.code == 2 and "our own sheets" in ran.err
+    save_photo(photos / "my_pca.png", 64, 64)  # no sheet, whose names hold that of a photo
+    assert len(run("--dataroot", photos)["files"]) == 6
 
 
-def test_a_broken_photo_among_others_is_skipped_and_named(cli, photos, rule_backbone, tmp_path):
+def test_json_file_holds_the_last_line_and_what_was_resolved(run, photos, tmp_path):
+    file = tmp_path / "new/result.json"
+    result = run("--dataroot", photos / "*.png", "--json", file, "--limit", 1)
+    assert json.loads(file.read_text()) == result
+    settings = result["settings"]
+    assert settings["imsize"] == 64 and settings["versions"]["torch"] == torch.__version__
+    assert (settings["layer"], settings["stride"], settings["device"]) == (11, 16, "cpu")
+    assert re.fullmatch("[0-9a-f]{16}", settings["digest"])
+
+
+def test_a_broken_photo_among_others_is_skipped_and_named(cli, base, photos):
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
-    flags = ["--device", "cpu", "--imsize", 32, "--output_dir", tmp_path / "vis", *rule_backbone]
-    ran = cli("eval_visualize_feats", "--dataroot", photos, *flags)
+    ran = cli("eval_visualize_feats", "--dataroot", photos, *base)
     result = json.loads(ran.out.splitlines()[-1])
-    assert ran.code == 0 and len(result["files"]) == 5 and result["skipped"] == [str(photos / "broken.png")]
+    assert ran.code == 0 and len(result["files"]) == 5
+    assert result["skipped"] == [str(photos / "broken.png")]
     assert ran.err.count("\n") == 1 and "broken.png" in ran.err
-    ran = cli("eval_visualize_feats", "--dataroot", photos / "broken.png", *flags)
+    ran = cli("eval_visualize_feats", "--dataroot", photos / "broken.png", *base)
     assert ran.code == 2 and ran.err.count("\n") == 1 and "broken.png" in ran.err
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+def test_a_strip_is_named_and_left_out(run, cli, base, photos):
+    save_photo(photos / "strip.png", 1700, 100)
+    result = run("--dataroot", photos, "--keep_aspect")
+    assert len(result["files"]) == 5 and result["skipped"] == [str(photos / "strip.png")]
+    ran = cli("eval_visualize_feats", *base, "--dataroot", photos / "strip.png", "--keep_aspect")
+    assert ran.code == 2 and re.search("1700x100.*a strip.*leave out --keep_aspect", ran.err)
+    assert len(run("--dataroot", photos / "strip.png")["files"]) == 1
+
+
+# ---- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,7 +391,7 @@ def test_a_broken_photo_among_others_is_skipped_and_named(cli, photos, rule_back
     [
         (["--dataroot", "{}/nowhere"], "nowhere"),
         (["--dataroot", "{}/empty"], "no images"),
-        (["--query", "90,10"], "--query 90,10 is outside .*pass x from 0 to 89 and y from 0 to 119"),
+        (["--query", "90,10"], "--query 90,10 is outside .*x from 0 to 89 and y from 0 to 119"),
         (["--query", "10,-1"], "--query 10,-1 is outside"),
         (["--query", "nan,1"], "outside"),
         (["--query", "10"], "'10' is no point: pass x,y"),
@@ -261,48 +403,135 @@ def test_a_broken_photo_among_others_is_skipped_and_named(cli, photos, rule_back
         (["--pca", "--facet", "attn"], "pass another --facet"),
         (["--lift_path", "{}/lift.pth"], "lift.pth"),
         (["--output_dir", "{}/photos/a.png/vis"], "a.png"),
-        (["--html", "{}/photos"], "photos"),
+        (["--html", "{}/photos"], "photos is a folder: pass a file"),
+        (["--json", "{}/photos"], "photos is a folder: pass a file"),
+        (["--html", "{}/x", "--json", "{}/empty/../x"], "are one file, .*x: pass two"),
         (["--facet", "keys"], "keys"),
+        (["--channel", "191"], "--channel 191, but .* has 192"),
+        (["--imsize", "2000000"], "the maps take .* GB, and this machine has .*: pass a smaller"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(cli, photos, rule_backbone, tmp_path, flags, said):
+def test_bad_input_is_one_line_and_status_2(cli, base, photos, tmp_path, flags, said):
     (tmp_path / "empty").mkdir()
     flags = [flag.format(tmp_path) for flag in flags]
-    base = ["--device", "cpu", "--imsize", 32, "--output_dir", tmp_path / "vis", "--dataroot", photos / "a.png", *rule_backbone]
-    ran = cli("eval_visualize_feats", *base, *flags)
-    assert ran.code == 2 and ran.err.count("\n") == 1 and re.search(said, ran.err) and not ran.out, ran
+    ran = cli("eval_visualize_feats", "--dataroot", photos / "a.png", *base, *flags)
+    assert ran.code == 2 and ran.err.count("\n") == 1 and re.search(said, ran.err), ran
+    assert not ran.out
     assert not list(tmp_path.rglob(".*"))  # nothing half-written
 
 
+def test_iterations_that_no_machine_holds_are_refused(cli, base, photos, rule_lift):
+    lifted = ["--lift_path", rule_lift, "--lift_iter", 13]
+    ran = cli("eval_visualize_feats", "--dataroot", photos / "a.png", *base, *lifted)
+    assert ran.code == 2 and re.search("this machine has .* --lift_iter", ran.err), ran
+
+
+def test_memory_needed_grows_with_what_is_asked_for(rule_backbone):
+    extractor = extractor_of(rule_backbone)
+    without = visualize.memory_needed(extractor, (224, 224), 0)
+    maps = 4 * 192 * 14 * 14 * (1 + 4 + 4)
+    assert maps < without < 2 * maps + 2**23
+    ratio = visualize.memory_needed(extractor, (224, 224), 8)
+    ratio /= visualize.memory_needed(extractor, (224, 224), 7)
+    assert 3.9 < ratio < 4.1
+    attention = extractor_of(rule_backbone)
+    attention.width = None
+    assert visualize.memory_needed(attention, (224, 224), 0) > without
+
+
+def test_what_is_cheap_is_checked_before_the_backbone_is_built(cli, base, photos, monkeypatch):
+    def build(args):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(visualize, "build_extractor", build)
+    for flags in (
+        ["--limit", -1],
+        ["--lift_path", photos / "none.pth"],
+        ["--lift_path", photos / "a.png"],
+        ["--html", photos],
+        ["--dataroot", photos / "none"],
+    ):
+        ran = cli("eval_visualize_feats", "--dataroot", photos, *base, *flags)
+        assert ran.code == 2 and ran.err.count("\n") == 1, ran
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['eval_visualize_feats.py', '--help']\n"
+        "try:\n"
+        "    runpy.run_path('eval_visualize_feats.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'cv2', 'PIL'} & set(sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "--hide_marker" in ran.stdout and "corners" in ran.stdout
+
+
+def test_features_that_are_not_finite_are_refused(cli, base, photos, rule_lift, tmp_path):
+    state = torch.load(rule_lift)
+    state["outc.weight"] = state["outc.weight"] * 1e38  # finite weights, infinite features
+    assert state["outc.weight"].isfinite().all()
+    torch.save(state, tmp_path / "lift.pth")
+    flags = ["--lift_path", tmp_path / "lift.pth", "--lift_iter", 2]
+    ran = cli("eval_visualize_feats", "--dataroot", photos, *base, *flags)
+    assert ran.code == 2 and not (tmp_path / "vis").exists()
+    assert re.search("LiFT.* NaN or infinity .*: pass --dtype float32", ran.err)
+
+
+def test_several_ranks_are_refused(cli, base, photos, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = cli("eval_visualize_feats", "--dataroot", photos, *base)
+    assert ran.code == 2 and "torchrun" in ran.err
+
+
 def test_bad_input_as_a_command(tmp_path):
-    command = [sys.executable, ROOT / "eval_visualize_feats.py", "--dataroot", tmp_path / "nowhere"]
+    script = ROOT / "eval_visualize_feats.py"
+    command = [sys.executable, script, "--dataroot", tmp_path / "nowhere"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "nowhere" in ran.stderr
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page -----------------------------------------------------------------------------------
 
 
 def page_data(page):
     """The photos that a page holds, and its maps decoded to [K, h, w]."""
-    photos = json.loads(re.search(r"PHOTOS = (.*);$", page.read_text(), re.M)[1])
+    photos = json.loads(re.search(r"PHOTOS = (.*);$", page.read_text(), re.MULTILINE)[1])
     for photo in photos:
-        for m in photo["maps"]:
-            codes = np.frombuffer(base64.b64decode(m["codes"]), np.int8).reshape(*m["grid"], -1)
-            m["feats"] = torch.from_numpy(codes * np.float32(m["scale"])).permute(2, 0, 1)
+        for entry in photo["maps"]:
+            codes = np.frombuffer(base64.b64decode(entry["codes"]), np.int8)
+            cells = codes.reshape(*entry["grid"], -1) * np.float32(entry["scale"])
+            entry["feats"] = torch.from_numpy(cells).permute(2, 0, 1)
     return photos
 
 
 def test_page_holds_everything_in_8_megabytes(run, rule_lift, tmp_path):
-    photo = save_photo(tmp_path / "</script><b>.png".replace("/", "\u2215"), 300, 200)
+    name = "</script><b>.png".replace("/", "\u2215")
+    photo = save_photo(tmp_path / name, 300, 200)
     page = tmp_path / "new/page.html"
-    run("--dataroot", photo, "--imsize", 224, "--keep_aspect", "--lift_path", rule_lift, "--html", page, "--lift_iter", 1)
+    flags = ["--imsize", 224, "--keep_aspect", "--lift_path", rule_lift, "--lift_iter", 1]
+    run("--dataroot", photo, "--html", page, *flags)
     text = page.read_text()
     assert len(text) < 2e6  # the largest backbones keep no more numbers a cell
-    assert "default-src 'none'" in text and not re.search(r"https?:|src=[\"'](?!data)|@import|url\(", text)
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|src=[\"'](?!data)|@import|url\(", text)
     assert text.count("<script>") == text.count("</script>") == 1 and "<b>.png" not in text
     (entry,) = page_data(page)
-    assert [m["grid"] for m in entry["maps"]] == [[14, 21]] + [[28, 42]] * 3 and entry["point"] == [0.5, 0.5]
+    grids = [entry["grid"] for entry in entry["maps"]]
+    assert grids == [[14, 21]] + [[28, 42]] * 3 and entry["point"] == [0.5, 0.5]
+
+
+def test_page_scrolls_under_a_finger_and_shows_a_smooth_photo(run, photos, tmp_path):
+    run("--dataroot", photos / "a.png", "--html", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "touch-action: pan-y" in text and "touch-action: none" not in text
+    assert 'name="viewport" content="width=device-width' in text
+    rules = re.findall(r"^(.*)\{[^}]*image-rendering: pixelated", text, re.MULTILINE)
+    assert [rule.strip() for rule in rules] == ["canvas"]  # the maps', not the photo's
+    assert "four\ncorners" in text
 
 
 def test_compact_maps_keep_cosines():
@@ -313,7 +542,8 @@ def test_compact_maps_keep_cosines():
     codes = np.frombuffer(base64.b64decode(kept["codes"]), np.int8).reshape(20 * 30, 128)
     decoded = torch.from_numpy(codes * np.float32(kept["scale"])).T.view(128, 20, 30)
     cells = [(0, 0), (10, 15), (19, 29)]
-    difference = visualize.self_similarity(decoded, cells) - visualize.self_similarity(feats, cells)
+    ours = visualize.self_similarity(decoded, cells)
+    difference = ours - visualize.self_similarity(feats, cells)
     assert difference.abs().max() < 0.02
 
 
@@ -321,37 +551,68 @@ class Browser:
     """A headless Chromium under chromedriver, spoken to in WebDriver's plain HTTP and JSON."""
 
     FLAGS = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--window-size=1400,900",
-    )  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1400,900",
+    )
 
     def __init__(self, driver, binary, profile):
-        self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        port = next(found[1] for line in self.process.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
-        self.url = f"http://127.0.0.1:{port}/session"
-        options = {"binary": binary, "args": [*self.FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.url += "/" + self("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        self.process = subprocess.Popen(
+            [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in self.process.stdout:
+            started = re.search(r"started successfully on port (\d+)", line)
+            if started:
+                break
+        self.url = f"http://127.0.0.1:{started[1]}/session"
+        arguments = [*self.FLAGS, f"--user-data-dir={profile}"]
+        wanted = {
+            "goog:chromeOptions": {"binary": binary, "args": arguments},
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
+        session = self("", capabilities={"alwaysMatch": wanted})
+        self.url += "/" + session["sessionId"]
 
     def __call__(self, path, method="POST", **body):
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
     def script(self, code):
+        """The value of an expression of JavaScript on the page."""
         return self("/execute/sync", script=f"return {code}", args=[])
 
     def point(self, selector, x, y):
         """Move the mouse to (x, y), in 0..1, of the first element of a CSS selector."""
-        box = self.script(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
-        at = {"x": round(box["left"] + x * box["width"]), "y": round(box["top"] + y * box["height"])}
-        move = {"type": "pointerMove", "duration": 0, "origin": "viewport"} | at
-        self("/actions", actions=[{"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}])
+        element = f"document.querySelector({json.dumps(selector)})"
+        box = self.script(f"{element}.getBoundingClientRect().toJSON()")
+        move = {
+            "type": "pointerMove",
+            "duration": 0,
+            "origin": "viewport",
+            "x": round(box["left"] + x * box["width"]),
+            "y": round(box["top"] + y * box["height"]),
+        }
+        mouse = {
+            "type": "pointer",
+            "id": "mouse",
+            "parameters": {"pointerType": "mouse"},
+            "actions": [move],
+        }
+        self("/actions", actions=[mouse])
 
     def canvases(self):
         """Pixels [h, w, RGBA] of every canvas of the page."""
-        pixels = "[...document.querySelectorAll('canvas')].map(c => [c.height, c.width, Array.from("
-        pixels = self.script(pixels + "c.getContext('2d').getImageData(0, 0, c.width, c.height).data)])")
+        data = "Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"
+        every = "[...document.querySelectorAll('canvas')]"
+        pixels = self.script(f"{every}.map(c => [c.height, c.width, {data}])")
         return [np.array(values).reshape(h, w, 4) for h, w, values in pixels]
 
     def close(self):
@@ -365,7 +626,9 @@ class Browser:
 @pytest.fixture
 def browser(tmp_path):
     driver = shutil.which("chromedriver")
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    binary = None
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        binary = binary or shutil.which(name)
     if not driver or not binary:
         pytest.skip("no headless browser here: install chromium and chromium-driver")
     browser = Browser(driver, binary, tmp_path / "profile")
@@ -373,32 +636,53 @@ def browser(tmp_path):
     browser.close()
 
 
-def test_page_follows_the_pointer(browser, run, rule_backbone, rule_lift, tmp_path):
-    photo, page = save_photo(tmp_path / "photo.png", 300, 200), tmp_path / "page.html"
-    run("--dataroot", photo, "--imsize", 112, "--lift_path", rule_lift, "--html", page, "--query", "10,190", "--lift_iter", 1)
-    extractor = ViTExtractor(rule_backbone[1], backbone_path=rule_backbone[3], device="cpu")
-    maps = visualize.compute_maps(extractor, load_lift(rule_lift, extractor), read_image(photo), (112, 112), 1)
+def check_page(browser, maps, x, y):
+    """Every canvas shows the exact similarity to the point, and the rings lie on it."""
+    for feats, pixels in zip(maps.values(), browser.canvases(), strict=True):
+        cell = visualize.cell_at((x, y), (1, 1), feats.shape[1:])
+        expected = visualize.shown_similarity(feats, [cell], (7, 7))[0].numpy()
+        assert pixels[..., 3].min() == 255
+        assert np.abs(levels(pixels) - expected).max() < 0.05
+    rings = browser.script(
+        "[...document.querySelectorAll('.ring')].map(r => [r.style.left, r.style.top])"
+    )
+    at = []
+    for left, top in rings:
+        at.append((float(left.removesuffix("%")) / 100, float(top.removesuffix("%")) / 100))
+    assert len(at) == 5 and np.abs(np.array(at) - (x, y)).max() < 0.01
 
-    def check(x, y):
-        """Every canvas shows the exact self-similarity of the point; the captions and rings tell the same."""
-        for feats, pixels in zip(maps.values(), browser.canvases(), strict=True):
-            cell = visualize.cell_at((x, y), (1, 1), feats.shape[1:])
-            expected = visualize.self_similarity(feats, [cell])[0].numpy()
-            assert pixels[..., 3].min() == 255 and np.abs(levels(pixels) - expected).max() < 0.05
-        rings = browser.script("[...document.querySelectorAll('.ring')].map(r => [r.style.left, r.style.top])")
-        at = [[float(side.removesuffix("%")) / 100 for side in ring] for ring in rings]
-        assert len(at) == 5 and np.abs(np.array(at) - (x, y)).max() < 0.01
+
+def test_page_follows_the_pointer(browser, run, rule_backbone, rule_lift, tmp_path):
+    photo = save_photo(tmp_path / "photo.png", 300, 200)
+    page = tmp_path / "page.html"
+    flags = ["--imsize", 112, "--lift_path", rule_lift, "--lift_iter", 1, "--query", "10,190"]
+    run("--dataroot", photo, "--html", page, *flags)
+    extractor = extractor_of(rule_backbone)
+    lift = load_lift(rule_lift, extractor)
+    maps = visualize.compute_maps(extractor, lift, read_image(photo), (112, 112), 1)
 
     browser("/url", url=page.as_uri())
-    check(10 / 300, 190 / 200)
+    check_page(browser, maps, 10 / 300, 190 / 200)
     for selector, x, y in (("img", 0.8, 0.25), ("img", 0.31, 0.7), ("canvas", 0.1, 0.9)):
         browser.point(selector, x, y)
-        check(x, y)
+        check_page(browser, maps, x, y)
+
     captions = browser.script("[...document.querySelectorAll('figcaption')].map(c => c.innerText)")
-    titles = ["photo", "backbone 7x7", "bilinear 14x14", "backbone, photo at 2x 14x14", "LiFT 14x14"]
-    assert [c.split("\n")[0] for c in captions] == titles
-    shown = browser.script("[...document.querySelectorAll('img, canvas')].map(e => e.clientWidth / e.clientHeight)")
-    assert np.abs(np.array(shown) - 1.5).max() < 0.02  # in the aspect of the photo
+    titles = [
+        "photo",
+        "backbone 7x7",
+        "bilinear 14x14",
+        "backbone, photo at 2x 14x14",
+        "LiFT 14x14",
+    ]
+    assert [caption.split("\n")[0] for caption in captions] == titles
+    aspects = browser.script(
+        "[...document.querySelectorAll('img, canvas')].map(e => e.clientWidth / e.clientHeight)"
+    )
+    assert np.abs(np.array(aspects) - 1.5).max() < 0.02  # in the aspect of the photo
     assert browser.script("document.querySelector('img').naturalWidth") == 280
-    logged = [entry["message"] for entry in browser("/se/log", type="browser") if entry["level"] == "SEVERE"]
+    logged = []
+    for entry in browser("/se/log", type="browser"):
+        if entry["level"] == "SEVERE":
+            logged.append(entry["message"])
     assert logged == []  # neither errors nor attempts to load anything
