@@ -179,7 +179,9 @@ def absolute(value: Any) -> Any:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first setting in which two records differ, as "lift_iter 1, not 2"; "" for none."""
-    for name in sorted({*old, *new}):
+    names = sorted({*old, *new})
+    names.sort(key=lambda name: "digest" in name)  # what has a name of its own says more
+    for name in names:
         if old.get(name) != new.get(name):
             return f"{name} {old.get(name)}, not {new.get(name)}"
     return ""
@@ -202,7 +204,7 @@ def claim_folder(
         try:
             before = json.loads(path.read_text())
             changed = difference(before, plain(made_by))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
         if changed:
             raise ValueError(f"{folder} was made with {changed}: {remedy}")

@@ -120,6 +120,8 @@ def test_a_record_knows_paths_and_weights_by_what_they_are(tmp_path, monkeypatch
     assert difference(recorded(one, "12"), recorded(other, "12")) == ""
     assert difference(recorded(one, "12"), recorded(one, "34")) == "digest 12, not 34"
     assert "workers" not in recorded(one, "12")
+    with_names = {"digest": "1", "upsample": "none"}
+    assert difference(with_names, {"digest": "2", "upsample": "lift"}) == "upsample none, not lift"
 
 
 def test_a_folder_belongs_to_what_made_it(tmp_path):
@@ -129,9 +131,10 @@ def test_a_folder_belongs_to_what_made_it(tmp_path):
         claim_folder(tmp_path / "x", {"lift_iter": 2, "size": (2, 3)}, "pass --overwrite")
     claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite", renew=True)
     claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite")
-    (tmp_path / "x" / "record.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite")
+    for damaged in ("{", "[1]", "3"):
+        (tmp_path / "x" / "record.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite")
 
 
 def test_digest_follows_names_and_values():
