@@ -1,10 +1,14 @@
-"""eval_davis.py: golden scores and masks, the dense propagation, the scores by definition, odd trees, bad input."""
+"""eval_davis.py: golden scores and masks, the dense propagation, the scores by definition.
+
+Then the command line on small trees: odd ones, what made a folder, doors, bad input.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eval_davis
 from extractor import ViTExtractor
@@ -24,16 +30,16 @@ from lift import load_lift, upsample
 PALETTE = [(7 * i) % 256 for i in range(768)]
 
 
-# ---- small trees ----------------------------------------------------------------------------------------------------
+# ---- small trees --------------------------------------------------------------------------------
 
 
 def write_masks(folder, labels):
-    """Labels [t, H, W] as folder/00000.png and so on."""
+    """Write labels [t, H, W] as folder/00000.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for t, frame in enumerate(labels):
+    for number, frame in enumerate(labels):
         image = Image.fromarray(frame.astype(np.uint8))
         image.putpalette(PALETTE)
-        image.save(folder / f"{t:05d}.png")
+        image.save(folder / f"{number:05d}.png")
 
 
 def write_tree(root, videos, frames=True):
@@ -42,11 +48,14 @@ def write_tree(root, videos, frames=True):
     for name, labels in videos.items():
         write_masks(root / "Annotations/480p" / name, labels)
         colours = rng.randint(0, 256, (256, 3))
-        for t, frame in enumerate(labels if frames else ()):
-            photo = (0.8 * colours[frame] + 40 * rng.rand(*frame.shape, 3)).astype(np.uint8)
-            path = root / "JPEGImages/480p" / name / f"{t:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(photo).save(path, quality=95)
+        if not frames:
+            continue
+        folder = root / "JPEGImages/480p" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, frame in enumerate(labels):
+            noise = 40 * rng.rand(*frame.shape, 3)
+            photo = (0.8 * colours[frame] + noise).astype(np.uint8)
+            Image.fromarray(photo).save(folder / f"{number:05d}.jpg", quality=95)
     (root / "ImageSets/2017").mkdir(parents=True)
     (root / "ImageSets/2017/val.txt").write_text("\n".join(videos) + "\n")
     return root
@@ -54,12 +63,16 @@ def write_tree(root, videos, frames=True):
 
 def moving(t=6, height=60, width=90, objects=2, seed=0):
     """Labels [t, H, W] of `objects` blocks that drift."""
-    rng, labels = np.random.RandomState(seed), np.zeros((t, height, width), np.uint8)
-    for k in range(1, objects + 1):
-        y, x, dy, dx = rng.randint(0, height // 2), rng.randint(0, width // 2), *rng.randint(-2, 3, 2)
+    rng = np.random.RandomState(seed)
+    labels = np.zeros((t, height, width), np.uint8)
+    for number in range(1, objects + 1):
+        y = rng.randint(0, height // 2)
+        x = rng.randint(0, width // 2)
+        dy, dx = rng.randint(-2, 3, 2)
         for i in range(t):
-            top, left = max(y + dy * i, 0), max(x + dx * i, 0)
-            labels[i, top : top + height // 3, left : left + width // 3] = k
+            top = max(y + dy * i, 0)
+            left = max(x + dx * i, 0)
+            labels[i, top : top + height // 3, left : left + width // 3] = number
     return labels
 
 
@@ -69,13 +82,23 @@ def odd_videos():
     void = moving(6, seed=2)
     void[:, 5:12, 20:40] = 255
     pixel = np.zeros((5, 40, 50), np.uint8)
-    pixel[:, 0, 0], pixel[:, 39, 49], pixel[:, 39, 0] = 1, 2, 3
+    pixel[:, 0, 0] = 1
+    pixel[:, 39, 49] = 2
+    pixel[:, 39, 0] = 3
     empty = moving(7, objects=2, seed=3)
     empty[2:4] = 0
-    gap = moving(5, objects=1, seed=4) * 3  # labels 1 and 2 are never there
-    videos = {"void": void, "pixel": pixel, "empty": empty, "gap": gap}
-    videos |= {"three": moving(3, seed=5), "long": moving(300, 20, 30, 1)}
-    results = {name: np.where(labels == 255, 0, np.roll(labels, 3, axis=2)) for name, labels in videos.items()}
+    videos = {
+        "void": void,
+        "pixel": pixel,
+        "empty": empty,
+        "gap": moving(5, objects=1, seed=4) * 3,  # labels 1 and 2 are never there
+        "three": moving(3, seed=5),
+        "long": moving(300, 20, 30, 1),
+    }
+
+    results = {}
+    for name, labels in videos.items():
+        results[name] = np.where(labels == 255, 0, np.roll(labels, 3, axis=2))
     results["pixel"][2:] = 0
     results["empty"][rng.rand(*empty.shape) > 0.9] = 1
     return videos, results
@@ -86,13 +109,17 @@ def scores_of(folder, root, workers=2):
         return eval_davis.evaluate(folder, eval_davis.find_sequences(root, None, False), pool)
 
 
-def results_of(ran):
-    """What the last line of a run says, if it went well."""
+def last_line(ran):
+    """The JSON that a run prints last, if it went well."""
     assert ran.code == 0, ran.err
-    return json.loads(ran.out.splitlines()[-1])["results"]
+    return json.loads(ran.out.splitlines()[-1])
 
 
-# ---- golden numbers -------------------------------------------------------------------------------------------------
+def results_of(ran):
+    return last_line(ran)["results"]
+
+
+# ---- golden numbers -----------------------------------------------------------------------------
 
 
 def golden(shared, key):
@@ -101,89 +128,152 @@ def golden(shared, key):
 
 def test_golden_scores(shared, cli, tmp_path):
     data = shared / "data"
-    ran = cli("eval_davis", "--dataroot", data / "DAVIS", "--score_only", data / "DAVIS_osvos_results", "--output_dir", tmp_path)
-    found, wanted = results_of(ran), golden(shared, "osvos_results_scored")
+    masks = data / "DAVIS_osvos_results"
+    ran = cli(
+        "eval_davis", "--dataroot", data / "DAVIS", "--score_only", masks, "--output_dir", tmp_path
+    )
+    found = results_of(ran)
+    wanted = golden(shared, "osvos_results_scored")
     for metric in eval_davis.METRICS:
         assert found[metric] == pytest.approx(wanted[metric], abs=1e-6)
     assert found["per_object"].keys() == wanted["per_object"].keys()
-    np.testing.assert_allclose(list(found["per_object"].values()), list(wanted["per_object"].values()), atol=1e-6)
+    values = list(found["per_object"].values())
+    np.testing.assert_allclose(values, list(wanted["per_object"].values()), atol=1e-6)
+
     assert (tmp_path / "global_results-val.csv").read_text() == (
-        "J&F-Mean,J-Mean,J-Recall,J-Decay,F-Mean,F-Recall,F-Decay\n0.793,0.774,0.845,0.213,0.812,0.896,0.176\n"
+        "J&F-Mean,J-Mean,J-Recall,J-Decay,F-Mean,F-Recall,F-Decay\n"
+        "0.793,0.774,0.845,0.213,0.812,0.896,0.176\n"
     )
     rows = (tmp_path / "per-sequence_results-val.csv").read_text().splitlines()
-    assert rows[:2] == ["Sequence,J-Mean,F-Mean", "blackswan_1,0.943,0.974"] and len(rows) == 7
+    assert rows[:2] == ["Sequence,J-Mean,F-Mean", "blackswan_1,0.943,0.974"]
+    assert len(rows) == 7
 
 
-def check_propagation(shared, ran, key, names):
-    found, wanted = results_of(ran)["per_object"], golden(shared, key)["per_object"]
-    assert list(found) == [f"{name}_1" for name in names]
-    for name, values in found.items():
-        assert np.mean(values) == pytest.approx(np.mean(wanted[name]), abs=0.002), name
+@pytest.fixture
+def propagate_shared(shared, vit_tiny, golden_lift, cli, tmp_path):
+    """Run the shared videos with the real backbone, with or without LiFT, and check J&F."""
+
+    def run(key, names, *flags):
+        flags = [*vit_tiny, *flags, "--device", "cpu"]
+        if key == "with_lift":
+            flags += ["--lift_path", golden_lift]
+        data = shared / "data/DAVIS"
+        ran = cli("eval_davis", "--dataroot", data, "--output_dir", tmp_path, *flags)
+        found = results_of(ran)["per_object"]
+        wanted = golden(shared, key)["per_object"]
+        assert list(found) == [f"{name}_1" for name in names]
+        for name, values in found.items():
+            assert np.mean(values) == pytest.approx(np.mean(wanted[name]), abs=0.002), name
+
+    return run
 
 
 @pytest.mark.parametrize("key", ["with_lift", "without_lift"])
-def test_golden_propagation(shared, vit_tiny, golden_lift, cli, tmp_path, key):
-    flags = [*vit_tiny, *(["--lift_path", golden_lift] if key == "with_lift" else []), "--sequences", "libby", "--device", "cpu"]
-    ran = cli("eval_davis", "--dataroot", shared / "data/DAVIS", "--output_dir", tmp_path, *flags)
-    check_propagation(shared, ran, key, ["libby"])
-    if key == "with_lift":
-        ours, theirs = tmp_path / "davis_vidseg_224_layer11/libby", sorted((shared / "golden/davis_masks/libby").glob("*.png"))
-        same = [eval_davis.read_labels(path) == eval_davis.read_labels(ours / path.name) for path in theirs]
-        assert len(same) == 49 and np.mean(same) >= 0.995
+def test_golden_propagation(shared, propagate_shared, tmp_path, key):
+    propagate_shared(key, ["libby"], "--sequences", "libby")
+    if key == "without_lift":
+        return
+    ours = tmp_path / "davis_vidseg_224_layer11/libby"
+    theirs = sorted((shared / "golden/davis_masks/libby").glob("*.png"))
+    same = []
+    for path in theirs:
+        same.append(eval_davis.read_labels(path) == eval_davis.read_labels(ours / path.name))
+    assert len(same) == 49
+    assert np.mean(same) >= 0.995
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("key", ["with_lift", "without_lift"])
-def test_golden_propagation_of_all(shared, vit_tiny, golden_lift, cli, tmp_path, key):
-    flags = [*vit_tiny, *(["--lift_path", golden_lift] if key == "with_lift" else []), "--device", "cpu"]
-    ran = cli("eval_davis", "--dataroot", shared / "data/DAVIS", "--output_dir", tmp_path, *flags)
-    check_propagation(shared, ran, key, ["blackswan", "car-shadow", "dog", "drift-chicane", "drift-straight", "libby"])
+def test_golden_propagation_of_all(propagate_shared, key):
+    names = ["blackswan", "car-shadow", "dog", "drift-chicane", "drift-straight", "libby"]
+    propagate_shared(key, names)
 
 
-# ---- propagation against the dense version --------------------------------------------------------------------------
+# ---- propagation against the dense version ------------------------------------------------------
 
 
 def transfer_both(target, context, radius, topk):
-    dense = plain.transfer(target, context, plain.window(*target.shape[1:], radius), topk)
+    """The dense version's segmentation and ours, [n, h, w] each."""
+    mask = plain.window(*target.shape[1:], radius)
+    dense = plain.transfer(target, context, mask, topk)
     cells = F.normalize(target, dim=0).permute(1, 2, 0).contiguous()
-    return dense, eval_davis.transfer(cells, plain.our_context(context), radius, topk).permute(2, 0, 1)
+    ours = eval_davis.transfer(cells, plain.our_context(context), radius, topk)
+    return dense, ours.permute(2, 0, 1)
 
 
 @pytest.mark.parametrize(
     "h, w, frames, radius, topk",
-    [(28, 28, 8, 12, 5), (15, 33, 3, 4, 5), (33, 15, 2, 0, 7), (3, 2, 1, 12, 5), (20, 20, 1, 1, 5), (14, 29, 2, 3, 9999)],
-)  # fmt: skip
+    [
+        (28, 28, 8, 12, 5),
+        (15, 33, 3, 4, 5),
+        (33, 15, 2, 0, 7),
+        (3, 2, 1, 12, 5),
+        (20, 20, 1, 1, 5),
+        (14, 29, 2, 3, 9999),
+    ],
+)
 def test_blocks_equal_the_dense_affinity(h, w, frames, radius, topk):
     torch.manual_seed(0)
-    context = [(torch.randn(16, h, w), torch.rand(3, h, w).softmax(0)) for _ in range(frames)]
+    context = []
+    for _ in range(frames):
+        context.append((torch.randn(16, h, w), torch.rand(3, h, w).softmax(0)))
     dense, ours = transfer_both(torch.randn(16, h, w), context, radius, topk)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)
+
+
+def test_a_window_by_definition():
+    rows = slice(2, 4)
+    columns = slice(0, 3)
+    source_rows = slice(1, 5)
+    source_columns = slice(0, 4)
+    outside = eval_davis.outside_window(
+        (5, 4), rows, columns, source_rows, source_columns, 1, torch.device("cpu")
+    )
+    assert outside.shape == (6, 16)
+    target = 0
+    for y in (2, 3):
+        for x in (0, 1, 2):
+            wanted = []
+            for i in (1, 2, 3, 4):
+                for j in (0, 1, 2, 3):
+                    wanted.append(abs(y - i) > 1 or abs(x - j) > 1)
+            assert outside[target].tolist() == wanted
+            target += 1
 
 
 @pytest.mark.parametrize("radius, topk", [(12, 5), (2, 5), (0, 3), (3, 1)])
 def test_all_ties_vote(radius, topk):
     torch.manual_seed(0)
-    target, *context = F.one_hot(torch.randint(0, 3, (4, 17, 19)), 4).permute(0, 3, 1, 2).float()  # cosines are 0 and 1
-    context = [(feats, torch.rand(2, 17, 19).softmax(0)) for feats in context]
-    dense, ours = transfer_both(target, context, radius, topk)
+    classes = torch.randint(0, 3, (4, 17, 19))
+    maps = F.one_hot(classes, 4).permute(0, 3, 1, 2).float()  # cosines are 0 and 1
+    context = []
+    for feats in maps[1:]:
+        context.append((feats, torch.rand(2, 17, 19).softmax(0)))
+    dense, ours = transfer_both(maps[0], context, radius, topk)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)
-    best = eval_davis.most_similar(torch.tensor([[0.5, 1.0, 1.0, 1.0, 1.0, -1.0]]), 2)[0].exp()
+    cosine = torch.tensor([[0.5, 1.0, 1.0, 1.0, 1.0, -1.0]])
+    best = eval_davis.most_similar(cosine, 2)[0].exp()
     assert (best > 0).sum() == 4
 
 
 def test_no_tensor_grows_with_the_square_of_the_cells():
     class Largest(TorchDispatchMode):
+        """Remembers the size of the largest tensor that is made."""
+
         numel = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            Largest.numel = max([Largest.numel, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))])
+            for leaf in tree_leaves(out):
+                if torch.is_tensor(leaf):
+                    Largest.numel = max(Largest.numel, leaf.numel())
             return out
 
     torch.manual_seed(0)
     largest = {}
     for side in (42, 84):  # both have blocks whose windows are complete
-        context = plain.our_context([(torch.randn(4, side, side), torch.rand(2, side, side))] * 2)
+        frame = (torch.randn(4, side, side), torch.rand(2, side, side))
+        context = plain.our_context([frame, frame])
         Largest.numel = 0
         with Largest():
             eval_davis.transfer(context[0][0], context, 12, 5)
@@ -194,19 +284,25 @@ def test_no_tensor_grows_with_the_square_of_the_cells():
 def fake_features(images):
     """Four smooth channels on a grid of 4-pixel cells: [B, 3, H, W] -> [B, 4, h, w]."""
     pooled = F.avg_pool2d(images, 4)
-    return torch.cat([pooled - 0.5, pooled.mean(1, keepdim=True).square()], 1)
+    square = pooled.mean(1, keepdim=True).square()
+    return torch.cat([pooled - 0.5, square], 1)
 
 
 @pytest.mark.parametrize("n_last_frames, radius", [(7, 12), (0, 3), (2, 0), (20, 4)])
 def test_a_video_equals_the_dense_propagation(n_last_frames, radius):
     torch.manual_seed(0)
-    labels, frames = moving(1, 70, 110, 3)[0], torch.rand(11, 3, 64, 96)
+    labels = moving(1, 70, 110, 3)[0]
+    frames = torch.rand(11, 3, 64, 96)
     wanted = plain.propagate(fake_features, frames, labels, n_last_frames, radius, 5)
-    found = list(eval_davis.propagate(fake_features, frames.split(4), labels, n_last_frames, radius, 5))
+    batches = frames.split(4)
+    found = list(
+        eval_davis.propagate(fake_features, batches, labels, n_last_frames, radius, 5)
+    )
     assert len(found) == 10
-    for a, b in zip(found, wanted):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-        np.testing.assert_array_equal(eval_davis.harden(a, 4, (110, 70)), plain.harden(b, 4, (110, 70)))
+    for ours, dense in zip(found, wanted):
+        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)
+        hard = eval_davis.harden(ours, 4, (110, 70))
+        np.testing.assert_array_equal(hard, plain.harden(dense, 4, (110, 70)))
 
 
 def test_a_channel_that_fills_the_frame_keeps_it():
@@ -218,26 +314,35 @@ def test_a_channel_that_fills_the_frame_keeps_it():
 
 def test_an_object_between_the_cells_keeps_its_channel(capfd):
     labels = np.zeros((64, 64), np.uint8)
-    labels[1, 1], labels[32:, 32:] = 1, 2
+    labels[1, 1] = 1
+    labels[32:, 32:] = 2
     assert eval_davis.one_hot(labels, (4, 4)).shape == (4, 4, 3)
     assert "objects [1]" in capfd.readouterr().err
+
     still = torch.rand(1, 3, 64, 64).expand(3, -1, -1, -1)
-    found = list(eval_davis.propagate(fake_features, [still], labels, topk=1))  # every cell finds itself
+    found = list(eval_davis.propagate(fake_features, [still], labels, topk=1))
     assert found[-1].shape == (3, 16, 16)
-    hard = eval_davis.harden(found[-1], 4, (64, 64))
-    assert (hard[36:, 36:] == 2).all() and not hard[:28].any() and not hard[:, :28].any()
+    hard = eval_davis.harden(found[-1], 4, (64, 64))  # every cell has found itself
+    assert (hard[36:, 36:] == 2).all()
+    assert not hard[:28].any()
+    assert not hard[:, :28].any()
 
 
 @pytest.mark.parametrize(
     "frame, patch, wanted",
-    [((854, 480), 16, (832, 480)), ((480, 854), 8, (480, 832)), ((1920, 1080), 16, (832, 480)), ((854, 480), 14, (854, 480))],
+    [
+        ((854, 480), 16, (832, 480)),
+        ((480, 854), 8, (480, 832)),
+        ((1920, 1080), 16, (832, 480)),
+        ((854, 480), 14, (854, 480)),
+    ],
 )
 def test_short_side_is_dinos_rule(frame, patch, wanted):
     assert eval_davis.frame_size(*frame, 224, 480, patch) == wanted
     assert eval_davis.frame_size(*frame, 224, None, patch) == (224, 224)
 
 
-# ---- scores against the definition ----------------------------------------------------------------------------------
+# ---- scores against the definition --------------------------------------------------------------
 
 
 def slow_boundary(mask):
@@ -246,8 +351,9 @@ def slow_boundary(mask):
     edge = np.zeros_like(mask)
     for y in range(height):
         for x in range(width):
-            neighbours = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
-            edge[y, x] = any(mask[y, x] != mask[i, j] for i, j in neighbours if i < height and j < width)
+            for i, j in ((y, x + 1), (y + 1, x), (y + 1, x + 1)):
+                if i < height and j < width and mask[y, x] != mask[i, j]:
+                    edge[y, x] = True
     return edge
 
 
@@ -262,22 +368,36 @@ def test_boundary_by_definition():
 def test_frames_by_definition():
     rng = np.random.RandomState(0)
     for _ in range(60):
-        truth, labels = (rng.randint(0, 4, (2, rng.randint(2, 40), rng.randint(2, 40))) * (rng.rand() > 0.2)).astype(np.uint8)
+        height = rng.randint(2, 40)
+        width = rng.randint(2, 40)
+        both = rng.randint(0, 4, (2, height, width)) * (rng.rand() > 0.2)
+        truth, labels = both.astype(np.uint8)
         part = slice(rng.randint(0, 20), rng.randint(20, 40))
-        truth[part], labels[:, part] = 0, 0
-        wanted = [[measure(labels == k, truth == k) for measure in (plain.jaccard, plain.contour)] for k in (1, 2, 3)]
+        truth[part] = 0
+        labels[:, part] = 0
+        wanted = []
+        for number in (1, 2, 3):
+            masks = (labels == number, truth == number)
+            wanted.append([plain.jaccard(*masks), plain.contour(*masks)])
         np.testing.assert_allclose(eval_davis.score_frame(labels, truth, 3), wanted, atol=1e-12)
 
 
 def test_known_scores():
     square = np.zeros((300, 400), np.uint8)  # the disk's radius is 4
     square[100:140, 100:140] = 1
-    away = {shift: eval_davis.score_frame(np.roll(square, shift, 1), square, 1)[0] for shift in (0, 4, 20, 100)}
-    assert away[0] == (1, 1) and away[4] == (36 / 44, 1) and away[100] == (0, 0)
-    assert away[20] == (1 / 3, pytest.approx(58 / 160))  # 2 x 24 of horizontal edges, 2 x 5 where they meet vertical ones
+    away = {}
+    for shift in (0, 4, 20, 100):
+        away[shift] = eval_davis.score_frame(np.roll(square, shift, 1), square, 1)[0]
+    assert away[0] == (1, 1)
+    assert away[4] == (36 / 44, 1)
+    assert away[100] == (0, 0)
+    # 2 x 24 of the horizontal edges, 2 x 5 where they meet vertical ones
+    assert away[20] == (1 / 3, pytest.approx(58 / 160))
+
     nothing = np.zeros_like(square)
     assert eval_davis.score_frame(nothing, nothing, 2) == [(1, 1), (1, 1)]
-    assert eval_davis.score_frame(nothing, square, 1) == eval_davis.score_frame(square, nothing, 1) == [(0, 0)]
+    assert eval_davis.score_frame(nothing, square, 1) == [(0, 0)]
+    assert eval_davis.score_frame(square, nothing, 1) == [(0, 0)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9, 48, 298, 1000])
@@ -294,42 +414,94 @@ def test_odd_videos_score_as_by_definition(tmp_path):
     root = write_tree(tmp_path / "DAVIS", videos, frames=False)
     for name, labels in results.items():
         write_masks(tmp_path / "results" / name, labels)
-    found, table, names = scores_of(tmp_path / "results", root), [], []
+    found = scores_of(tmp_path / "results", root)
+
+    rows = []
+    names = []
     for name, labels in videos.items():
-        folders = (tmp_path / "results" / name, root / "Annotations/480p" / name)
-        table += plain.score(*(sorted(folder.glob("*.png")) for folder in folders))
-        names += [f"{name}_{k + 1}" for k in range(np.where(labels[0] == 255, 0, labels[0]).max())]
-    assert list(found["per_object"]) == names and "void_2" in names and "gap_3" in names and "pixel_3" in names
-    np.testing.assert_allclose(list(found["per_object"].values()), [(row[0], row[3]) for row in table], atol=1e-12)
-    np.testing.assert_allclose([found[metric] for metric in eval_davis.METRICS[1:]], np.mean(table, 0), atol=1e-12)
+        masks = sorted((tmp_path / "results" / name).glob("*.png"))
+        truths = sorted((root / "Annotations/480p" / name).glob("*.png"))
+        rows += plain.score(masks, truths)
+        objects = np.where(labels[0] == 255, 0, labels[0]).max()
+        names += [f"{name}_{number}" for number in range(1, objects + 1)]
+    assert list(found["per_object"]) == names
+    assert {"void_2", "gap_3", "pixel_3"} <= set(names)
+
+    values = list(found["per_object"].values())
+    means = [found[metric] for metric in eval_davis.METRICS[1:]]
+    np.testing.assert_allclose(values, [(row[0], row[3]) for row in rows], atol=1e-12)
+    np.testing.assert_allclose(means, np.mean(rows, 0), atol=1e-12)
     assert found["J&F-Mean"] == pytest.approx((found["J-Mean"] + found["F-Mean"]) / 2)
     assert scores_of(tmp_path / "results", root, workers=1) == found
 
 
 def test_the_annotations_themselves_score_one(cli, tmp_path):
     root = write_tree(tmp_path / "DAVIS", odd_videos()[0], frames=False)
-    ran = cli("eval_davis", "--dataroot", root, "--score_only", root / "Annotations/480p", "--output_dir", tmp_path / "out")
+    masks = root / "Annotations/480p"
+    ran = cli(
+        "eval_davis", "--dataroot", root, "--score_only", masks, "--output_dir", tmp_path / "out"
+    )
     found = results_of(ran)
-    assert found["J-Mean"] == found["F-Mean"] == found["J-Recall"] == 1 and found["F-Decay"] == 0
+    assert found["J-Mean"] == found["F-Mean"] == found["J-Recall"] == 1
+    assert found["F-Decay"] == 0
     assert "has label 255, which counts as background" in ran.err
-    assert "imsize" not in json.loads(ran.out.splitlines()[-1])["settings"]  # it has no part in a score
+    assert "imsize" not in last_line(ran)["settings"]  # it has no part in a score
 
 
 def test_two_frames_leave_nothing_to_score(cli, tmp_path):
     root = write_tree(tmp_path / "DAVIS", {"two": moving(2), "six": moving(6)}, frames=False)
     masks = root / "Annotations/480p"
-    ran = cli("eval_davis", "--dataroot", root, "--score_only", masks, "--output_dir", tmp_path)
-    assert results_of(ran)["per_object"]["two_1"] == [None, None] and results_of(ran)["J&F-Mean"] == 1
-    assert "not scored" in ran.err and "two_1,,\n" in (tmp_path / "per-sequence_results-val.csv").read_text()
-    assert results_of(cli("eval_davis", "--dataroot", root, "--score_only", masks, "--sequences", "two"))["J-Mean"] is None
+    flags = ["--dataroot", root, "--score_only", masks, "--output_dir", tmp_path]
+    ran = cli("eval_davis", *flags)
+    assert results_of(ran)["per_object"]["two_1"] == [None, None]
+    assert results_of(ran)["J&F-Mean"] == 1
+    assert "not scored" in ran.err
+    assert "two_1,,\n" in (tmp_path / "per-sequence_results-val.csv").read_text()
+    assert results_of(cli("eval_davis", *flags, "--sequences", "two"))["J-Mean"] is None
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tree(tmp_path):
-    return write_tree(tmp_path / "DAVIS", {"one": moving(6, objects=1), "two": moving(2), "three": moving(5, objects=3, seed=7)})
+    videos = {
+        "one": moving(6, objects=1),
+        "two": moving(2),
+        "three": moving(5, objects=3, seed=7),
+    }
+    return write_tree(tmp_path / "DAVIS", videos)
+
+
+def test_defaults_are_those_of_the_release():
+    args = eval_davis.parser().parse_args(["--dataroot", "DAVIS"])
+    wanted = {
+        "model_type": "dino_vits8",
+        "facet": "key",
+        "channel": None,
+        "patch": None,
+        "stride": None,
+        "layer": None,
+        "lift_path": None,
+        "output_dir": "temp_davis_test",
+        "imsize": 224,
+        "n_last_frames": 7,
+        "size_mask_neighborhood": 12,
+        "topk": 5,
+    }
+    for name, value in wanted.items():
+        assert getattr(args, name) == value, name
+
+
+def plain_input(frames, short_side):
+    """Frames as the protocol resizes them, in 0..1: [t, 3, 64, 64]."""
+    resized = []
+    for frame in frames:
+        if short_side:  # 90 x 60 -> 64 x 64
+            resized.append(cv2.resize(np.array(frame), (64, 64)))
+        else:
+            resized.append(np.array(frame.resize((64, 64), Image.BICUBIC)))
+    return torch.from_numpy(np.stack(resized) / np.float32(255)).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -340,117 +512,422 @@ def tree(tmp_path):
         (["--upsample", "bilinear", "--lift_iter", "2"], "davis_vidseg_64_layer11", (16, 16)),
         (["LIFT"], "davis_vidseg_64_layer11", (8, 8)),
         (["--short_side", "64"], "davis_vidseg_short64_layer11", (4, 4)),
-        (["--n_last_frames", "1", "--topk", "3", "--size_mask_neighborhood", "2"], "davis_vidseg_64_layer11", (4, 4)),
+        (
+            ["--n_last_frames", "1", "--topk", "3", "--size_mask_neighborhood", "2"],
+            "davis_vidseg_64_layer11",
+            (4, 4),
+        ),
     ],
 )
-def test_command_equals_the_plain_pipeline(tree, rule_backbone, rule_lift, cli, tmp_path, flags, folder, grid):
-    lift_flags = ["--lift_path", rule_lift] if flags == ["LIFT"] else flags
-    common = ["--dataroot", tree, "--imsize", "64", "--output_dir", tmp_path / "out", "--json", tmp_path / "line.json"]
-    ran = cli("eval_davis", *common, *rule_backbone, "--device", "cpu", *lift_flags)
-    found, masks = results_of(ran), tmp_path / "out" / folder
-    line = json.loads((tmp_path / "line.json").read_text())
-    assert line["results"] == found and line == json.loads(ran.out.splitlines()[-1])
-    assert line["settings"]["layer"] == int(folder[-2:].strip("r")) and (line["sequences"], line["frames"]) == (3, 13)
-    assert {path.name for path in masks.glob("*.csv")} == {"global_results-val.csv", "per-sequence_results-val.csv"}
+def test_command_equals_the_plain_pipeline(
+    tree, rule_backbone, rule_lift, cli, tmp_path, flags, folder, grid
+):
+    chosen = {}
+    lift_flags = flags
+    if flags == ["LIFT"]:
+        lift_flags = ["--lift_path", rule_lift]
+    else:
+        chosen = dict(zip(flags[::2], flags[1::2]))
+    common = ["--dataroot", tree, "--imsize", "64", "--output_dir", tmp_path / "out"]
+    common += ["--json", tmp_path / "line.json", "--device", "cpu"]
+    ran = cli("eval_davis", *common, *rule_backbone, *lift_flags)
 
-    chosen = dict(zip(flags[::2], flags[1::2])) if flags != ["LIFT"] else {}
+    found = results_of(ran)
+    masks = tmp_path / "out" / folder
+    line = json.loads((tmp_path / "line.json").read_text())
+    assert line["results"] == found
+    assert line == last_line(ran)
+    assert (line["sequences"], line["frames"]) == (3, 13)
+    names = {path.name for path in masks.glob("*.csv")}
+    assert names == {"global_results-val.csv", "per-sequence_results-val.csv"}
+
+    # what was left out is resolved
+    layer = int(chosen.get("--layer", 11))
+    stride = int(chosen.get("--stride", 16))
+    how = chosen.get("--upsample", "none")
+    if flags == ["LIFT"]:
+        how = "lift"
+    used = line["settings"]
+    assert (used["layer"], used["stride"], used["device"]) == (layer, stride, "cpu")
+    assert used["upsample"] == how
+    assert used["digest"]
+
     extractor = ViTExtractor(
-        rule_backbone[1], backbone_path=rule_backbone[3], device="cpu",
-        stride=int(chosen.get("--stride", 16)), layer=int(chosen.get("--layer", 11)),
-    )  # fmt: skip
-    lift = load_lift(rule_lift, extractor) if flags == ["LIFT"] else None
+        rule_backbone[1], stride, device="cpu", backbone_path=rule_backbone[3], layer=layer
+    )
+    lift = None
+    if flags == ["LIFT"]:
+        lift = load_lift(rule_lift, extractor)
 
     def features(images):
         feats = extractor(images)
-        feats = upsample(lift, images, feats) if lift else feats
-        return feats if "bilinear" not in flags else F.interpolate(feats, scale_factor=4, mode="bilinear")
+        if lift:
+            return upsample(lift, images, feats)
+        if "bilinear" in flags:
+            return F.interpolate(feats, scale_factor=4, mode="bilinear")
+        return feats
 
+    last = int(chosen.get("--n_last_frames", 7))
+    radius = int(chosen.get("--size_mask_neighborhood", 12))
+    topk = int(chosen.get("--topk", 5))
     for name in ("one", "two", "three"):
-        frames = [Image.open(path) for path in sorted((tree / "JPEGImages/480p" / name).glob("*.jpg"))]
-        if "--short_side" in flags:  # 90 x 60 -> 64 x 64
-            frames = [cv2.resize(np.array(frame), (64, 64)) for frame in frames]
-        else:
-            frames = [np.array(frame.resize((64, 64), Image.BICUBIC)) for frame in frames]
-        images = extractor.normalize(torch.from_numpy(np.stack(frames) / np.float32(255)).permute(0, 3, 1, 2))
+        paths = sorted((tree / "JPEGImages/480p" / name).glob("*.jpg"))
+        frames = [Image.open(path) for path in paths]
+        images = extractor.normalize(plain_input(frames, "--short_side" in flags))
         assert features(images[:1]).shape[2:] == grid
         labels = np.array(Image.open(tree / "Annotations/480p" / name / "00000.png"))
-        settings = [int(chosen.get(flag, default)) for flag, default in
-                    (("--n_last_frames", 7), ("--size_mask_neighborhood", 12), ("--topk", 5))]  # fmt: skip
-        wanted = [labels] + [plain.harden(soft, 16, (90, 60)) for soft in plain.propagate(features, images, labels, *settings)]
+        wanted = [labels]
+        for soft in plain.propagate(features, images, labels, last, radius, topk):
+            wanted.append(plain.harden(soft, 16, (90, 60)))
+
         written = [Image.open(path) for path in sorted((masks / name).glob("*.png"))]
-        assert len(written) == len(frames) and all(image.mode == "P" for image in written)
-        assert all(image.getpalette() == PALETTE for image in written)
-        assert np.mean([np.array(image) == label for image, label in zip(written, wanted)]) > 0.999
-        if name != "two":
-            paths = (sorted(folder.glob("*.png")) for folder in (masks / name, tree / "Annotations/480p" / name))
-            table = [(row[0], row[3]) for row in plain.score(*paths)]
-            np.testing.assert_allclose([found["per_object"][f"{name}_{k + 1}"] for k in range(len(table))], table, atol=1e-12)
+        assert len(written) == len(frames)
+        agreement = []
+        for image, label in zip(written, wanted):
+            assert image.mode == "P"
+            assert image.getpalette() == PALETTE
+            agreement.append(np.array(image) == label)
+        assert np.mean(agreement) > 0.999
+        if name == "two":
+            continue
+        truths = sorted((tree / "Annotations/480p" / name).glob("*.png"))
+        for number, row in enumerate(plain.score(sorted((masks / name).glob("*.png")), truths), 1):
+            values = found["per_object"][f"{name}_{number}"]
+            np.testing.assert_allclose(values, (row[0], row[3]), atol=1e-12)
 
 
 @pytest.fixture
 def propagate(tree, rule_backbone, cli, tmp_path):
     """Run the command on `tree` at 32 pixels."""
-    common = ["--dataroot", tree, "--output_dir", tmp_path / "out", "--imsize", "32", *rule_backbone, "--device", "cpu"]
-    return lambda *flags: cli("eval_davis", *common, *flags)
+    common = ["--dataroot", tree, "--output_dir", tmp_path / "out", "--imsize", "32"]
+    common += [*rule_backbone, "--device", "cpu"]
+
+    def run(*flags):
+        return cli("eval_davis", *common, *flags)
+
+    return run
 
 
 def dates(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in sorted(folder.rglob("*.png"))}
+    """When each PNG below a folder was written."""
+    found = {}
+    for path in sorted(folder.rglob("*.png")):
+        found[path.relative_to(folder)] = path.stat().st_mtime_ns
+    return found
 
 
 def test_interrupted_runs_resume_at_the_next_sequence(propagate, tree, tmp_path):
-    masks, broken = tmp_path / "out/davis_vidseg_32_layer11", tree / "JPEGImages/480p/three/00004.jpg"
+    masks = tmp_path / "out/davis_vidseg_32_layer11"
+    broken = tree / "JPEGImages/480p/three/00004.jpg"
     photo = broken.read_bytes()
     broken.write_bytes(photo[:300])
     ran = propagate()
-    assert ran.code == 2 and str(broken) in ran.err and not ran.out
+    assert ran.code == 2
+    assert str(broken) in ran.err
+    assert not ran.out
     before = dates(masks)
-    assert len([path for path in before if path.parts[0] != "three"]) == 8
-    assert not list(masks.rglob(".*")) and not list(masks.glob("*.csv"))
+    finished = [path for path in before if path.parts[0] != "three"]
+    assert len(finished) == 8
+    assert not list(masks.rglob(".*"))
+    assert not list(masks.glob("*.csv"))
+
     broken.write_bytes(photo)
     resumed = results_of(propagate())
     after = dates(masks)
-    assert all(after[path] == date for path, date in before.items() if path.parts[0] != "three") and len(after) == 13
-    assert dates(masks) == (results_of(propagate()), after)[1]  # finished: nothing is propagated again
+    assert len(after) == 13
+    for path in finished:
+        assert after[path] == before[path]
+
+    results_of(propagate())
+    assert dates(masks) == after  # finished: nothing is propagated again
     (masks / "one/00003.png").unlink()
     assert results_of(propagate())["per_object"] == resumed["per_object"]
     shutil.rmtree(tmp_path / "out")
     assert results_of(propagate())["per_object"] == resumed["per_object"]
 
 
-def test_nothing_of_another_run_is_taken_for_this_one(propagate, rule_backbone, tmp_path):
+def test_masks_are_written_by_the_threads_and_features_made_in_inference_mode(
+    propagate, monkeypatch
+):
+    writers = []
+    write = eval_davis.write_indexed
+    transfer = eval_davis.transfer
+    modes = set()
+
+    def watched_write(path, values, palette):
+        writers.append(threading.current_thread() is threading.main_thread())
+        write(path, values, palette)
+
+    def watched_transfer(cells, context, radius, topk):
+        modes.add((torch.is_inference_mode_enabled(), cells.is_inference()))
+        return transfer(cells, context, radius, topk)
+
+    monkeypatch.setattr(eval_davis, "write_indexed", watched_write)
+    monkeypatch.setattr(eval_davis, "transfer", watched_transfer)
+    results_of(propagate())
+    assert writers.count(True) == 3  # the given masks
+    assert writers.count(False) == 10
+    assert modes == {(True, True)}
+
+
+def test_a_disk_that_fills_up_in_a_thread_is_one_line(propagate, tmp_path, monkeypatch):
+    write = eval_davis.write_indexed
+
+    def full(path, values, palette):
+        if path.name == "00003.png":
+            raise OSError(f"cannot write {path}: free some space")
+        write(path, values, palette)
+
+    monkeypatch.setattr(eval_davis, "write_indexed", full)
+    one_line(propagate(), "free some space")
+    monkeypatch.undo()
+    results_of(propagate())
+    assert len(dates(tmp_path / "out")) == 13
+
+
+# ---- what made a folder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--topk", "1"], "topk 5, not 1"),
+        (["--upsample", "bilinear"], "upsample none, not bilinear"),
+        (["--n_last_frames", "1"], "n_last_frames 7, not 1"),
+        (["--dtype", "bfloat16"], "dtype float32, not bfloat16"),
+        (["--facet", "query"], "facet key, not query"),
+        (["--binary"], "binary False, not True"),
+        (["LIFT"], "lift"),
+        (["WEIGHTS"], "digest"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(
+    propagate, rule_backbone, rule_lift, tmp_path, flags, said
+):
+    """Two runs with one folder name used to overwrite each other's masks, and mix overlays."""
+    results_of(propagate("--overlay"))
+    folder = tmp_path / "out/davis_vidseg_32_layer11"
+    masks = dates(folder)
+    scores = (folder / eval_davis.CSVS[0]).read_text()
+    if flags == ["LIFT"]:
+        flags = ["--lift_path", rule_lift]
+    if flags == ["WEIGHTS"]:
+        state = load_file(rule_backbone[3])
+        state["norm.weight"] = state["norm.weight"] * 1.01
+        state["blocks.3.norm1.weight"] = state["blocks.3.norm1.weight"] * 1.01
+        save_file(state, tmp_path / "rule.safetensors")
+        flags = ["--backbone_path", tmp_path / "rule.safetensors"]
+
+    ran = propagate(*flags, "--overlay")
+    one_line(ran, said)
+    one_line(ran, "pass another --output_dir")
+    assert dates(folder) == masks
+    assert (folder / eval_davis.CSVS[0]).read_text() == scores
+    assert results_of(propagate(*flags, "--output_dir", tmp_path / "other"))["J&F-Mean"] is not None
+
+
+def test_the_same_weights_with_another_date_or_path_are_the_same(
+    propagate, rule_backbone, tree, tmp_path, monkeypatch
+):
+    results_of(propagate())
+    masks = dates(tmp_path / "out")
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(rule_backbone[3], copy)
+    os.utime(copy, ns=(0, 10**9))
+    monkeypatch.chdir(tmp_path)
+    results_of(propagate("--backbone_path", copy, "--dataroot", tree.name, "--workers", "1"))
+    assert dates(tmp_path / "out") == masks
+
+
+def test_scores_of_another_run_are_not_taken_for_this_one(propagate, tree, tmp_path):
     masks = tmp_path / "out/davis_vidseg_32_layer11"
     masks.mkdir(parents=True)
     for name in eval_davis.CSVS:
         (masks / name).write_text("J&F-Mean\n9.999\n")
-    seen = [dates(masks)]
-    weights = Path(rule_backbone[3])
-    for flags in ([], ["--topk", "1"], ["--upsample", "bilinear"], []):
-        results_of(propagate(*flags))
-        assert "9.999" not in (masks / eval_davis.CSVS[0]).read_text()
-        assert all(date != seen[-1].get(path) for path, date in dates(masks).items())
-        seen.append(dates(masks))
-    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))  # trained anew under the same name
+    (tree / "JPEGImages/480p/one/00002.jpg").rename(tree / "away.jpg")
+    (tree / "JPEGImages/480p/one/00002.jpg").write_text("no photo")
+    assert propagate().code == 2
+    assert not list(masks.glob("*.csv"))
+    (tree / "away.jpg").rename(tree / "JPEGImages/480p/one/00002.jpg")
     results_of(propagate())
-    assert all(date != seen[-1][path] for path, date in dates(masks).items())
+    assert "9.999" not in (masks / eval_davis.CSVS[0]).read_text()
+
+
+def test_masks_that_nobody_knows_are_not_overwritten(propagate, tree, tmp_path):
+    masks = tmp_path / "out/davis_vidseg_32_layer11"
+    shutil.copytree(tree / "Annotations/480p/one", masks / "one")
+    before = dates(masks)
+    one_line(propagate(), "no record of what made them: pass another --output_dir")
+    assert dates(masks) == before
+
+
+def test_a_damaged_record_is_one_line(propagate, tmp_path):
+    results_of(propagate())
+    (tmp_path / "out/davis_vidseg_32_layer11/record.json").write_text("{")
+    one_line(propagate(), "pass another --output_dir")
+
+
+# ---- a backbone of one's own --------------------------------------------------------------------
+
+
+class Patches(torch.nn.Module):
+    """Mean colours of 8 x 8 patches; with `value` added to them."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value))
+
+    def forward(self, images):
+        return F.avg_pool2d(images, 8) + self.value
+
+
+def colours():
+    return Patches(0.25)
+
+
+def not_numbers():
+    return Patches(float("nan"))
+
+
+def test_a_backbone_of_ones_own(tree, cli, tmp_path):
+    flags = ["--dataroot", tree, "--output_dir", tmp_path / "out", "--imsize", "64"]
+    flags += ["--my_extractor", "test_eval_davis:colours", "--device", "cpu"]
+    line = last_line(cli("eval_davis", *flags))
+    assert (line["settings"]["backbone"], line["settings"]["stride"]) == (flags[7], 8)
+    masks = tmp_path / "out/davis_vidseg_64_my_extractor/three"
+
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    frames = []
+    for path in sorted((tree / "JPEGImages/480p/three").glob("*.jpg")):
+        frames.append(Image.open(path))
+    images = (plain_input(frames, False) - mean) / std
+    labels = np.array(Image.open(tree / "Annotations/480p/three/00000.png"))
+    agreement = []
+    found = sorted(masks.glob("*.png"))[1:]
+    for path, soft in zip(found, plain.propagate(colours(), images, labels, 7, 12, 5)):
+        agreement.append(np.array(Image.open(path)) == plain.harden(soft, 8, (90, 60)))
+    assert len(agreement) == 4
+    assert np.mean(agreement) > 0.999
+
+
+def test_features_that_are_no_numbers_are_refused(tree, cli, tmp_path):
+    """They used to make masks, and scores, of nothing."""
+    flags = ["--dataroot", tree, "--output_dir", tmp_path / "out", "--imsize", "64"]
+    flags += ["--my_extractor", "test_eval_davis:not_numbers", "--device", "cpu"]
+    one_line(cli("eval_davis", *flags), "are not finite: pass --dtype float32")
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+# ---- masks of 0 and 255 -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def binary_tree(tmp_path):
+    """The masks of DAVIS 2016: grey, 255 is the object."""
+    root = write_tree(tmp_path / "binary", {"one": moving(6, objects=1)})
+    for path in root.rglob("*.png"):
+        Image.fromarray(255 * np.array(Image.open(path))).save(path)
+    return root
+
+
+def test_masks_of_0_and_255_say_what_they_are(binary_tree, propagate, cli, tmp_path):
+    """They used to end in: cannot reshape array of size 0."""
+    one_line(propagate("--dataroot", binary_tree), "pass --binary if 255 is the object")
+    masks = binary_tree / "Annotations/480p"
+    ran = cli("eval_davis", "--dataroot", binary_tree, "--score_only", masks)
+    one_line(ran, "pass --binary if 255 is the object")
+
+
+def test_binary_masks_score_as_those_of_label_1(binary_tree, propagate, cli, tmp_path):
+    wanted = results_of(propagate("--sequences", "one"))
+    flags = ["--dataroot", binary_tree, "--binary", "--output_dir", tmp_path / "out_binary"]
+    assert results_of(propagate(*flags)) == wanted
+
+    masks = tmp_path / "out_binary/davis_vidseg_32_layer11"
+    ours = tmp_path / "out/davis_vidseg_32_layer11"
+    for path in sorted((ours / "one").glob("*.png")):
+        values = np.array(Image.open(masks / "one" / path.name))
+        np.testing.assert_array_equal(values, 255 * np.array(Image.open(path)))
+
+    # results may hold 1 or 255
+    for folder in (masks, ours):
+        flags = ["--dataroot", binary_tree, "--binary", "--score_only", folder]
+        ran = cli("eval_davis", *flags, "--output_dir", tmp_path / "scores")
+        assert results_of(ran) == wanted
+        assert "counts as background" not in ran.err
+
+
+def test_a_first_mask_without_an_object_is_one_line(propagate, tree):
+    first = tree / "Annotations/480p/two/00000.png"
+    Image.fromarray(np.zeros((60, 90), np.uint8)).save(first)
+    one_line(propagate(), f"{first} marks no object: restore it, or leave two out")
+
+
+# ---- pictures and scores of others --------------------------------------------------------------
 
 
 def test_overlay_and_video(propagate, tree, tmp_path):
-    results_of(propagate("--overlay", "--video", tmp_path / "all.mp4", "--sequences", "one", "three"))
+    video = tmp_path / "all.mp4"
+    ran = propagate("--overlay", "--video", video, "--sequences", "one", "three")
+    results_of(ran)
     folder = tmp_path / "out/davis_vidseg_32_layer11"
-    video = cv2.VideoCapture(str(tmp_path / "all.mp4"))
-    frames = [video.read()[1] for _ in range(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))]
-    assert len(frames) == 11 and frames[0].shape == (60, 90, 3)
+    capture = cv2.VideoCapture(str(video))
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    frames = [capture.read()[1] for _ in range(count)]
+    assert len(frames) == 11
+    assert frames[0].shape == (60, 90, 3)
+
+    # H.264, or else a line that says so
+    codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").lower()
+    assert (codec in (b"avc1", b"h264")) != ("has no H.264 encoder" in ran.err)
+
     for name in ("one", "three"):
         pictures = sorted((folder / "overlay" / name).glob("*.jpg"))
-        assert [path.stem for path in pictures] == [path.stem for path in sorted((folder / name).glob("*.png"))]
+        masks = sorted((folder / name).glob("*.png"))
+        assert [path.stem for path in pictures] == [path.stem for path in masks]
         labels = eval_davis.read_labels(folder / name / "00000.png")
-        paths = pictures[0], tree / f"JPEGImages/480p/{name}/00000.jpg"
-        shown, photo = (np.array(Image.open(path)).astype(int) for path in paths)
+        shown = np.array(Image.open(pictures[0])).astype(int)
+        photo = np.array(Image.open(tree / f"JPEGImages/480p/{name}/00000.jpg")).astype(int)
         change = np.abs(shown - photo).max(2)
-        inside = cv2.erode((labels > 0).astype(np.uint8), np.ones((17, 17))) > 0
-        outside = cv2.dilate((labels > 0).astype(np.uint8), np.ones((19, 19))) == 0  # JPEG blocks blur the outline
+
+        # JPEG blocks blur the outline
+        objects = (labels > 0).astype(np.uint8)
+        inside = cv2.erode(objects, np.ones((17, 17))) > 0
+        outside = cv2.dilate(objects, np.ones((19, 19))) == 0
         assert change[inside].mean() > 20 > change[outside].mean()
+
+
+def test_h264_is_taken_where_opencv_has_it(monkeypatch, capfd):
+    tried = []
+
+    class Writer:
+        def __init__(self, path, fourcc, fps, size):
+            self.codec = int(fourcc).to_bytes(4, "little")
+            tried.append(self.codec)
+
+        def isOpened(self):
+            return self.codec in known
+
+    monkeypatch.setattr(eval_davis.cv2, "VideoWriter", Writer)
+    known = (b"avc1", b"mp4v")
+    assert eval_davis.open_video("x.mp4", "x.mp4", (4, 4)).codec == b"avc1"
+    assert not capfd.readouterr().err
+    known = (b"mp4v",)
+    assert eval_davis.open_video("x.mp4", "x.mp4", (4, 4)).codec == b"mp4v"
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    known = ()
+    with pytest.raises(ValueError, match="take --overlay"):
+        eval_davis.open_video("x.mp4", "x.mp4", (4, 4))
+
+
+def test_a_video_of_odd_frames_has_even_ones(cli, tmp_path, tree):
+    root = write_tree(tmp_path / "odd", {"odd": moving(4, 61, 91, 1)})
+    masks = root / "Annotations/480p"
+    flags = ["--dataroot", root, "--score_only", masks, "--output_dir", tmp_path / "out"]
+    results_of(cli("eval_davis", *flags, "--video", tmp_path / "odd.mp4"))
+    shape = cv2.VideoCapture(str(tmp_path / "odd.mp4")).read()[1].shape
+    assert shape == (60, 90, 3)
 
 
 def test_another_methods_folder_needs_no_frames(tree, cli, tmp_path):
@@ -458,26 +935,48 @@ def test_another_methods_folder_needs_no_frames(tree, cli, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(tree / "Annotations/480p", results)
     (results / "one/00000.png").unlink()  # the first and the last are not scored
-    Image.fromarray(np.array(Image.open(results / "one/00001.png"))).save(results / "one/00001.png")  # grey, no palette
-    assert results_of(cli("eval_davis", "--dataroot", tree, "--score_only", results))["J&F-Mean"] == 1
-    assert (results / eval_davis.CSVS[0]).is_file()
-    ran = cli("eval_davis", "--dataroot", tree, "--score_only", results, "--overlay")
-    assert ran.code == 2 and "JPEGImages" in ran.err
+    path = results / "one/00001.png"
+    Image.fromarray(np.array(Image.open(path))).save(path)  # grey, no palette
+
+    flags = ["--dataroot", tree, "--score_only", results, "--output_dir", tmp_path / "scores"]
+    assert results_of(cli("eval_davis", *flags))["J&F-Mean"] == 1
+    assert (tmp_path / "scores" / eval_davis.CSVS[0]).is_file()
+    ran = cli("eval_davis", *flags, "--overlay")
+    assert ran.code == 2
+    assert "JPEGImages" in ran.err
+
+
+def test_scoring_writes_nothing_into_the_folder_and_says_where(
+    tree, cli, tmp_path, monkeypatch
+):
+    """It may be somebody else's, or the annotations themselves."""
+    monkeypatch.chdir(tmp_path)
+    masks = tree / "Annotations/480p"
+    before = sorted(masks.rglob("*"))
+    ran = cli("eval_davis", "--dataroot", tree, "--score_only", masks, "--overlay")
+    assert results_of(ran)["J&F-Mean"] == 1
+    assert sorted(masks.rglob("*")) == before
+    assert f"the scores are in temp_davis_test/{eval_davis.CSVS[0]}" in ran.err
+    assert (tmp_path / "temp_davis_test" / eval_davis.CSVS[0]).is_file()
+    assert len(list((tmp_path / "temp_davis_test/overlay/one").glob("*.jpg"))) == 6
 
 
 def test_a_palette_is_made_where_there_is_none(propagate, tree, tmp_path):
     first = tree / "Annotations/480p/one/00000.png"
     Image.fromarray(np.array(Image.open(first))).save(first)
     results_of(propagate("--sequences", "one"))
-    palette = Image.open(tmp_path / "out/davis_vidseg_32_layer11/one/00003.png").getpalette()
-    assert palette[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128] and palette == eval_davis.voc_palette()
+    written = tmp_path / "out/davis_vidseg_32_layer11/one/00003.png"
+    palette = Image.open(written).getpalette()
+    assert palette[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
+    assert palette == eval_davis.voc_palette()
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ----------------------------------------------------------------------------------
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 def label(path, value):
@@ -495,35 +994,62 @@ def rgb(path):
     Image.open(path).convert("RGB").save(path)
 
 
-FRAME, MASK, RESULT = "JPEGImages/480p/one/00002.jpg", "Annotations/480p/one/00002.png", "results/one/00002.png"
+VAL = "ImageSets/2017/val.txt"
+FRAME = "JPEGImages/480p/one/00002.jpg"
+MASK = "Annotations/480p/one/00002.png"
+RESULT = "results/one/00002.png"
 BAD = {
     "no folder": (lambda root: shutil.rmtree(root), "correct --dataroot"),
-    "no list": (lambda root: (root / "ImageSets/2017/val.txt").unlink(), "with --sequences"),
-    "empty list": (lambda root: (root / "ImageSets/2017/val.txt").write_text("\n"), "with --sequences"),
-    "unknown sequence": (lambda root: (root / "ImageSets/2017/val.txt").write_text("one\nnone\n"), "or --sequences"),
+    "no list": (lambda root: (root / VAL).unlink(), "with --sequences"),
+    "empty list": (lambda root: (root / VAL).write_text("\n"), "with --sequences"),
+    "unknown sequence": (lambda root: (root / VAL).write_text("one\nnone\n"), "or --sequences"),
+    "a name that leaves": (
+        lambda root: (root / VAL).write_text("one\n../../../out\n"),
+        "'../../../out' leaves the folder",
+    ),
+    "an absolute name": (
+        lambda root: (root / VAL).write_text(f"{root}/Annotations/480p/one\n"),
+        "leaves the folder",
+    ),
     "no frame": (lambda root: (root / FRAME).unlink(), "has no frame 00002: restore it"),
     "no annotation": (lambda root: (root / MASK).unlink(), "has no annotation 00002: restore it"),
-    "no frames": (lambda root: shutil.rmtree(root / "JPEGImages/480p/one"), "correct --dataroot"),
+    "no frames": (
+        lambda root: shutil.rmtree(root / "JPEGImages/480p/one"),
+        "correct --dataroot",
+    ),
     "broken frame": (lambda root: cut(root / FRAME), "00002.jpg"),
     "broken annotation": (lambda root: cut(root / MASK), "restore it or write it anew"),
     "no PNG": (lambda root: (root / MASK).write_text("no picture"), "restore it or write it anew"),
     "RGB annotation": (lambda root: rgb(root / MASK), "restore it or write it anew"),
-    "frame of another size": (lambda root: resize(root / FRAME), "has 30x20 pixels, its annotation 90x60 pixels: take both"),
+    "frame of another size": (
+        lambda root: resize(root / FRAME),
+        "has 30x20 pixels, its annotation 90x60 pixels: take both",
+    ),
     "annotation of another size": (lambda root: resize(root / MASK), "to the annotation"),
 }
 BAD_RESULTS = {
     "no result": (lambda root: (root / RESULT).unlink(), "restore it"),
     "no folder": (lambda root: shutil.rmtree(root / "results"), "restore it"),
-    "more objects": (lambda root: label(root / RESULT, 2), "label 2 where the first annotation has 1 objects: keep"),
-    "of another size": (lambda root: resize(root / RESULT), "has 30x20 pixels, its annotation 90x60 pixels: resize"),
+    "more objects": (
+        lambda root: label(root / RESULT, 2),
+        "label 2 where the first annotation has 1 objects: keep",
+    ),
+    "of another size": (
+        lambda root: resize(root / RESULT),
+        "has 30x20 pixels, its annotation 90x60 pixels: resize",
+    ),
     "unreadable": (lambda root: cut(root / RESULT), "restore it or write it anew"),
     "RGB": (lambda root: rgb(root / RESULT), "restore it or write it anew"),
 }
 
 
 def one_line(ran, text):
+    """The run was refused by one line with `text`; notes may stand before it."""
     lines = [line for line in ran.err.splitlines() if not line.startswith("note:")]
-    assert ran.code == 2 and not ran.out and len(lines) == 1 and text in lines[0], ran
+    assert ran.code == 2, ran
+    assert not ran.out, ran
+    assert len(lines) == 1, ran
+    assert text in lines[0], ran
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -534,26 +1060,34 @@ def test_bad_data_is_one_line(propagate, tree, tmp_path, case):
     spoil, text = BAD[case]
     spoil(tree)
     one_line(propagate(), text)
-    assert kept.read_text() == "written before" and not list(tmp_path.rglob("*.csv")) and not list((tmp_path / "out").rglob(".*"))
+    assert kept.read_text() == "written before"
+    assert not list(tmp_path.rglob("*.csv"))
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 @pytest.mark.parametrize("case", BAD_RESULTS)
 def test_bad_results_are_one_line(tree, cli, case):
-    shutil.copytree(tree / "Annotations/480p", tree / "results")
-    (tree / "results/global_results-val.csv").write_text("of an earlier run")
+    results = tree / "results"
+    shutil.copytree(tree / "Annotations/480p", results)
+    (results / "global_results-val.csv").write_text("of an earlier run")
     spoil, text = BAD_RESULTS[case]
     spoil(tree)
-    one_line(cli("eval_davis", "--dataroot", tree, "--score_only", tree / "results"), text)
+    flags = ["--dataroot", tree, "--score_only", results, "--output_dir", results]
+    one_line(cli("eval_davis", *flags), text)
     if case != "no folder":
-        assert (tree / "results/global_results-val.csv").read_text() == "of an earlier run"
+        assert (results / "global_results-val.csv").read_text() == "of an earlier run"
 
 
 def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
     (tmp_path / "taken").write_text("a file")
     masks = tree / "Annotations/480p"
-    ran = cli("eval_davis", "--dataroot", tree, "--score_only", masks, "--output_dir", tmp_path / "taken")
-    assert ran.code == 2 and "cannot write" in ran.err and "pass another path" in ran.err
-    assert json.loads(ran.out.splitlines()[-1])["results"]["J&F-Mean"] == 1  # the scores are not lost
+    flags = ["--dataroot", tree, "--score_only", masks, "--output_dir", tmp_path / "taken"]
+    ran = cli("eval_davis", *flags)
+    assert ran.code == 2
+    assert "cannot write" in ran.err
+    assert "pass another path" in ran.err
+    line = json.loads(ran.out.splitlines()[-1])
+    assert line["results"]["J&F-Mean"] == 1  # the scores are not lost
 
 
 @pytest.mark.parametrize(
@@ -562,6 +1096,8 @@ def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
         (["--topk", "0"], "pass 1 or more"),
         (["--n_last_frames", "-1"], "pass 0 or more"),
         (["--size_mask_neighborhood", "x"], "--size_mask_neighborhood"),
+        (["--size_mask_neighborhood", "-1"], "pass 0 or more"),
+        (["--short_side", "0"], "pass 1 or more"),
         (["--workers", "0"], "pass 1 or more"),
         (["--video", "x.avi"], "ends in .mp4"),
         (["--imsize", "40"], "multiple of the patch (16)"),
@@ -569,15 +1105,37 @@ def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
         (["--upsample", "lift"], "pass --lift_path FILE"),
         (["--lift_path", "nowhere.pth"], "--lift_path"),
         (["--sequences", "nobody"], "correct --dataroot or --sequences"),
+        (["--sequences", "../480p/one"], "leaves the folder"),
     ],
 )
 def test_bad_flags_are_one_line(propagate, flags, text):
     one_line(propagate(*flags), text)
 
 
+def test_cheap_things_are_checked_before_the_backbone_is_built(propagate, monkeypatch):
+    """A module that is not there used to wait for a download."""
+
+    def never(args):
+        raise AssertionError("the backbone was built")
+
+    monkeypatch.setattr(eval_davis, "build_extractor", never)
+    for flags in (["--lift_path", "nowhere.pth"], ["--topk", "0"], ["--sequences", "nobody"]):
+        assert propagate(*flags).code == 2
+
+
+def test_torchrun_is_refused(propagate, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    one_line(propagate(), "start this script without torchrun")
+
+
 def test_as_a_program(tree, tmp_path):
-    root = Path(eval_davis.__file__).parent
-    command = [sys.executable, root / "eval_davis.py", "--dataroot", tree, "--score_only", tree / "Annotations/480p"]
-    ran = subprocess.run([*command, "--output_dir", tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 0 and json.loads(ran.stdout.splitlines()[-1])["results"]["J&F-Mean"] == 1
-    assert "one_1" in ran.stdout and (tmp_path / "out" / eval_davis.CSVS[1]).is_file()
+    script = Path(eval_davis.__file__)
+    masks = tree / "Annotations/480p"
+    command = [sys.executable, script, "--dataroot", tree, "--score_only", masks]
+    command += ["--output_dir", tmp_path / "out"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout.splitlines()[-1])["results"]["J&F-Mean"] == 1
+    assert "one_1" in ran.stdout
+    assert (tmp_path / "out" / eval_davis.CSVS[1]).is_file()
