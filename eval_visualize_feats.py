@@ -613,7 +613,7 @@ def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: 
     """About how many bytes compute_maps takes for a photo at `size` (W, H); 0 iterations: no LiFT.
 
     Every map is kept. The last step of LiFT works on about three times its own result, and on the
-    enlarged image and its convolutions: 4 p^2 numbers for each cell.
+    enlarged image and its convolutions: about p^2 numbers for each cell.
     """
     width, height = size
     rows, columns = extractor.grid(height, width)
@@ -627,7 +627,7 @@ def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: 
     for step in range(1, iterations + 1):
         numbers += 4**step * cells * channels
     if iterations:
-        numbers += 4**iterations * cells * (3 * channels + 4 * extractor.patch**2)
+        numbers += 4**iterations * cells * (3 * channels + extractor.patch**2)
     return 4 * numbers
 
 
