@@ -1,13 +1,21 @@
-"""Time every fast path against the plain algorithm of the paper, in one process, on the same inputs.
+"""Time every fast path against honest baselines, in one process, on the same inputs.
 
-    python benchmarks/speed.py [WORDS] [--repeats 5] [--json speed.json] [--markdown speed.md] [--no_memory]
+    python benchmarks/speed.py [WORDS] [--repeats 5] [--json speed.json] [--markdown speed.md]
 
-Each line: the medians of both (with the spread of ours), plain/ours beside the ratio asked for, and the ratio of the peak
-memories, each side in a process of its own, above what it holds before it starts. WORDS choose the lines that contain any.
-Results are checked to be the same before anything is timed. All of it takes about ten minutes on 2 cores.
+Each line of the table compares with two baselines, which are checked to give our result first:
+
+- the reference's algorithm as it runs (`plain_*.py`);
+- "today": what a user of today would write with well-kept parts, where that is something else.
+
+The floor is the time that the multiplications of our own run take at the highest matrix rate that
+this run has measured, in the precision of the line. Times are medians, beside the range of ours.
+The memory ratio is the smaller baseline's peak over ours, each in a process of its own, on a second
+call, above what stands before it.
+
+WORDS choose the lines whose names contain any of them. All lines take about 15 minutes on two
+cores.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -15,119 +23,260 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import numpy as np  # noqa: E402
-import plain_davis  # noqa: E402
-import plain_extract  # noqa: E402
-import plain_spair  # noqa: E402
-import plain_tokencut  # noqa: E402
-import plain_train  # noqa: E402
-import plain_visualize  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-from case import processor, resident  # noqa: E402
+from command import Command, check_range, first_line, write_text
 
-PLAINS = (plain_extract, plain_train, plain_spair, plain_davis, plain_tokencut, plain_visualize)
-CASES = [case for plain in PLAINS for case in plain.CASES]
-COLUMNS = ("case", "plain s", "ours s", "spread", "ratio", "asked", "memory ratio", "memory asked")
+COLUMNS = (
+    "case", "reference s", "today s", "floor s", "ours s", "spread",
+    "reference/ours", "asked", "today/ours", "ours/floor", "memory ratio", "memory asked",
+)  # fmt: skip
 
 
-def clock(call):
-    """(seconds, result) of one call."""
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("words", nargs="*", help="only the lines whose names contain one of these")
+    add("--repeats", type=int, default=5, help="times each side is timed (default: 5)")
+    add("--json", help="write machine and rows to this file")
+    add("--markdown", help="write the table to this file")
+    add("--no_memory", action="store_true", help="leave the peak memory out")
+    add("--peak", nargs=2, metavar=("NAME", "SIDE"), help="print one peak in MiB, and no table")
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
+
+import ctypes
+
+import numpy as np
+import plain_davis
+import plain_extract
+import plain_spair
+import plain_tokencut
+import plain_train
+import plain_visualize
+import timm
+import torch
+import torch.nn.functional as F
+from case import Case, count_macs, processor, resident
+
+PLAINS = (
+    plain_extract,
+    plain_train,
+    plain_spair,
+    plain_davis,
+    plain_tokencut,
+    plain_visualize,
+)
+SIDES = ("reference", "ours", "today")  # in the order of Case.setup
+
+
+def all_cases() -> list[Case]:
+    """Every line, in the order of the table."""
+    cases = []
+    for plain in PLAINS:
+        cases += plain.CASES
+    return cases
+
+
+def chosen_cases(words: list[str]) -> list[Case]:
+    """The lines whose names contain one of the words; without words, all.
+
+    Raises:
+        ValueError: a word chooses nothing.
+    """
+    cases = all_cases()
+    for word in words:
+        if not any(word in case.name for case in cases):
+            known = "; ".join(case.name for case in cases)
+            raise ValueError(f"no line contains {word!r}: pass a part of one of these: {known}")
+    if not words:
+        return cases
+    return [case for case in cases if any(word in case.name for word in words)]
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long one call takes."""
     start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
+    call()
+    return time.perf_counter() - start
 
 
-def measure(case, repeats):
-    """Check that both sides agree, then time them in turn: a row of the table."""
-    plain, ours = case.setup()
-    with torch.no_grad() if case.name.startswith("extract") else torch.enable_grad():
-        case.same(plain(), ours())
-        pairs = [(clock(plain)[0], clock(ours)[0]) for _ in range(repeats)]
-    slow, fast = (statistics.median(times) for times in zip(*pairs))
-    mine = [pair[1] for pair in pairs]
-    spread = f"{min(mine):.3g}-{max(mine):.3g}"
-    return dict(zip(COLUMNS, (case.name, slow, fast, spread, slow / fast, case.target, None, case.memory)))
+def matrix_rates() -> dict[str, float]:
+    """The highest rate of multiplications a second that this machine shows, by precision.
+
+    It is the best of three kinds of product: square, of the size of a ViT-S's layer at batch 8, and
+    the same as a 1x1 convolution, for which torch may choose another library.
+    """
+    tokens, width, hidden = 8 * 197, 384, 1536
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.randn(2048, 2048, dtype=dtype)
+        layer = torch.randn(hidden, width, dtype=dtype)
+        x = torch.randn(tokens, width, dtype=dtype)
+        pixels = torch.randn(8, width, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
+        kernel = layer[:, :, None, None].contiguous(memory_format=torch.channels_last)
+
+        best = 0.0
+        for _ in range(10):
+            best = max(best, 2048**3 / seconds(lambda: square @ square))  # noqa: B023
+            best = max(best, tokens * width * hidden / seconds(lambda: F.linear(x, layer)))  # noqa: B023
+            products = 8 * 14 * 14 * width * hidden
+            best = max(best, products / seconds(lambda: F.conv2d(pixels, kernel)))  # noqa: B023
+        rates[str(dtype).removeprefix("torch.")] = best
+    return rates
 
 
-def peak_of(case, side):
-    """MiB that one side takes above what stands before it is called; for a process of its own."""
-    both = case.setup()  # either may hold on to files of the other
+def ratio(above: float | None, below: float | None) -> float | None:
+    """above / below; None where either is missing or nothing."""
+    if not above or not below:
+        return None
+    return above / below
+
+
+def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]:
+    """Check that all sides agree, then time them in turn: a row of the table."""
+    sides = dict(zip(SIDES, case.setup()))
+    expected = sides["ours"]()
+    for name, run in sides.items():
+        if name != "ours":
+            case.same(run(), expected)
+
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            times[name].append(seconds(run))
+    median = {name: statistics.median(values) for name, values in times.items()}
+
+    floor = count_macs(sides["ours"]) / rates[case.dtype]
+    ours = median["ours"]
+    return {
+        "case": case.name,
+        "reference s": median["reference"],
+        "today s": median.get("today"),
+        "floor s": floor or None,
+        "ours s": ours,
+        "spread": f"{min(times['ours']):.3g}-{max(times['ours']):.3g}",
+        "reference/ours": median["reference"] / ours,
+        "asked": case.target,
+        "today/ours": ratio(median.get("today"), ours),
+        "ours/floor": ratio(ours, floor),
+        "memory ratio": None,
+        "memory asked": case.memory,
+    }
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def print_peak(case: Case, side: str) -> None:
+    """Print the MiB that one side takes above what stands before it is called.
+
+    It is called once before, which loads libraries. Prints "none" for a side that does not exist.
+    """
+    sides = dict(zip(SIDES, case.setup()))  # all of them: each may hold on to files of another
+    if side not in sides:
+        print("none")
+        return
+    sides[side]()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed but kept would hide the growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = resident("VmRSS")
-    with torch.no_grad() if case.name.startswith("extract") else torch.enable_grad():
-        both[side]()
-    return resident("VmHWM") - before
+    sides[side]()
+    print(resident("VmHWM") - before)
 
 
-def memory_ratio(case):
-    """Peak of the plain side over ours, each in a fresh process."""
-    peaks = []
-    for side in ("0", "1"):
+def memory_ratio(case: Case) -> float:
+    """The smaller baseline's peak over ours, each side in a fresh process."""
+    peaks = {}
+    for side in SIDES:
         command = [sys.executable, __file__, "--peak", case.name, side]
-        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    return peaks[0] / max(peaks[1], 1)
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        last = ran.stdout.split()[-1]
+        if last != "none":
+            peaks[side] = max(float(last), 1.0)
+    ours = peaks.pop("ours")
+    return min(peaks.values()) / ours
 
 
-def machine():
+# ---- output -------------------------------------------------------------------------------------
+
+
+def machine(rates: dict[str, float]) -> dict[str, Any]:
     """What the figures depend on."""
-    versions = {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in (torch, timm, np)}
-    load = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    return {"cpu": processor(), "cores": os.cpu_count()} | load | versions
+    facts: dict[str, Any] = {"cpu": processor(), "cores": os.cpu_count()}
+    facts["threads"] = torch.get_num_threads()
+    facts["load"] = os.getloadavg()[0]
+    for dtype, rate in rates.items():
+        facts[f"{dtype} GFLOP/s"] = round(2 * rate / 1e9)
+    facts["python"] = platform.python_version()
+    for library in (torch, timm, np):
+        facts[library.__name__] = library.__version__
+    return facts
 
 
-def cell(value):
+def cell(value: Any) -> str:
     """A table cell: three significant digits."""
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
 
 
-def markdown(rows):
-    """The rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)] + [[cell(row[column]) for column in COLUMNS] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The rows as a Markdown table, and the machine below it."""
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+    for row in rows:
+        lines.append(" | ".join(cell(row[column]) for column in COLUMNS))
+    table = "".join(f"| {line} |\n" for line in lines)
+    known = ", ".join(f"{name} {cell(value)}" for name, value in facts.items())
+    return f"{table}\n{known}\n"
 
 
-def parse():
-    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("words", nargs="*", help="only the lines whose name contains one of these")
-    command.add_argument("--repeats", type=int, default=5)
-    command.add_argument("--json", help="write machine and rows to this file")
-    command.add_argument("--markdown", help="write the table to this file")
-    command.add_argument("--no_memory", action="store_true", help="leave the peak memory out")
-    command.add_argument("--peak", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
-    return command.parse_args()
-
-
-def main(args):
+def main(args) -> None:
     """Measure, line by line."""
+    check_range(args, repeats=1)
     torch.manual_seed(0)
     if args.peak:
-        print(peak_of(next(case for case in CASES if case.name == args.peak[0]), int(args.peak[1])))
+        name, side = args.peak
+        print_peak(chosen_cases([name])[0], side)
         return
+
+    cases = chosen_cases(args.words)
+    rates = matrix_rates()
+    facts = machine(rates)
     rows = []
-    for case in CASES:
-        if args.words and not any(word in case.name for word in args.words):
-            continue
+    for case in cases:
         try:
-            row = measure(case, args.repeats)
+            row = measure(case, args.repeats, rates)
         except FileNotFoundError as error:
-            print(f"{case.name}: left out, {error}", file=sys.stderr)
+            print(f"{case.name}: left out, {first_line(error)}", file=sys.stderr)
             continue
         if case.memory and not args.no_memory:
             row["memory ratio"] = memory_ratio(case)
         rows.append(row)
-        print("  ".join(f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None), flush=True)
-    table = markdown(rows) + "\n" + ", ".join(f"{name} {cell(value)}" for name, value in machine().items()) + "\n"
-    for file, text in ((args.markdown, table), (args.json, json.dumps({"machine": machine(), "rows": rows}, indent=1))):
-        if file:
-            Path(file).write_text(text)
+        told = [f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None]
+        print("  ".join(told), flush=True)
+
+    table = markdown(rows, facts)
+    if args.markdown:
+        write_text(args.markdown, table)
+    if args.json:
+        write_text(args.json, json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
     print(table)
 
 
 if __name__ == "__main__":
-    main(parse())
+    parser().run(main)
