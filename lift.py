@@ -112,9 +112,10 @@ class LiFT(nn.Module):
     upsampling of the features, so that training learns the correction:
 
     - `residual`: to the bilinearly doubled features;
-    - `attend` R: to an attention over the coarse features, the (2R+1)^2 around each fine cell (the
-      local attender of UPLiFT, Walmer et al., arXiv 2601.17950). Its weights are one more 1x1
-      convolution of what feeds the last layer.
+    - `attend` R: to a weighted sum of the (2R+1)^2 coarse features around each fine cell. The weights
+      are those of bilinear upsampling plus what one more 1x1 convolution, of what feeds the last
+      layer, says of each neighbour; that starts at zero too. (UPLiFT's local attender, Walmer et
+      al., arXiv 2601.17950, takes a softmax instead.)
 
     The paper's module has the reference's state_dict keys. A variant has one entry more, `options`,
     by which load_lift knows it.
@@ -152,9 +153,9 @@ class LiFT(nn.Module):
         self.outc = nn.Conv2d(in_channels // 2, in_channels, 1)
         if attend:
             self.attend = nn.Conv2d(in_channels // 2, (2 * attend + 1) ** 2, 1)
+            start_at_zero(self.attend)
         if residual or attend:
-            nn.init.zeros_(self.outc.weight)
-            nn.init.zeros_(self.outc.bias)  # type: ignore[arg-type]
+            start_at_zero(self.outc)
             options = torch.tensor([patch_size, int(residual), attend], dtype=torch.float32)
             self.register_buffer("options", options)
 
@@ -208,6 +209,12 @@ class LiFT(nn.Module):
         )
 
 
+def start_at_zero(layer: Any) -> None:
+    """Let a layer give nothing until it is trained."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize images of any patch size to 16 pixels a cell, antialiased.
 
@@ -218,21 +225,23 @@ def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.to(images.dtype)
 
 
-def attend(feats: Tensor, scores: Tensor, radius: int) -> Tensor:
-    """Give every fine cell a weighted mean of the coarse features around its parent.
+def attend(feats: Tensor, change: Tensor, radius: int) -> Tensor:
+    """Give every fine cell a weighted sum of the coarse features around its parent.
 
     At the border the outermost features are repeated.
 
     Args:
         feats: the coarse features [B, C, h, w].
-        scores: [B, (2R+1)^2, 2h, 2w]; their softmax weighs the neighbours, in row-major order.
+        change: [B, (2R+1)^2, 2h, 2w], what is added to each neighbour's weight in bilinear
+            upsampling; neighbours are in row-major order.
     Returns:
-        [B, C, 2h, 2w].
+        [B, C, 2h, 2w]; where `change` is zero, the features bilinearly doubled.
     """
     height, width = feats.shape[2:]
     size = 2 * radius + 1
-    weights = scores.softmax(dim=1)                                       # [B, K, 2h, 2w]
-    weights = weights.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, K, h, 2, w, 2]
+    change = change.unflatten(3, (width, 2)).unflatten(2, (height, 2))    # [B, K, h, 2, w, 2]
+    bilinear = bilinear_weights(radius).to(change.device, change.dtype)   # [K, 2, 2]
+    weights = change + bilinear[:, None, :, None, :]
     padded = F.pad(feats, [radius] * 4, mode="replicate")                 # [B, C, h + 2R, w + 2R]
 
     # channels last: one neighbour after the other is added to all channels of a cell at once, and
@@ -244,6 +253,20 @@ def attend(feats: Tensor, scores: Tensor, radius: int) -> Tensor:
         neighbour = padded[:, top : top + height, None, left : left + width, None]
         total.addcmul_(neighbour, weights[:, number, ..., None])          # [B, h, 2, w, 2, C]
     return total.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)          # [B, C, 2h, 2w]
+
+
+def bilinear_weights(radius: int) -> Tensor:
+    """What each neighbour of a coarse cell weighs in its four fine cells: [(2R+1)^2, 2, 2].
+
+    A fine cell's centre lies a quarter of a coarse cell from its parent's; a neighbour's weight
+    falls linearly with the distance along each axis, to zero at one cell.
+    """
+    neighbours = torch.arange(-radius, radius + 1.0)
+    centres = torch.tensor([-0.25, 0.25])
+    distance = (neighbours[:, None] - centres[None, :]).abs()             # [2R+1, 2]
+    along = (1 - distance).clamp(min=0)
+    both = along[:, None, :, None] * along[None, :, None, :]              # [2R+1, 2R+1, 2, 2]
+    return both.flatten(0, 1)
 
 
 def upsample(

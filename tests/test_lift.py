@@ -123,20 +123,20 @@ def test_residual_starts_at_bilinear():
     torch.testing.assert_close(residual(images, feats), wanted)
 
 
-def plain_attend(feats, scores, radius):
+def plain_attend(feats, change, radius):
     """Cell by cell, neighbour by neighbour."""
     batch, channels, height, width = feats.shape
-    out = torch.zeros(batch, channels, 2 * height, 2 * width)
+    out = double(feats)
     for image in range(batch):
         for y in range(2 * height):
             for x in range(2 * width):
-                weights = scores[image, :, y, x].softmax(0)
                 number = 0
                 for dy in range(-radius, radius + 1):
                     for dx in range(-radius, radius + 1):
                         row = min(max(y // 2 + dy, 0), height - 1)
                         column = min(max(x // 2 + dx, 0), width - 1)
-                        out[image, :, y, x] += weights[number] * feats[image, :, row, column]
+                        weight = change[image, number, y, x]
+                        out[image, :, y, x] += weight * feats[image, :, row, column]
                         number += 1
     return out
 
@@ -146,25 +146,26 @@ def plain_attend(feats, scores, radius):
 def test_attention_equals_loops(radius):
     generator = torch.Generator().manual_seed(0)
     feats = torch.randn(2, 5, 3, 4, generator=generator)
-    scores = torch.randn(2, (2 * radius + 1) ** 2, 6, 8, generator=generator)
-    wanted = plain_attend(feats, scores, radius)
-    torch.testing.assert_close(attend(feats, scores, radius), wanted, rtol=0, atol=1e-6)
+    change = torch.randn(2, (2 * radius + 1) ** 2, 6, 8, generator=generator)
+    wanted = plain_attend(feats, change, radius)
+    torch.testing.assert_close(attend(feats, change, radius), wanted, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_attention_only_mixes_and_the_rest_is_the_papers():
+def test_attention_starts_at_bilinear_and_the_rest_is_the_papers():
     images, feats = inputs(4, 5)
-    found = LiFT(16, attend=2).eval()(images, feats)
-    assert found.shape == (2, 16, 8, 10)
-    assert (found.amax((2, 3)) <= feats.amax((2, 3)) + 1e-5).all()
-    flat = feats[:, :, :1, :1].expand_as(feats)
-    torch.testing.assert_close(LiFT(16, attend=1).eval()(images, flat), flat.repeat(1, 1, 2, 2))
+    for radius in (1, 2):
+        found = LiFT(16, attend=radius).eval()(images, feats)
+        torch.testing.assert_close(found, double(feats), rtol=0, atol=1e-6)
     plain = rule_lift()
     lift = rule_lift(attend=1)
-    lift.attend.weight.zero_()  # one score for all neighbours
+    lift.attend.weight.zero_()
     lift.attend.bias.zero_()
+    wanted = plain(images, feats) + double(feats)
+    torch.testing.assert_close(lift(images, feats), wanted, rtol=0, atol=1e-5)
+    lift.attend.bias.fill_(1 / 9)  # every neighbour alike: their mean is added
     mean = F.avg_pool2d(F.pad(feats, [1] * 4, mode="replicate"), 3, stride=1)
-    wanted = plain(images, feats) + F.interpolate(mean, scale_factor=2)
+    wanted += F.interpolate(mean, scale_factor=2)
     torch.testing.assert_close(lift(images, feats), wanted, rtol=0, atol=1e-5)
 
 
