@@ -106,8 +106,8 @@ from lift import read_state, upsampler
 from photos import read_image
 
 TEMPERATURE = 0.1
-TILE = 14   # cells, the side of a block of targets: small blocks waste less, large ones are faster
-BATCH = 4   # frames that go through the backbone at once
+TILE = 14  # cells, the side of a block of targets: small blocks waste less, large ones are faster
+BATCH = 4  # frames that go through the backbone at once
 VOID = 255  # pixels that nobody labelled; with --binary the object
 FPS = 24
 
@@ -428,10 +428,10 @@ def transfer(
         source_cells = []
         source_labels = []
         for frame_cells, segmentation in context:
-            source_cells.append(frame_cells[source_rows, source_columns].flatten(0, 1))
-            source_labels.append(segmentation[source_rows, source_columns].flatten(0, 1))
-        sources = torch.cat(source_cells)                             # [T*b, C]
-        votes = torch.cat(source_labels)                              # [T*b, n]
+            source_cells.append(frame_cells[source_rows, source_columns])   # [b_h, b_w, C]
+            source_labels.append(segmentation[source_rows, source_columns])
+        sources = torch.cat(source_cells).flatten(0, 1)               # [T*b, C]
+        votes = torch.cat(source_labels).flatten(0, 1)                # [T*b, n]
 
         targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
         cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
@@ -529,9 +529,10 @@ def write_masks(
     sequence: Sequence, folder: Path, labels: Iterable[np.ndarray], pool: ThreadPoolExecutor,
     bar: tqdm, binary: bool,
 ) -> None:  # fmt: skip
-    """Write the masks of a sequence to a folder: the given one, then `labels` as they come.
+    """Write the masks of a sequence to a folder: `labels` as they come, then the given one.
 
-    The threads of `pool` write while the next ones are computed.
+    The threads of `pool` write while the next ones are computed. The given one is the last, so that
+    a run which fails at its first features leaves no mask.
 
     Args:
         labels: [H, W] uint8 of every frame but the first.
@@ -541,7 +542,6 @@ def write_masks(
     """
     given, palette = read_indexed(sequence.masks[0])
     palette = palette or voc_palette()
-    write_indexed(folder / sequence.masks[0].name, given, palette)
 
     writing = []
     for path, found in zip(sequence.masks[1:], labels):
@@ -551,6 +551,7 @@ def write_masks(
         bar.update()
     for written in writing:
         written.result()  # raises what the thread raised
+    write_indexed(folder / sequence.masks[0].name, given, palette)
 
 
 def finished(sequence: Sequence, folder: Path) -> bool:
@@ -561,6 +562,8 @@ def finished(sequence: Sequence, folder: Path) -> bool:
 def claim(folder: Path, sequences: list[Sequence], made_by: dict[str, Any]) -> None:
     """Keep a record of what makes the masks of a folder.
 
+    A record of a run that came to no mask is replaced.
+
     Raises:
         ValueError: they were made by something else, or nobody knows by what.
     """
@@ -570,7 +573,7 @@ def claim(folder: Path, sequences: list[Sequence], made_by: dict[str, Any]) -> N
             place = folder / sequence.name
             if any(place.glob("*.png")):
                 raise ValueError(f"{place} has masks and no record of what made them: {remedy}")
-    claim_folder(folder, made_by, remedy)
+    claim_folder(folder, made_by, remedy, renew=not any(folder.rglob("*.png")))
 
 
 def propagate_all(

@@ -818,6 +818,10 @@ def test_features_that_are_no_numbers_are_refused(tree, cli, tmp_path):
     one_line(cli("eval_davis", *flags), "are not finite: pass --dtype float32")
     assert not list(tmp_path.rglob("*.csv"))
 
+    # nothing came of it, so the folder is free for other settings
+    flags[7] = "test_eval_davis:colours"
+    results_of(cli("eval_davis", *flags))
+
 
 # ---- masks of 0 and 255 -------------------------------------------------------------------------
 
