@@ -112,10 +112,10 @@ class LiFT(nn.Module):
     upsampling of the features, so that training learns the correction:
 
     - `residual`: to the bilinearly doubled features;
-    - `attend` R: to a weighted sum of the (2R+1)^2 coarse features around each fine cell. The weights
-      are those of bilinear upsampling plus what one more 1x1 convolution, of what feeds the last
-      layer, says of each neighbour; that starts at zero too. (UPLiFT's local attender, Walmer et
-      al., arXiv 2601.17950, takes a softmax instead.)
+    - `attend` R: to a weighted sum of the (2R+1)^2 coarse features around each fine cell. The
+      weights are those of bilinear upsampling plus what one more 1x1 convolution, of what feeds
+      the last layer, says of each neighbour; that starts at zero too. (UPLiFT's local attender,
+      Walmer et al., arXiv 2601.17950, takes a softmax instead.)
 
     The paper's module has the reference's state_dict keys. A variant has one entry more, `options`,
     by which load_lift knows it.

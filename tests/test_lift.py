@@ -125,7 +125,7 @@ def test_residual_starts_at_bilinear():
 
 def plain_attend(feats, change, radius):
     """Cell by cell, neighbour by neighbour."""
-    batch, channels, height, width = feats.shape
+    batch, _, height, width = feats.shape
     out = double(feats)
     for image in range(batch):
         for y in range(2 * height):
