@@ -1,8 +1,11 @@
-"""Faults: damaged files, SIGKILL, full and read-only disks, two processes at once, NaN, too little memory - through every script.
+"""Faults in every script: damaged files, kills, disks, two processes, NaN, too little memory.
 
-A script must then do its work or say in one line what is wrong (exit 2), and never print a traceback, hang, run code out of a
-file, or leave half a file behind. `pytest -m long tests/test_faults.py -s` runs the campaign itself, some ten minutes on one
-core, and prints its figures. Everything here is random weights of a small ViT (timm's test_vit) on pictures made on the fly.
+A script must then do its work, or say in one line what is wrong and exit with status 2. It never
+prints a traceback, hangs, runs code out of a file, or leaves half a file behind.
+
+`pytest -m long tests/test_faults.py -s` runs the campaign itself, some ten minutes on one core, and
+prints its figures. Everything here is random weights of a small ViT (timm's test_vit) on pictures
+made on the fly.
 """
 
 import io
@@ -31,73 +34,130 @@ import pytest
 import torch
 from conftest import ROOT, rule_state, rule_vit
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from lift import LiFT
 
+
+class Script(NamedTuple):
+    """A command under test; {out} in its flags is the folder it writes to."""
+
+    script: str
+    flags: str
+    going_on: str = ""  # flags to go on after a stop
+
+
 BACKBONE = "--model_type test_vit --device cpu --backbone_path backbone"
 LIFT = "--lift_path lift.pth"
-# name: (script, flags, flags to go on after a stop)
+
 COMMANDS = {
-    "extractor": ("extractor", "--image_path photos/0.jpg --output_path {out}/0.pth --load_size 64 --stride 8", ""),
-    "folder": ("lift_extractor", f"--image_path photos --output_path {{out}} --load_size 64 --batch_size 1 {LIFT}", ""),
-    "npz": ("lift_extractor", f"--image_path photos/1.png --output_path {{out}}/1.npz --picture {{out}}/1.png {LIFT}", ""),
-    "safetensors": ("lift_extractor", "--image_path photos/1.png --output_path {out}/1.safetensors --load_size 64", ""),
-    "train": (
+    "extractor": Script(
+        "extractor",
+        "--image_path photos/0.jpg --output_path {out}/0.pth --load_size 64 --stride 8",
+    ),
+    "folder": Script(
+        "lift_extractor",
+        f"--image_path photos --output_path {{out}} --load_size 64 --batch_size 1 {LIFT}",
+    ),
+    "npz": Script(
+        "lift_extractor",
+        "--image_path photos/1.png --output_path {out}/1.npz --picture {out}/1.png " + LIFT,
+    ),
+    "safetensors": Script(
+        "lift_extractor",
+        "--image_path photos/1.png --output_path {out}/1.safetensors --load_size 64",
+    ),
+    "train": Script(
         "train_lift",
-        "--dataroot photos --output_dir {out} --imsize 64 --batch_size 4 --epochs 2 --save_steps 1 --val_fraction 0.2 "
-        "--augment --workers 0 --ema 0.9",
+        "--dataroot photos --output_dir {out} --imsize 64 --batch_size 4 --epochs 2 --save_steps 1 "
+        "--val_fraction 0.2 --augment --workers 0 --ema 0.9",
         "--resume",
     ),
-    "cached": (
+    "cached": Script(
         "train_lift",
-        "--dataroot photos --output_dir {out} --imsize 64 --batch_size 4 --epochs 2 --workers 0 --cache_features {out}/cache",
+        "--dataroot photos --output_dir {out} --imsize 64 --batch_size 4 --epochs 2 --workers 0 "
+        "--cache_features {out}/cache",
         "--resume",
     ),
-    "evaluate": ("train_lift", "--evaluate lift.pth --val_dataroot photos --imsize 64 --workers 0 --json {out}/line.json", ""),
-    "spair": (
+    "evaluate": Script(
+        "train_lift",
+        "--evaluate lift.pth --val_dataroot photos --imsize 64 --workers 0 --json {out}/line.json",
+    ),
+    "spair": Script(
         "eval_spair",
-        f"--dataroot spair --imsize 64 --pairs_per_category 0 --visualize 2 --output_dir {{out}} --json {{out}}/line.json {LIFT}",
-        "",
+        "--dataroot spair --imsize 64 --pairs_per_category 0 --visualize 2 --output_dir {out} "
+        "--json {out}/line.json " + LIFT,
     ),
-    "davis": ("eval_davis", f"--dataroot davis --output_dir {{out}} --imsize 64 --overlay --json {{out}}/line.json {LIFT}", ""),
-    "score": ("eval_davis", "--dataroot davis --score_only masks --output_dir {out}", ""),
-    "voc": ("eval_tokencut", f"--dataroot voc --dataset VOC12 --imsize 64 --output_dir {{out}} --visualize all {LIFT}", ""),
-    "coco": ("eval_tokencut", "--dataroot coco --dataset COCO20k --imsize 64 --output_dir {out} --json {out}/line.json", ""),
-    "visualize": (
+    "davis": Script(
+        "eval_davis",
+        "--dataroot davis --output_dir {out} --imsize 64 --overlay --json {out}/line.json " + LIFT,
+    ),
+    "score": Script("eval_davis", "--dataroot davis --score_only masks --output_dir {out}"),
+    "voc": Script(
+        "eval_tokencut",
+        "--dataroot voc --dataset VOC12 --set trainval --imsize 64 --output_dir {out} "
+        "--visualize all " + LIFT,
+    ),
+    "coco": Script(
+        "eval_tokencut",
+        "--dataroot coco --dataset COCO20k --imsize 64 --output_dir {out} --json {out}/line.json",
+    ),
+    "visualize": Script(
         "eval_visualize_feats",
-        f"--dataroot photos --output_dir {{out}} --imsize 64 --lift_iter 2 --limit 2 --pca --html {{out}}/page.html {LIFT}",
-        "",
+        "--dataroot photos --output_dir {out} --imsize 64 --lift_iter 2 --limit 2 --pca "
+        "--html {out}/page.html " + LIFT,
     ),
 }
-RUN = "out_train/test_vit_0.001_cosine_aug_64"
+
+DAVIS_FOLDER = "out_davis/davis_vidseg_64_layer5"
+
 # a file of the tree below, and the command that reads it
 TARGETS = [
-    ("photos/0.jpg", "extractor"), ("photos/1.png", "npz"), ("photos/1.png", "visualize"), ("photos/3.png", "folder"),
-    ("photos/2.jpg", "train"), ("backbone", "extractor"), ("lift.pth", "npz"), ("lift.json", "npz"), ("lift.pth", "evaluate"),
-    ("spair/PairAnnotation/test/0:0-1:cat.json", "spair"), ("spair/JPEGImages/cat/0.jpg", "spair"),
-    ("davis/Annotations/480p/a/00000.png", "davis"), ("davis/Annotations/480p/a/00002.png", "score"),
-    ("davis/JPEGImages/480p/a/00001.jpg", "davis"), ("davis/ImageSets/2017/val.txt", "davis"), ("masks/a/00001.png", "score"),
-    ("out_score/global_results-val.csv", "score"), ("out_davis/davis_vidseg_64_layer5/a.json", "davis"),
-    ("out_davis/davis_vidseg_64_layer5/a/00001.png", "davis"),
-    ("voc/VOCdevkit/VOC2012/Annotations/1.xml", "voc"), ("voc/VOCdevkit/VOC2012/JPEGImages/0.jpg", "voc"),
-    ("voc/VOCdevkit/VOC2012/ImageSets/Main/trainval.txt", "voc"), ("out_voc/predictions.jsonl", "voc"),
-    ("coco/instances_train2014_sel20k.json", "coco"), ("coco/coco_20k_filenames.txt", "coco"),
-    ("coco/COCO/annotations/instances_train2014.json", "coco"), ("coco/COCO/images/train2014/0.jpg", "coco"),
-    (f"{RUN}/last.pth", "train"), ("out_cached/cache/*.features", "cached"),
-]  # fmt: skip
+    ("photos/0.jpg", "extractor"),
+    ("photos/1.png", "npz"),
+    ("photos/1.png", "visualize"),
+    ("photos/3.png", "folder"),
+    ("photos/2.jpg", "train"),
+    ("backbone", "extractor"),
+    ("lift.pth", "npz"),
+    ("lift.json", "npz"),
+    ("lift.pth", "evaluate"),
+    ("spair/PairAnnotation/test/0:0-1:cat.json", "spair"),
+    ("spair/JPEGImages/cat/0.jpg", "spair"),
+    ("davis/Annotations/480p/a/00000.png", "davis"),
+    ("davis/Annotations/480p/a/00002.png", "score"),
+    ("davis/JPEGImages/480p/a/00001.jpg", "davis"),
+    ("davis/ImageSets/2017/val.txt", "davis"),
+    ("masks/a/00001.png", "score"),
+    ("out_score/global_results-val.csv", "score"),
+    (f"{DAVIS_FOLDER}/record.json", "davis"),
+    (f"{DAVIS_FOLDER}/a/00001.png", "davis"),
+    ("voc/VOCdevkit/VOC2012/Annotations/1.xml", "voc"),
+    ("voc/VOCdevkit/VOC2012/JPEGImages/0.jpg", "voc"),
+    ("voc/VOCdevkit/VOC2012/ImageSets/Main/trainval.txt", "voc"),
+    ("out_voc/predictions.jsonl", "voc"),
+    ("coco/instances_train2014_sel20k.json", "coco"),
+    ("coco/coco_20k_filenames.txt", "coco"),
+    ("coco/COCO/annotations/instances_train2014.json", "coco"),
+    ("coco/COCO/images/train2014/0.jpg", "coco"),
+    ("out_train/*/last.pth", "train"),
+    ("out_cached/cache/*.features", "cached"),
+]
+
 FEATURES = [name for name in COMMANDS if name != "score"]  # those that compute some
 RESUMED = ("folder", "train", "davis", "voc")  # what the campaign of kills is about
 
 
-# ---- a small tree with everything that the scripts read -------------------------------------------------------------
+# ---- a small tree with everything that the scripts read -----------------------------------------
 
 
 def photo(i, size=(80, 64)):
-    """A smooth random photo with a bright disk-like blob."""
+    """A smooth random photo with a bright square."""
     rng = np.random.RandomState(i)
-    image = Image.fromarray(rng.randint(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    image.paste((255, 255 - 20 * i % 256, 30), (20 + i % 5, 16, 52, 48))
+    small = Image.fromarray(rng.randint(0, 256, (4, 5, 3), dtype=np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC)
+    colour = (255, 255 - 20 * i % 256, 30)
+    image.paste(colour, (20 + i % 5, 16, 52, 48))
     return image
 
 
@@ -105,9 +165,14 @@ def write(path, content):
     """Write text, JSON or an image, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, Image.Image):
-        content.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+        if path.suffix == ".jpg":
+            content.save(path, quality=95)
+        else:
+            content.save(path)
+    elif isinstance(content, str):
+        path.write_text(content)
     else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        path.write_text(json.dumps(content))
 
 
 def label(k):
@@ -120,46 +185,76 @@ def label(k):
 
 
 def write_weights(root):
-    save_file(rule_state(rule_vit("test_vit")), root / "backbone.safetensors")
-    torch.save(rule_state(rule_vit("test_vit")), root / "backbone")
+    state = rule_state(rule_vit("test_vit"))
+    torch.save(state, root / "backbone")
     torch.save(rule_state(LiFT(64, 16)), root / "lift.pth")
-    write(root / "lift.json", {"backbone": "test_vit.r160_in1k", "layer": 5, "facet": "key", "patch": 16, "residual": False})
+    origin = {"backbone": "test_vit.r160_in1k", "layer": 5, "facet": "key"}
+    write(root / "lift.json", {**origin, "patch": 16, "residual": False})
 
 
-def write_data(root):
+def write_photos(root):
     for i in range(12):
-        write(root / f"photos/{i}.{('jpg', 'png')[i % 2]}", photo(i, (64 + 8 * (i % 3), 64)))
+        suffix = "jpg"
+        if i % 2:
+            suffix = "png"
+        write(root / f"photos/{i}.{suffix}", photo(i, (64 + 8 * (i % 3), 64)))
+
+
+def write_spair(root):
     for i in range(3):
         write(root / f"spair/JPEGImages/cat/{i}.jpg", photo(i))
+    points = [[30, 20], [40, 40], [12.5, 33]]
     for a, b in ((0, 1), (1, 2)):
-        entry = {"src_imname": f"{a}.jpg", "trg_imname": f"{b}.jpg", "trg_bndbox": [10, 10, 60, 60]}
-        points = [[30, 20], [40, 40], [12.5, 33]]
-        write(root / f"spair/PairAnnotation/test/{a}:{a}-{b}:cat.json", entry | {"src_kps": points, "trg_kps": points})
+        entry = {
+            "src_imname": f"{a}.jpg",
+            "trg_imname": f"{b}.jpg",
+            "trg_bndbox": [10, 10, 60, 60],
+            "src_kps": points,
+            "trg_kps": points,
+        }
+        write(root / f"spair/PairAnnotation/test/{a}:{a}-{b}:cat.json", entry)
+
+
+def write_davis(root):
     write(root / "davis/ImageSets/2017/val.txt", "a\nb\nc\n")
     for name in "abc":
         for k in range(5):
             write(root / f"davis/Annotations/480p/{name}/0000{k}.png", label(2 * k))
             write(root / f"davis/JPEGImages/480p/{name}/0000{k}.jpg", photo(2 * k))
             write(root / f"masks/{name}/0000{k}.png", label(3 * k))
-    voc, coco = root / "voc/VOCdevkit/VOC2012", root / "coco"
+
+
+def write_voc(root):
+    voc = root / "voc/VOCdevkit/VOC2012"
     box = "<bndbox><xmin>10</xmin><ymin>10</ymin><xmax>60</xmax><ymax>60</ymax></bndbox>"
+    entry = f"<annotation><object><name>cat</name>{box}</object></annotation>"
     for i in range(8):
         write(voc / f"JPEGImages/{i}.jpg", photo(i))
-        write(voc / f"Annotations/{i}.xml", f"<annotation><object><name>cat</name>{box}</object></annotation>")
-    write(voc / "ImageSets/Main/trainval.txt", "\n".join(map(str, range(8))))
-    images = [{"id": i, "file_name": f"{i}.jpg", "width": 80, "height": 64} for i in range(3)]
-    boxes = [{"image_id": i, "bbox": [10, 10, 50, 50], "iscrowd": 0} for i in range(3)]
-    write(coco / "COCO/annotations/instances_train2014.json", {"images": images, "annotations": boxes})
-    write(coco / "coco_20k_filenames.txt", "".join(f"train2014/{i}.jpg\n" for i in range(2)))
+        write(voc / f"Annotations/{i}.xml", entry)
+    write(voc / "ImageSets/Main/trainval.txt", "\n".join(str(i) for i in range(8)))
+
+
+def write_coco(root):
+    coco = root / "coco"
+    images = []
+    boxes = []
     for i in range(3):
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": 80, "height": 64})
+        boxes.append({"image_id": i, "bbox": [10, 10, 50, 50], "iscrowd": 0})
         write(coco / f"COCO/images/train2014/{i}.jpg", photo(i))
+    entry = {"images": images, "annotations": boxes}
+    write(coco / "COCO/annotations/instances_train2014.json", entry)
+    write(coco / "coco_20k_filenames.txt", "train2014/0.jpg\ntrain2014/1.jpg\n")
 
 
 def flags_of(name, out=None, resume=False, more=""):
     """Script and flags of a command, `out` being where it writes, `more` further flags."""
-    script, flags, going_on = COMMANDS[name]
-    line = f"{flags.format(out=out or f'out_{name}')} {BACKBONE} {going_on if resume else ''} {more}"
-    return script, line.split()
+    command = COMMANDS[name]
+    line = command.flags.format(out=out or f"out_{name}")
+    line = f"{line} {BACKBONE} {more}"
+    if resume:
+        line = f"{line} {command.going_on}"
+    return command.script, line.split()
 
 
 @pytest.fixture(scope="session")
@@ -168,14 +263,21 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("faults") / "tree"
     root.mkdir()
     write_weights(root)
-    write_data(root)
+    write_photos(root)
+    write_spair(root)
+    write_davis(root)
+    write_voc(root)
+    write_coco(root)
     return root
 
 
 @contextmanager
 def copied(tree, folder):
-    """A copy of the tree, as the working folder, so that all paths are the same in every copy. Made of hard links: it is fast,
-    and whatever does not replace files as a whole spoils the tests after it."""
+    """A copy of the tree, as the working folder, so that all paths are the same in every copy.
+
+    It is made of hard links. That is fast, and whatever does not replace files as a whole spoils
+    the tests after it.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tree, folder, copy_function=os.link)
     before = Path.cwd()
@@ -193,7 +295,7 @@ def case(tree, tmp_path):
         yield folder
 
 
-# ---- what is right --------------------------------------------------------------------------------------------------
+# ---- what is right ------------------------------------------------------------------------------
 
 
 class Hang(BaseException):
@@ -202,6 +304,8 @@ class Hang(BaseException):
 
 @contextmanager
 def within(seconds):
+    """Raise Hang if what is inside takes longer."""
+
     def stop(number, frame):
         raise Hang(f"more than {seconds} s")
 
@@ -213,21 +317,42 @@ def within(seconds):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-REMEDY = r"\b(pass|restore|replace|remove|correct|resize|take|choose|free|make|leave|train|keep|extract|delete|start|begin)\b"
+REMEDY = (
+    r"\b(pass|restore|replace|remove|correct|resize|take|choose|free|make|leave|train|keep|extract"
+    r"|delete|start|begin)\b"
+)
+
+
+def messages(err):
+    """The lines of stderr without progress bars and notes."""
+    lines = []
+    for line in re.split(r"[\r\n]+", err):
+        if "%|" in line:  # a bar, and what was printed behind it
+            line = line.partition("%|")[2].partition("]")[2]
+        if line.strip() and "note: " not in line:
+            lines.append(line)
+    return lines
 
 
 def verdict(code, err):
-    """`read` or `refused`; AssertionError for anything else than exit 0, or 2 with one line that ends in a remedy."""
+    """`read` for exit 0, `refused` for exit 2 with one line that ends in a remedy.
+
+    Anything else is an AssertionError.
+    """
     assert code in (0, 2), f"exit {code}: {err}"
     assert "Traceback" not in err and "Warning" not in err, err
     if code == 0:
         return "read"
-    said = [line.partition("%|")[2].partition("]")[2] if "%|" in line else line for line in re.split(r"[\r\n]+", err)]  # no bars
-    lines = [line for line in said if line.strip() and "note: " not in line]
+    lines = messages(err)
     assert len(lines) == 1, f"{len(lines)} lines: {err}"
     assert re.search(REMEDY, lines[0]), f"no remedy: {err}"
     assert not re.search(r" \((None|)\)", lines[0]), f"no reason: {err}"
     return "refused"
+
+
+def no_constant(name):
+    """For json.loads: NaN and Infinity are no JSON."""
+    pytest.fail(f"{name} in JSON")
 
 
 def run(cli, name, **how):
@@ -236,44 +361,73 @@ def run(cli, name, **how):
     with within(60):
         ran = cli(script, *flags)
     if ran.code == 0:
-        json.loads(ran.out.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+        json.loads(ran.out.splitlines()[-1], parse_constant=no_constant)
     return verdict(ran.code, ran.err)
 
 
-# rng: how often loaders were begun, which nothing that is trained depends on
-VOLATILE = ("rng", "photos_per_s", "resume", "json", "output_dir", "output_path", "cache_features", "picture", "html", "files")
+# what may differ between two runs with one result. dataroot: each copy of the tree lies elsewhere,
+# and records hold absolute paths; rng: how often loaders were begun, which no training depends on
+VOLATILE = {
+    "dataroot",
+    "rng",
+    "photos_per_s",
+    "resume",
+    "json",
+    "output_dir",
+    "output_path",
+    "cache_features",
+    "picture",
+    "html",
+    "files",
+}
 
 
 def plain(value):
-    """A value without what may differ between two runs with one result, and comparable by ==."""
+    """A value without what may differ between two runs with one result, comparable by ==."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return str(value.dtype), tuple(value.shape), np.asarray(value).tobytes()
     if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items() if key not in VOLATILE}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items() if key not in VOLATILE}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def content(path):
-    """What a file holds, read as what it is: AssertionError or another error for half a file."""
+    """What a file holds, read as what it is; half a file is an error of any kind."""
     if path.suffix == ".pth":
         return plain(torch.load(path, weights_only=True))
     if path.suffix == ".npz":
-        return plain({k: v for k, v in np.load(path).items() if k != "settings"})
+        arrays = dict(np.load(path))
+        del arrays["settings"]
+        return plain(arrays)
     if path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {str(line.get("name", line.get("epoch"))): plain(line) for line in lines}
+        lines = {}
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            lines[str(line.get("name", line.get("epoch")))] = plain(line)
+        return lines
     if path.suffix == ".json":
         return plain(json.loads(path.read_text()))
     return path.read_bytes()
 
 
 def results(out):
-    """What a command wrote: {file: content}, without the temporary files that a killed process leaves."""
-    files = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
-    skipped = (".safetensors", ".part")  # the order of its header is not fixed; the file that a cache is locked by
-    files = {name: p for name, p in files.items() if not p.name.startswith(".") and p.suffix not in skipped}
-    # a cache is named by a hash of absolute paths
-    return {f"{p.stat().st_size}.features" if p.suffix == ".features" else name: content(p) for name, p in files.items()}
+    """What a command wrote, {file: content}.
+
+    Left out are temporary files of a killed process, the file that a cache is locked by (.part),
+    and safetensors, the order of whose header is not fixed.
+    """
+    found = {}
+    for path in sorted(out.rglob("*")):
+        hidden = path.name.startswith(".")
+        if not path.is_file() or hidden or path.suffix in (".safetensors", ".part"):
+            continue
+        name = path.relative_to(out).as_posix()
+        if path.suffix == ".features":  # named by a hash of absolute paths
+            name = f"{path.stat().st_size}.features"
+        found[name] = content(path)
+    return found
 
 
 class Whole(NamedTuple):
@@ -287,42 +441,52 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="session")
 def whole(tree, tmp_path_factory, fork):
     """whole(name) -> Whole."""
-    known, folder = {}, tmp_path_factory.mktemp("whole")
+    known = {}
+    folder = tmp_path_factory.mktemp("whole")
 
     def get(name):
         if name not in known:
             with copied(tree, folder / name):
-                began, process = time.time(), fork(name)
-                assert process.wait() == "read", name
-                seconds, out = time.time() - began, Path(f"out_{name}")
-                known[name] = Whole(results(out), seconds, sum(p.stat().st_size for p in out.rglob("*") if p.is_file()))
+                began = time.time()
+                assert fork(name).wait() == "read", name
+                seconds = time.time() - began
+                out = Path(f"out_{name}")
+                room = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+                known[name] = Whole(results(out), seconds, room)
         return known[name]
 
     return get
 
 
-# ---- processes that start in an instant, to be killed ---------------------------------------------------------------
+# ---- processes that start in an instant, to be killed -------------------------------------------
 
 
 def work(folder, script, flags, memory):
-    """A command as a process of its own, its output in files; at most `memory` bytes more than at the start."""
+    """A command as a process of its own, its output in files.
+
+    Args:
+        memory: at most so many bytes more than at the start.
+    """
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}{os.getpid()}", os.O_CREAT | os.O_WRONLY), number)
+        file = os.open(f"{name}{os.getpid()}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, number)
     torch.set_num_threads(1)
     if memory:
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     module = __import__(script)
     module.parser().run(module.main, flags)
 
 
 class Forked:
-    """A command, running in the working folder in a process forked from one that has imported everything."""
+    """A command in the working folder, in a process forked from one that has imported all."""
 
     def __init__(self, context, name, memory=None, **how):
         self.folder = Path.cwd()
-        self.process = context.Process(target=work, args=(self.folder, *flags_of(name, **how), memory))
+        script, flags = flags_of(name, **how)
+        self.process = context.Process(target=work, args=(self.folder, script, flags, memory))
         self.process.start()
 
     def log(self):
@@ -346,32 +510,36 @@ class Forked:
 @pytest.fixture(scope="session")
 def fork():
     """fork(name, memory=None, **how) -> Forked, `how` as for flags_of."""
-    context, patch = multiprocessing.get_context("forkserver"), pytest.MonkeyPatch()
+    context = multiprocessing.get_context("forkserver")
+    patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     patch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # here too: runs in this process are compared with theirs, to the bit
-    context.set_forkserver_preload([__name__, *{script for script, _, _ in COMMANDS.values()}])
+    scripts = {command.script for command in COMMANDS.values()}
+    context.set_forkserver_preload([__name__, *scripts])
     yield partial(Forked, context)
     torch.set_num_threads(threads)
     patch.undo()
 
 
-# ---- damaged files --------------------------------------------------------------------------------------------------
+# ---- damaged files ------------------------------------------------------------------------------
 
 
 class Bomb:
-    """What it is unpickled to is a call: it makes the file BOOM."""
+    """What it is unpickled to is a call: it makes the folder BOOM."""
 
     def __reduce__(self):
         return os.mkdir, ("BOOM",)
 
 
 def truncated(data, rng):
+    """A file that ends too early."""
     return data[: rng.randrange(len(data))]
 
 
 def flipped(data, rng):
+    """A file with 1, 4 or 32 other bytes."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 4, 32))):
         data[rng.randrange(len(data))] = rng.randrange(256)
@@ -379,19 +547,25 @@ def flipped(data, rng):
 
 
 def zeroed(data, rng):
-    at, length = rng.randrange(len(data)), rng.randrange(1, 2 + len(data) // 2)
-    return (data[:at] + bytes(length) + data[at + length :])[: len(data)]
+    """A file with a hole of zeros."""
+    at = rng.randrange(len(data))
+    length = rng.randrange(1, 2 + len(data) // 2)
+    holed = data[:at] + bytes(length) + data[at + length :]
+    return holed[: len(data)]
 
 
 def noise(data, rng):
+    """Random bytes."""
     return rng.randbytes(rng.randrange(1, 2000))
 
 
 def empty(data, rng):
+    """No byte."""
     return b""
 
 
 def repeated(data, rng):
+    """A file with its beginning once more at the end."""
     return data + data[: rng.randrange(1, len(data))]
 
 
@@ -401,41 +575,95 @@ def another_type(data, rng):
     photo(3).save(png, "PNG")
     photo(3).save(jpeg, "JPEG")
     torch.save(torch.ones(3), pth)
-    texts = [b"<a><b/></a>", b"[]", b"{}", b"null", b"17", b'"a"', b"\xff\xfe\x00\x01", b"a,b\n1,2\n", save({"a": torch.ones(2)})]
-    return rng.choice([png.getvalue(), jpeg.getvalue(), pth.getvalue(), pickle.dumps({"a": [1]}), *texts])
+    others = [
+        png.getvalue(),
+        jpeg.getvalue(),
+        pth.getvalue(),
+        pickle.dumps({"a": [1]}),
+        b"<a><b/></a>",
+        b"[]",
+        b"{}",
+        b"null",
+        b"17",
+        b'"a"',
+        b"\xff\xfe\x00\x01",
+        b"a,b\n1,2\n",
+        save({"a": torch.ones(2)}),
+    ]
+    return rng.choice(others)
 
 
 def huge(data, rng):
     """A file that claims to be enormous."""
     if data[:4] == b"\x89PNG":
-        header = b"IHDR" + struct.pack(">II", *rng.choice([(2**31 - 1, 2**31 - 1), (60000, 60000), (1, 2**31 - 1)])) + data[24:29]
+        most = 2**31 - 1
+        sides = rng.choice([(most, most), (60000, 60000), (1, most)])
+        header = b"IHDR" + struct.pack(">II", *sides) + data[24:29]
         return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
     if data[:2] == b"\xff\xd8":
         at = data.index(b"\xff\xc0")
-        return data[: at + 5] + rng.choice([b"\xff\xff\xff\xff", b"\x00\x01\xff\xff"]) + data[at + 9 :]
+        sides = rng.choice([b"\xff\xff\xff\xff", b"\x00\x01\xff\xff"])
+        return data[: at + 5] + sides + data[at + 9 :]
     if data[:2] == b"PK":
-        lies = save({"a": torch.ones(1)}).replace(b"[1]", b"[9]"), struct.pack("<Q", 2**60) + b"{}", data.replace(b"K", b"k")
+        lies = [
+            save({"a": torch.ones(1)}).replace(b"[1]", b"[9]"),
+            struct.pack("<Q", 2**60) + b"{}",
+            data.replace(b"K", b"k"),
+        ]
         return rng.choice(lies)
     if data[:1] == b"<":
-        lol = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
-        return f'<!DOCTYPE a [<!ENTITY l0 "lol">{lol}]><annotation><object><name>&l9;</name></object></annotation>'.encode()
-    return rng.choice([b"[" * 10**5, b'{"a":' * 10**5, b"9" * 5000, b"x" * 10**6, b'{"images": 1e999}'])
+        return billion_laughs()
+    texts = [b"[" * 10**5, b'{"a":' * 10**5, b"9" * 5000, b"x" * 10**6, b'{"images": 1e999}']
+    return rng.choice(texts)
 
 
-JUNK = [None, True, -1, 0, 1e308, 10**30, float("nan"), "", "x", [], {}, [None], [[1, 2], [3]], {"a": 1}]
+def billion_laughs():
+    """An XML file whose one name would grow to 10^9 words."""
+    entities = '<!ENTITY l0 "lol">'
+    for i in range(1, 10):
+        ten = f"&l{i - 1};" * 10
+        entities += f'<!ENTITY l{i} "{ten}">'
+    entry = "<annotation><object><name>&l9;</name></object></annotation>"
+    return f"<!DOCTYPE a [{entities}]>{entry}".encode()
+
+
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    10**30,
+    float("nan"),
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    [[1, 2], [3]],
+    {"a": 1},
+]
 
 
 def nodes(value):
     """All (container, key) of nested dicts and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [pair for key, child in list(items) for pair in [(value, key), *nodes(child)]]
+    children = []
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list):
+        children = list(enumerate(value))
+    found = []
+    for key, child in children:
+        found.append((value, key))
+        found += nodes(child)
+    return found
 
 
 def mistyped(data, rng):
     """The same kind of file with one value of another type, shape or size, or without it."""
     if data[:2] == b"PK":
-        value, junk = torch.load(io.BytesIO(data), weights_only=True), [*JUNK, torch.ones(2, 3), torch.tensor(float("nan"))]
-        change(value, rng, junk)
+        value = torch.load(io.BytesIO(data), weights_only=True)
+        change(value, rng, [*JUNK, torch.ones(2, 3), torch.tensor(float("nan"))])
         buffer = io.BytesIO()
         torch.save(value, buffer)
         return buffer.getvalue()
@@ -448,15 +676,18 @@ def mistyped(data, rng):
         return ElementTree.tostring(root)
     try:
         text = data.decode()
-        values = [json.loads(part) for part in ([text] if text[:2] == "{\n" else text.splitlines())]
-        value = rng.choice(values)
-        change(value, rng, JUNK)
-        return "\n".join(map(json.dumps, values)).encode()
+        parts = text.splitlines()
+        if text[:2] == "{\n":  # one value over several lines
+            parts = [text]
+        values = [json.loads(part) for part in parts]
+        change(rng.choice(values), rng, JUNK)
+        return "\n".join(json.dumps(value) for value in values).encode()
     except (ValueError, IndexError, AttributeError):
         return flipped(data, rng)
 
 
 def change(value, rng, junk):
+    """Replace one value inside of another by junk, or delete it."""
     container, key = rng.choice(nodes(value))
     if isinstance(container, dict) and rng.random() < 0.3:
         del container[key]
@@ -465,7 +696,7 @@ def change(value, rng, junk):
 
 
 def bomb(data, rng):
-    """Pickles that call a function, bare and as torch writes them; elsewhere a bare one."""
+    """Pickles that call a function, bare and as torch writes them."""
     if rng.random() < 0.5:
         return pickle.dumps(rng.choice([Bomb(), {"outc.weight": Bomb()}]))
     buffer = io.BytesIO()
@@ -473,16 +704,27 @@ def bomb(data, rng):
     return buffer.getvalue()
 
 
-DAMAGES = [truncated, flipped, zeroed, noise, empty, repeated, another_type, huge, mistyped, bomb]
+DAMAGES = [
+    truncated,
+    flipped,
+    zeroed,
+    noise,
+    empty,
+    repeated,
+    another_type,
+    huge,
+    mistyped,
+    bomb,
+]
 
 
 @pytest.fixture(scope="session")
 def used(tree, tmp_path_factory, fork):
-    """The tree after a run of what goes on from its own files, stopped half way where it matters."""
+    """The tree after runs of what goes on from its own files; DAVIS has stopped half way."""
     with copied(tree, tmp_path_factory.mktemp("used") / "used") as folder:
         for name in ("train", "cached", "davis", "score", "voc", "coco"):
             assert fork(name).wait() == "read"
-        (folder / "out_davis/davis_vidseg_64_layer5/c.json").unlink()
+        (folder / DAVIS_FOLDER / "c/00004.png").unlink()
     return folder
 
 
@@ -490,39 +732,47 @@ def damage(used, folder, target, name, how, seed, cli):
     """Damage a file of a fresh copy and run the command that reads it -> `read` or `refused`."""
     rng = random.Random(f"{target} {how.__name__} {seed}")
     with copied(used, folder):
-        path = max(folder.glob(target), key=lambda path: path.stat().st_size)  # the cache of no photos is empty
+        candidates = list(folder.glob(target))
+        path = max(candidates, key=lambda path: path.stat().st_size)  # a cache may hold no photos
         damaged = how(path.read_bytes(), rng)
-        path.unlink()
+        path.unlink()  # it is a link to the file of all copies
         path.write_bytes(damaged)
         try:
-            said = run(cli, name, resume=True)
+            return run(cli, name, resume=True)
         finally:
             assert not (folder / "BOOM").exists(), "code was executed"
-        return said
 
 
 @pytest.mark.parametrize(("target", "name"), TARGETS, ids=lambda value: value.rsplit("/", 1)[-1])
 def test_damaged_files(used, cli, tmp_path, target, name):
     """Two kinds of damage for each file; the long part takes all of them."""
     at = TARGETS.index((target, name))
-    for how in (DAMAGES[at % len(DAMAGES)], DAMAGES[(3 * at + 1) % len(DAMAGES)]):
+    for number in (at, 3 * at + 1):
+        how = DAMAGES[number % len(DAMAGES)]
         damage(used, tmp_path / "case", target, name, how, 0, cli)
 
 
 @pytest.mark.long
-def test_campaign_of_damaged_files(used, cli, tmp_path, capfd):
-    figures, failed = Counter(), []
+@pytest.mark.parametrize("script", sorted({command.script for command in COMMANDS.values()}))
+def test_campaign_of_damaged_files(used, cli, tmp_path, capfd, script):
+    """Every damage, twice, of every file that a script reads; all faults are told, then it fails."""
+    figures = Counter()
+    failed = []
     for target, name in TARGETS:
+        if COMMANDS[name].script != script:
+            continue
         for how in DAMAGES:
             for seed in range(2):
                 try:
                     figures[damage(used, tmp_path / "case", target, name, how, seed, cli)] += 1
                 except (Exception, Hang, pytest.fail.Exception) as error:
-                    failed.append(f"{target} {name} {how.__name__} {seed}: {type(error).__name__} {str(error)[:300]}")
+                    what = f"{target} {name} {how.__name__} {seed}"
+                    failed.append(f"{what}: {type(error).__name__} {str(error)[:300]}")
                     with capfd.disabled():
                         print(failed[-1], flush=True)
+    total = sum(figures.values()) + len(failed)
     with capfd.disabled():
-        print(f"\ndamaged files: {sum(figures.values()) + len(failed)}, {dict(figures)}, failed: {len(failed)}")
+        print(f"\n{script}, damaged files: {total}, {dict(figures)}, failed: {len(failed)}")
     assert not failed, "\n".join(failed)
 
 
@@ -531,44 +781,59 @@ def test_the_bomb_goes_off_where_it_is_unpickled(case):
     assert (case / "BOOM").is_dir()
 
 
-# ---- killed, and gone on --------------------------------------------------------------------------------------------
+# ---- killed, and gone on ------------------------------------------------------------------------
+
+
+class Kill(NamedTuple):
+    """What came of a run that was killed and gone on with."""
+
+    killed: bool  # it still ran
+    written: int  # files at that moment
+    equal: bool  # the end is that of an undisturbed run
 
 
 def killed_and_resumed(tree, folder, name, fork, whole, rng):
-    """Kill a run at a random moment and finish it: (whether it still ran, files it had written, whether the end is the same)."""
+    """Kill a run at a random moment and finish it -> Kill."""
     expected = whole(name)
     with copied(tree, folder):
         killed = fork(name).kill_after(rng.uniform(0.02, expected.seconds))
-        done = len(results(Path(f"out_{name}")))
+        out = Path(f"out_{name}")
+        written = len(results(out))
         assert fork(name, resume=True).wait() == "read"
-        return killed, done, results(Path(f"out_{name}")) == expected.results
+        return Kill(killed, written, results(out) == expected.results)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_killed_runs_end_with_the_same_result(tree, tmp_path, fork, whole, name):
     rng = random.Random(name)
-    assert killed_and_resumed(tree, tmp_path / "case", name, fork, whole, rng)[2]
+    assert killed_and_resumed(tree, tmp_path / "case", name, fork, whole, rng).equal
 
 
 @pytest.mark.long
-def test_campaign_of_kills(tree, tmp_path, fork, whole, capfd):
-    rng, kills, half, equal = random.Random(0), Counter(), 0, 0
-    while sum(kills.values()) < 52:
-        name = RESUMED[sum(kills.values()) % len(RESUMED)]
-        killed, done, same = killed_and_resumed(tree, tmp_path / "case", name, fork, whole, rng)
-        if killed:
-            kills[name], half, equal = kills[name] + 1, half + (0 < done < len(whole(name).results)), equal + same
+@pytest.mark.parametrize("name", RESUMED)
+def test_campaign_of_kills(tree, tmp_path, fork, whole, capfd, name):
+    """13 kills of each command that goes on from its own files."""
+    rng = random.Random(name)
+    total = 0
+    partly = 0  # killed when some of the files were written
+    equal = 0
+    while total < 13:
+        kill = killed_and_resumed(tree, tmp_path / "case", name, fork, whole, rng)
+        if kill.killed:
+            total += 1
+            partly += 0 < kill.written < len(whole(name).results)
+            equal += kill.equal
     with capfd.disabled():
-        print(f"\nkilled: {sum(kills.values())} {dict(kills)}, with a part of the files written: {half}, resumed equal: {equal}")
-    assert equal == sum(kills.values())
+        print(f"\n{name}, killed: {total}, some files written: {partly}, resumed equal: {equal}")
+    assert equal == total
 
 
-# ---- disks ----------------------------------------------------------------------------------------------------------
+# ---- disks --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def mounted(folder, *options):
-    """A mount on a folder, for as long as it is used; the test is skipped where this process may not mount."""
+    """A mount on a folder, for as long as it is used; skips the test if this process may not."""
     folder.mkdir(exist_ok=True)
     ran = subprocess.run(["mount", *options, folder], capture_output=True, text=True)
     if ran.returncode:
@@ -581,14 +846,20 @@ def mounted(folder, *options):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(cli, case, whole, name):
-    """Half of the room that is needed: refused; what was written is whole; with more room the run goes on to the same result."""
-    expected, out = whole(name), case / f"out_{name}"
-    with mounted(out, "-t", "tmpfs", "-o", f"size={max(4096, expected.room // 2)}", "tmpfs"):
+    """Half of the room that is needed: refused, and what was written is whole.
+
+    With more room the run goes on to the same result.
+    """
+    expected = whole(name)
+    out = case / f"out_{name}"
+    size = max(4096, expected.room // 2)
+    with mounted(out, "-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
         if expected.room < 8192:
             (out / ".filler").write_bytes(bytes(4096))
         assert run(cli, name) == "refused"
         assert results(out).keys() <= expected.results.keys()  # all of it can be read
-        assert not [p for p in out.rglob(".*") if p.name != ".filler"]
+        assert not [path for path in out.rglob(".*") if path.name != ".filler"]
+
         (out / ".filler").unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,size=64m", out], check=True)
         assert run(cli, name, resume=True) == "read"
@@ -624,32 +895,43 @@ def test_a_data_set_that_cannot_be_written(cli, case, whole, tmp_path, name):
 @pytest.mark.parametrize("name", [*RESUMED, "cached", "spair"])
 def test_two_processes_in_one_folder(case, fork, whole, name):
     """Both do their work, or the later one is refused; the result is that of one alone."""
-    both = [fork(name), fork(name)]
-    assert "read" in [process.wait() for process in both]
+    first = fork(name)
+    second = fork(name)
+    verdicts = [first.wait(), second.wait()]
+    assert "read" in verdicts
     assert results(case / f"out_{name}") == whole(name).results
 
 
-# ---- memory and precision -------------------------------------------------------------------------------------------
+# ---- memory and precision -----------------------------------------------------------------------
+
+
+def png_chunk(kind, data):
+    """One chunk of a PNG file."""
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def write_huge(path, side):
     """A grey PNG of side x side pixels, all black: small on the disk."""
     path.unlink()
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    row, squeeze = bytes(1 + (side + 7) // 8), zlib.compressobj(1)
-    data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    row = bytes(1 + (side + 7) // 8)
+    compressor = zlib.compressobj(1)
+    data = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    body = png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
 
 
+# a photo that each command reads
 HUGE = {
-    "extractor": "photos/0.jpg", "npz": "photos/1.png", "spair": "spair/JPEGImages/cat/0.jpg",
-    "davis": "davis/JPEGImages/480p/a/00001.jpg", "score": "masks/a/00001.png", "voc": "voc/VOCdevkit/VOC2012/JPEGImages/0.jpg",
+    "extractor": "photos/0.jpg",
+    "npz": "photos/1.png",
+    "spair": "spair/JPEGImages/cat/0.jpg",
+    "davis": "davis/JPEGImages/480p/a/00001.jpg",
+    "score": "masks/a/00001.png",
+    "voc": "voc/VOCdevkit/VOC2012/JPEGImages/0.jpg",
     "coco": "coco/COCO/images/train2014/0.jpg",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HUGE)
@@ -698,7 +980,7 @@ def test_a_device_that_is_not_there(cli, case):
         assert run(cli, "extractor", more=f"--device {device}") == "refused"
 
 
-# ---- NaN and constant images ----------------------------------------------------------------------------------------
+# ---- NaN and constant images --------------------------------------------------------------------
 
 
 def replace_photos(root, image):
@@ -707,16 +989,22 @@ def replace_photos(root, image):
         size = Image.open(path).size
         path.unlink()
         picture = image(size)
-        picture.save(path, "TIFF" if picture.mode == "F" else "PNG")
+        kind = "PNG"
+        if picture.mode == "F":
+            kind = "TIFF"
+        picture.save(path, kind)
 
 
 def nan_pixels(size):
-    values = np.random.RandomState(0).rand(*size[::-1]).astype(np.float32) * 255
+    """A photo in floating point, every third row of which is NaN."""
+    width, height = size
+    values = np.random.RandomState(0).rand(height, width).astype(np.float32) * 255
     values[::3] = np.nan
     return Image.fromarray(values)
 
 
 def black(size):
+    """A black photo."""
     return Image.new("RGB", size)
 
 
@@ -727,19 +1015,30 @@ def test_constant_images_and_nan_pixels(cli, case, name, picture):
     replace_photos(case, picture)
     assert run(cli, name) == "read"
     for path in (case / f"out_{name}").rglob("*.pth"):
-        value = torch.load(path)
-        tensors = value.values() if isinstance(value, dict) else [value]
-        assert all(tensor.isfinite().all() for tensor in tensors if isinstance(tensor, torch.Tensor))
+        tensors = [torch.load(path)]
+        if isinstance(tensors[0], dict):
+            tensors = tensors[0].values()
+        for tensor in tensors:
+            assert not isinstance(tensor, torch.Tensor) or tensor.isfinite().all()
 
 
-NAN = [(name, where) for name in FEATURES for where in ("backbone", "lift.pth")]
+NAN = []
+for command_name in FEATURES:
+    NAN += [(command_name, "backbone"), (command_name, "lift.pth")]
+
 
 @pytest.mark.parametrize(("name", "where"), NAN)
 def test_nan_features(cli, case, name, where):
     """Weights that hold NaN make no result that looks like one."""
+    key = "outc.bias"
+    if where == "backbone":
+        key = "blocks.2.norm1.bias"
     state = torch.load(case / where)
-    key = "blocks.2.norm1.bias" if where == "backbone" else "outc.bias"
     state[key][:5] = float("nan")
     (case / where).unlink()
     torch.save(state, case / where)
-    assert run(cli, name) == ("refused" if where == "backbone" or "lift.pth" in COMMANDS[name][1] else "read")
+
+    expected = "read"
+    if where == "backbone" or "lift.pth" in COMMANDS[name].flags:
+        expected = "refused"
+    assert run(cli, name) == expected
