@@ -1,278 +1,824 @@
-"""Quality and cost in one table: a backbone alone, with bilinear upsampling, with LiFT once and twice, and at double size.
+"""Quality and cost in tables: a backbone alone, at double size, bilinear, and with LiFT modules.
 
-    python benchmarks/quality.py --dataroot DATAROOT --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_residual.pth
+    python benchmarks/quality.py --dataroot DATAROOT --model_type vit_mini16 \\
+        --lift_path pretrained/lift_vit_mini16_residual.pth [ANOTHER.pth ...]
 
-Runs this repository's own command lines on whatever of SPair-71k, DAVIS, VOC (2007, 2012) and COCO20k lies in DATAROOT, at
---imsize pixels, all pairs of SPair-71k, and the cosine measure of train_lift.py on --photos. MACs, time and peak memory are
-those of the features of one image, as in cost.py. Writes OUTPUT.json and, from it, OUTPUT.md; a table of
-another backbone that OUTPUT.json holds stays. The last line printed is this run's part of that JSON, commands included.
+Three kinds of figures, each with its standard error:
 
-With the small data sets of the tables in benchmarks/ about 6 minutes on one CPU core. A run that was stopped goes on where it was
-if --runs names a folder to keep its masks and boxes in.
+- on --photos, without annotations: what is made of smaller photos against the backbone's own
+  features (cosine, centred cosine, a linear probe), and points found again in turned, scaled and
+  shifted copies of each photo (self-match);
+- by this repository's evaluations on whatever of SPair-71k (all pairs), DAVIS, VOC (2007, 2012) and
+  COCO20k lies in DATAROOT, at --imsize pixels;
+- multiplications, time and peak memory of the features of one image, as in cost.py.
+
+Differences of two rows have 95 % intervals by a paired bootstrap over photos, pairs or objects.
+Every module is compared with bilinear upsampling, every further module with the first.
+
+Writes OUTPUT.json and, from it, OUTPUT.md; a table of another backbone that OUTPUT.json holds
+stays. The last line printed is this run's part of that JSON, commands included. With the small
+data sets of the tables in benchmarks/ a module takes about 8 minutes on two cores. A run that was
+stopped goes on where it was if --runs names a folder to keep its masks and boxes in.
 """
 
 import json
-import platform
 import shlex
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections import defaultdict
 from importlib import import_module
-from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts lie one folder up
+
+from command import (
+    Command,
+    add_backbone_args,
+    check_range,
+    plain,
+    report,
+    settings,
+    write_text,
+)
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--dataroot", required=True, help="holds SPair-71k, DAVIS, voc, coco20k, or some of them")
+    add("--lift_path", required=True, nargs="+", help="LiFT checkpoints (.pth)")
+    add("--imsize", type=int, default=224, help="side of the square input (default: 224)")
+    add("--photos", nargs="+", help="folders to measure on (default: voc, coco20k of DATAROOT)")
+    add("--fit_photos", help="other photos, for mean and probe (default: DATAROOT/train_images)")
+    add("--output", default=str(ROOT / "benchmarks/quality"), help="tables, without suffix")
+    add("--runs", help="folder to keep masks and boxes in (default: a temporary one)")
+    add_backbone_args(command)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
+
+import cv2
+import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie one folder up
-
+import torch.nn.functional as F
+from case import count_macs, processor
 from cost import measure
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor, resize
+from tqdm import tqdm
 
-from extractor import Command, ViTExtractor, add_backbone_args, replacing, settings
-from lift import read_origin, upsampler
+import eval_spair
+from extractor import DenseExtractor, build_extractor
+from lift import Upsampler, upsampler
+from photos import list_images, read_image
 
-BACKBONE = ("model_type", "backbone_path", "facet", "layer", "stride", "device", "dtype")
+BACKBONE = (
+    "model_type", "backbone_path", "my_extractor", "facet", "layer", "stride", "device", "dtype",
+)  # fmt: skip
 NO_LIFT = {"upsample": None, "lift_path": None, "lift_iter": 1}
 
-# What train_lift.py's cosine says of a row: features made from S/2, and from S/4 pixels, against the backbone's own at S
-COSINES = {"backbone": ("nearest", None), "+ bilinear": ("bilinear", "bilinear_twice"), "+ LiFT": ("lift", None)}
-COSINES |= {"+ LiFT x2": (None, "lift_twice")}
+FIT_PHOTOS = 150  # that the mean feature and the probe are fitted on
+KINDS = 32        # k-means clusters, the labels of the probe
+COPIES = 3        # of every photo, for the self-match
+POINTS = 40       # in every copy
+ALPHAS = (0.025, 0.05, 0.1)  # shares of the image's side within which a point is found
+RESAMPLES = 10_000
 
-# DINO S/16 in the LiFT paper, figures taken second-hand: SPair PCK@.1 and @.05, DAVIS J&F, COCO20k CorLoc
+# DINO S/16 in the LiFT paper, second-hand: SPair PCK@.1 and @.05, DAVIS J&F, COCO20k CorLoc
 PAPER = {
     "backbone": (24.76, 9.54, 33.0, 53.98),
     "+ bilinear": (26.72, 11.37, 37.0, 51.53),
     "+ LiFT": (28.68, 14.72, 44.3, 58.03),
     "backbone at 448": (28.60, 15.33, 50.9, 57.99),
 }
-ABOUT = """# Quality and cost
+ABOUT = f"""# Quality and cost
 
-Written by `benchmarks/quality.py`; the commands behind every figure are in `quality.json`. PCK, J&F and CorLoc in percent.
-"PCK@.1 cos" renormalises descriptors after interpolation (`--match cosine`). "cosine x2": with the backbone's own features at
-double size, of what is made from --imsize pixels (backbone: nearest neighbour); "cosine x4": of what is made from half of that;
-photos are halved as in the module's training (strided, or antialiased for the residual modules that ship).
-MACs are those of linear layers, convolutions and attention for one image (torch.utils.flop_counter), ms the fastest of 2
-to 10 runs (CPU time of all threads), MiB what memory grows by meanwhile.
+Written by `benchmarks/quality.py`. The commands behind every figure are in `quality.json`. Figures
+are followed by their standard errors: over photos, image pairs, or objects of videos.
+
+**Without annotations.** Photos are squares of twice --imsize pixels, and are halved with
+antialiasing. "x2" is what is made of the halved photo, "x4" of the photo halved twice (backbone:
+nearest neighbour). Both are compared with the backbone's own features of the whole photo.
+"Centred" subtracts the mean feature of {FIT_PHOTOS} other photos from both sides first. "Probe" is
+a
+linear classifier of {KINDS} k-means labels, fitted on the backbone's own features of the other
+photos and applied unchanged: the percentage of cells whose label it finds.
+
+"Self-match" compares each photo at --imsize with {COPIES} copies of it, turned by up to 20 degrees,
+scaled by 0.75 to 1.25, shifted by up to 11 % of the side, brightness and contrast jittered. It is
+the percentage of {POINTS} points a copy that are found within a share of the side of their true
+places, among places 2 pixels apart.
+
+**On annotated data.** PCK, J&F and CorLoc in percent. "PCK@.1 cos" renormalises descriptors after
+interpolation (`--match cosine`).
+
+**Cost.** GMACs are those of linear layers, convolutions and attention for one image
+(torch.utils.flop_counter), ms the fastest of 2 to 10 runs (CPU time of all threads), MiB what
+memory grows by meanwhile.
 """
 NOT_RUN = """
 ## DINO S/16 in the LiFT paper (not run here)
 
-Figures taken second-hand; neither DINO's weights nor the full data sets were at hand. SPair-71k: 100 pairs a category, drawn.
+Figures taken second-hand; neither DINO's weights nor the full data sets were at hand. SPair-71k:
+100 pairs a category, drawn.
 
 """
 MODULE = """
 To reproduce them on the full data, first a module:
 
     python train_lift.py --dataroot imagenet/train --model_type dino_vits16 --epochs 5 --augment
-    cp lift_trains/dino_vits16_0.001_cosine_aug_448/lift.pth pretrained/lift_dino_vits16.pth
-    cp lift_trains/dino_vits16_0.001_cosine_aug_448/lift.json pretrained/lift_dino_vits16.json
-"""
+    cp lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448/lift.pth pretrained/lift_dino_vits16.pth
+    cp lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448/lift.json pretrained/lift_dino_vits16.json
+"""  # noqa: E501
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- statistics ---------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """A script on a data set, the first of `folders` below --dataroot with one of `markers`; flags; its results as columns."""
+class Units(NamedTuple):
+    """A figure as the weighted mean over what was drawn: photos, image pairs, or objects."""
 
-    script: str
-    folders: tuple
-    markers: tuple
-    flags: tuple
-    columns: Callable[[dict], dict]
+    values: np.ndarray
+    weights: np.ndarray
 
+    def mean(self) -> float:
+        return float(np.average(self.values, weights=self.weights))
 
-def corloc(name, folder, *markers):
-    """TokenCut's Task on a data set."""
-    return Task("eval_tokencut", (folder, "."), markers, ("--dataset", name), lambda r: {f"{name} CorLoc": r["corloc"]})
-
-
-ALL = ("--pairs_per_category", "0")
-SPAIR = ("eval_spair", ("SPair-71k", "."), ("PairAnnotation",))
-TASKS = (
-    Task(*SPAIR, ALL, lambda r: {"SPair PCK@.1": r["mean"]["pck@0.1"], "PCK@.05": r["mean"]["pck@0.05"]}),
-    Task(*SPAIR, (*ALL, "--match", "cosine"), lambda r: {"PCK@.1 cos": r["mean"]["pck@0.1"]}),
-    Task("eval_davis", ("DAVIS", "."), ("ImageSets/2017/val.txt",), (), lambda r: {"DAVIS J&F": 100 * r["J&F-Mean"]}),
-    corloc("VOC07", "voc", "VOC2007", "VOCdevkit/VOC2007"),
-    corloc("VOC12", "voc", "VOC2012", "VOCdevkit/VOC2012"),
-    corloc("COCO20k", "coco20k", "coco_20k_filenames.txt"),
-)
+    def error(self) -> float:
+        """The standard error of the mean."""
+        share = self.weights / self.weights.sum()
+        return float(np.sqrt((share**2 * (self.values - self.mean()) ** 2).sum()))
 
 
-def home(dataroot, task):
-    """The folder of a Task's data set, or None."""
-    folders = (Path(dataroot, folder) for folder in task.folders)
-    return next((folder for folder in folders if any((folder / marker).exists() for marker in task.markers)), None)
+def alike(values: list[float]) -> Units:
+    """Units that weigh the same."""
+    return Units(np.array(values, dtype=float), np.ones(len(values)))
 
 
-def rows(lift_path, imsize):
-    """What is compared: {name: settings besides the backbone's}."""
-    lift = {"imsize": imsize, "lift_path": lift_path}
-    return {
+class Column(NamedTuple):
+    """A cell of the tables: a script's own figure, and the units behind it."""
+
+    value: float
+    units: Units
+
+
+def column(units: Units) -> Column:
+    """The cell of a figure that is the mean of its units."""
+    return Column(units.mean(), units)
+
+
+def interval(units: Units, other: Units) -> dict[str, float]:
+    """The difference of two figures over the same units, and its 95 % interval by the bootstrap."""
+    differences = units.values - other.values
+    count = len(differences)
+    random = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(count, size=count)
+        means.append(np.average(differences[drawn], weights=units.weights[drawn]))
+    low, high = np.percentile(means, (2.5, 97.5))
+    both = np.average(differences, weights=units.weights)
+    return {"difference": float(both), "low": float(low), "high": float(high)}
+
+
+# ---- what is compared ---------------------------------------------------------------------------
+
+
+def module_rows(lift_paths: list[str]) -> dict[str, str]:
+    """{row name: path} of the modules; several are told apart by their names or folders."""
+    if len(lift_paths) == 1:
+        return {"+ LiFT": lift_paths[0]}
+    names = [Path(path).stem for path in lift_paths]
+    if len(set(names)) < len(names):
+        names = [f"{Path(path).parent.name}/{Path(path).stem}" for path in lift_paths]
+    if len(set(names)) < len(names):
+        raise ValueError("two of --lift_path have one name: rename one, or pass it once")
+    return {f"+ {name}": path for name, path in zip(names, lift_paths)}
+
+
+def table_rows(lift_paths: list[str], imsize: int) -> dict[str, dict[str, Any]]:
+    """{row name: settings besides the backbone's}."""
+    rows: dict[str, dict[str, Any]] = {
         "backbone": {"imsize": imsize},
         "+ bilinear": {"imsize": imsize, "upsample": "bilinear"},
-        "+ LiFT": lift,
-        "+ LiFT x2": lift | {"lift_iter": 2},
-        f"backbone at {2 * imsize}": {"imsize": 2 * imsize},
     }
+    for name, path in module_rows(lift_paths).items():
+        rows[name] = {"imsize": imsize, "lift_path": path}
+        rows[f"{name} x2"] = {"imsize": imsize, "lift_path": path, "lift_iter": 2}
+    rows[f"backbone at {2 * imsize}"] = {"imsize": 2 * imsize}
+    return rows
 
 
-def flags(given):
-    """Settings as the flags of a command line, those that are None left out."""
-    return [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+def compared(lift_paths: list[str]) -> list[tuple[str, str]]:
+    """Pairs of rows whose differences are told."""
+    modules = list(module_rows(lift_paths))
+    pairs = [(module, "+ bilinear") for module in modules]
+    for later in modules[1:]:
+        pairs.append((later, modules[0]))
+        pairs.append((f"{later} x2", f"{modules[0]} x2"))
+    return pairs
 
 
-def run(script, argv, commands):
-    """The results of one of the scripts, run in this process; its command is added to the list `commands`."""
-    commands.append(shlex.join(["python", f"{script}.py", *argv]))
-    print(commands[-1], file=sys.stderr)
-    module = import_module(script)
-    with tempfile.TemporaryDirectory() as folder:
-        module.parser().run(module.main, [*argv, "--json", f"{folder}/results.json"])
-        return json.loads(Path(folder, "results.json").read_text())["results"]
+# ---- without annotations ------------------------------------------------------------------------
 
 
-def quality(args, name, row, backbone, commands):
-    """The columns of all data sets that are there, for one row."""
-    columns, folder = {}, Path(args.runs, args.model_type, name.replace(" ", "_"))
-    for task in TASKS:
-        root = home(args.dataroot, task)
-        if root:
-            argv = ["--dataroot", str(root), *task.flags, *flags(backbone | row), "--output_dir", str(folder)]
-            if task.script == "eval_tokencut":
-                argv[-1] += "/" + task.flags[-1]  # its predictions are those of one data set
-            columns |= task.columns(run(task.script, argv, commands))
+class Fitted(NamedTuple):
+    """What is fitted on other photos: the mean feature, the k-means labels, and the probe."""
+
+    mean: Tensor     # [C, 1, 1]
+    centres: Tensor  # [K, C], of centred unit features
+    weight: Tensor   # [K, C], of unit features
+    bias: Tensor     # [K]
+
+    def labels(self, feats: Tensor) -> Tensor:
+        """The cluster of every cell of a map [C, h, w]: [h, w]."""
+        unit = F.normalize(feats - self.mean, dim=0)
+        return torch.einsum("chw,kc->khw", unit, self.centres).argmax(0)
+
+    def agreement(self, feats: Tensor, labels: Tensor) -> float:
+        """The share in percent of the cells of [C, h, w] to which the probe gives their labels."""
+        scores = torch.einsum("chw,kc->khw", F.normalize(feats, dim=0), self.weight)
+        found = (scores + self.bias[:, None, None]).argmax(0)
+        return 100 * (found == labels).double().mean().item()
+
+
+def fit(maps: Tensor) -> Fitted:
+    """Fit mean, clusters and probe on the backbone's maps [N, C, h, w]."""
+    mean = maps.mean((0, 2, 3))
+    cells = maps.permute(0, 2, 3, 1).flatten(0, 2)                         # [n, C]
+
+    centred = F.normalize(cells - mean, dim=1)
+    clusters = MiniBatchKMeans(KINDS, random_state=0, batch_size=8192, n_init=3)
+    clusters.fit(centred.numpy())
+    centres = F.normalize(torch.from_numpy(clusters.cluster_centers_).float(), dim=1)
+    labels = (centred @ centres.t()).argmax(1)                             # [n]
+
+    unit = F.normalize(cells, dim=1)
+    unit_mean = unit.mean(0)
+    unit_std = unit.std()
+    inputs = (unit - unit_mean) / unit_std
+    torch.manual_seed(0)
+    probe = nn.Linear(cells.shape[1], KINDS)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(probe(inputs), labels) + 1e-4 * probe.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    weight = probe.weight.detach() / unit_std  # standardisation goes into the weights
+    bias = probe.bias.detach() - weight @ unit_mean
+    return Fitted(mean[:, None, None], centres, weight, bias)
+
+
+def square(path: Path, side: int) -> Tensor:
+    """A photo as a square [3, S, S] of uint8, as train_lift.py reads it."""
+    photo = resize(read_image(path), [side, side], InterpolationMode.BILINEAR)
+    return pil_to_tensor(photo)
+
+
+def smaller(photo: Tensor, factor: int) -> Tensor:
+    """A square [..., S, S] of uint8 made smaller, antialiased."""
+    side = photo.shape[-1] // factor
+    return resize(photo, [side, side], antialias=True)
+
+
+def turned_copy(photo: Tensor, random: np.random.RandomState) -> tuple[Tensor, np.ndarray]:
+    """A copy of a square, turned, scaled, shifted and jittered, and where its pixels come to lie.
+
+    Returns:
+        The copy [3, S, S], and a matrix [2, 3] from (x, y, 1) in the photo to (x, y) in the copy.
+    """
+    side = photo.shape[-1]
+    angle = np.deg2rad(random.uniform(-20, 20))
+    scale = random.uniform(0.75, 1.25)
+    shift = random.uniform(-side * 25 / 224, side * 25 / 224, 2)
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    turn = np.array([[cosine, -sine], [sine, cosine]])
+    centre = np.array([(side - 1) / 2, (side - 1) / 2])
+    matrix = np.column_stack([turn, centre + shift - turn @ centre])
+
+    pixels = photo.permute(1, 2, 0).numpy()
+    turned = cv2.warpAffine(pixels, matrix, (side, side), flags=cv2.INTER_LINEAR)
+    brightness, contrast = random.uniform(0.8, 1.2, 2)
+    jittered = turned.astype(np.float32) * brightness
+    jittered = (jittered - jittered.mean()) * contrast + jittered.mean()
+    copy = torch.from_numpy(jittered.clip(0, 255).astype(np.uint8))
+    return copy.permute(2, 0, 1), matrix
+
+
+def points_in_both(
+    matrix: np.ndarray, side: int, random: np.random.RandomState
+) -> tuple[Tensor, Tensor]:
+    """Random points of a photo that its copy shows too, and their places there: (x, y) each."""
+    points = random.uniform(8, side - 8, (5 * POINTS, 2))
+    places = points @ matrix[:, :2].T + matrix[:, 2]
+    inside = ((places >= 4) & (places <= side - 5)).all(axis=1)
+    chosen = np.flatnonzero(inside)[:POINTS]
+    return torch.from_numpy(points[chosen]).float(), torch.from_numpy(places[chosen]).float()
+
+
+def self_match(feats: Tensor, copy: Tensor, points: Tensor, places: Tensor, side: int) -> Tensor:
+    """The shares in percent of the points that are found again, for each of ALPHAS.
+
+    Args:
+        feats, copy: maps [C, h, w] of a photo of side x side pixels and of its copy.
+        points, places: [P, 2] as (x, y), in pixels, pixel centres being whole numbers.
+    """
+    grid = (points + 0.5) / side * 2 - 1
+    found = F.grid_sample(
+        feats[None], grid[None, None], padding_mode="border", align_corners=False
+    )
+    queries = F.normalize(found[0, :, 0], dim=0)                           # [C, P]
+
+    per_side = side // 4
+    dense = F.interpolate(copy[None], (per_side, per_side), mode="bilinear", align_corners=False)
+    best = (queries.t() @ F.normalize(dense[0].flatten(1), dim=0)).argmax(1)
+    cells = torch.stack([best % per_side, best // per_side], dim=1)        # [P, 2] as (x, y)
+    distances = ((cells + 0.5) * 4 - 0.5 - places).norm(dim=1) / side
+    return torch.stack([100 * (distances < alpha).double().mean() for alpha in ALPHAS])
+
+
+def measure_photo(
+    photo: Tensor, number: int, extractor: DenseExtractor, ups: dict[str, Upsampler], fitted: Fitted
+) -> dict[str, dict[str, float]]:
+    """All figures of one photo: {row name: {column name: value}}.
+
+    Args:
+        photo: a square [3, S, S] of uint8, S twice the size of the table.
+        number: its place in the list, the seed of its copies.
+        ups: of every row; the last is the backbone at S, the others read S/2.
+    """
+    side = photo.shape[-1]
+
+    def read(photos: Tensor) -> tuple[Tensor, Tensor]:
+        images = extractor.normalize(photos.to(extractor.device).float() / 255)
+        return images, extractor(images)
+
+    half_photo = smaller(photo[None], 2)
+    _, full_feats = read(photo[None])
+    full = full_feats[0].cpu()
+    half_images, half = read(half_photo)
+    quarter_images, quarter = read(smaller(photo[None], 4))
+
+    # what is made of the smaller photos
+    x2 = {"backbone": F.interpolate(half, scale_factor=2)}
+    x4 = {"+ bilinear": F.interpolate(quarter, scale_factor=4, mode="bilinear")}
+    for name, up in ups.items():
+        if up.factor == 2:
+            x2[name] = up(half_images, half)
+        elif up.factor == 4:
+            x4[name] = up(quarter_images, quarter)
+
+    figures: dict[str, dict[str, float]] = {name: {} for name in ups}
+    labels = fitted.labels(full)
+    for size, made in (("x2", x2), ("x4", x4)):
+        for name, feats in made.items():
+            mine = feats[0].cpu()
+            raw = F.cosine_similarity(mine, full, dim=0).mean().item()
+            centred = F.cosine_similarity(mine - fitted.mean, full - fitted.mean, dim=0)
+            figures[name][f"cosine {size}"] = raw
+            figures[name][f"centred {size}"] = centred.mean().item()
+            figures[name][f"probe {size}"] = fitted.agreement(mine, labels)
+    double = list(ups)[-1]
+    figures[double]["probe x2"] = fitted.agreement(full, labels)
+
+    # the photo against its copies
+    random = np.random.RandomState(number)
+    copies, targets = [], []
+    for _ in range(COPIES):
+        copy, matrix = turned_copy(photo, random)
+        copies.append(copy)
+        targets.append(points_in_both(matrix, side, random))
+    stacked = torch.stack(copies)
+    half_copies = read(smaller(stacked, 2))
+    for name, up in ups.items():
+        if name == double:
+            mine, others = full, read(stacked)[1].cpu()
+        else:
+            mine = up(half_images, half)[0].cpu()
+            others = up(*half_copies).cpu()
+        shares = torch.zeros(len(ALPHAS))
+        for feats, (points, places) in zip(others, targets):
+            shares += self_match(mine, feats, points, places, side) / COPIES
+        for alpha, share in zip(ALPHAS, shares.tolist()):
+            figures[name][f"self-match@{alpha}"] = share
+    return figures
+
+
+@torch.no_grad()
+def maps_to_fit(paths: list[Path], extractor: DenseExtractor, side: int) -> Tensor:
+    """The backbone's maps [N, C, h, w] of FIT_PHOTOS photos, evenly spread over the list."""
+    count = min(len(paths), FIT_PHOTOS)
+    maps = []
+    for number in tqdm(range(count), desc="fit", unit="photo", disable=None):
+        photo = square(paths[number * len(paths) // count], side)
+        images = extractor.normalize(photo[None].to(extractor.device).float() / 255)
+        maps.append(extractor(images).cpu())
+    return torch.cat(maps)
+
+
+@torch.no_grad()
+def measure_photos(
+    args: Namespace, extractor: DenseExtractor, ups: dict[str, Upsampler]
+) -> dict[str, dict[str, Column]]:
+    """The columns of every row that need no annotations; no columns without photos."""
+    folder = args.fit_photos or str(Path(args.dataroot, "train_images"))
+    if not args.photos or not Path(folder).exists():
+        what = "no figures without annotations"
+        print(f"note: {what}: they need --photos and --fit_photos", file=sys.stderr)
+        return {name: {} for name in ups}
+
+    side = 2 * args.imsize
+    with torch.enable_grad():
+        fitted = fit(maps_to_fit(list_images(folder), extractor, side))
+    paths = []
+    for root in args.photos:
+        paths += list_images(root)
+
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ups}
+    for number, path in enumerate(tqdm(paths, desc="photos", unit="photo", disable=None)):
+        figures = measure_photo(square(path, side), number, extractor, ups, fitted)
+        for name, row in figures.items():
+            for title, value in row.items():
+                found[name][title].append(value)
+
+    columns = {}
+    for name, row in found.items():
+        columns[name] = {title: column(alike(values)) for title, values in row.items()}
     return columns
 
 
-def cosines(args, backbone, commands):
-    """train_lift.py's mean cosines over all --photos, halved as in the module's training: {row name: columns}."""
-    downsample = (read_origin(args.lift_path) or {}).get("downsample")
-    given = {"evaluate": args.lift_path, "downsample": downsample, "imsize": 2 * args.imsize, "batch_size": 4} | backbone
-    results = run("train_lift", [*flags(given), "--val_dataroot", *args.photos], commands).values()
-    count = sum(r["photos"] for r in results)
-    mean = {None: None} | {m: sum(r[m] * r["photos"] for r in results) / count for pair in COSINES.values() for m in pair if m}
-    return {row: {"cosine x2": mean[twice], "cosine x4": mean[four]} for row, (twice, four) in COSINES.items()}
+# ---- on annotated data --------------------------------------------------------------------------
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
+def find_root(dataroot: str, folders: tuple[str, ...], markers: tuple[str, ...]) -> Path | None:
+    """The first of the folders below DATAROOT that holds one of the markers, or None."""
+    for folder in folders:
+        root = Path(dataroot, folder)
+        if any((root / marker).exists() for marker in markers):
+            return root
+    return None
 
 
-def linear_flops(x, weight, *_, **__):
-    """FLOPs of oneDNN's linear layer from the shapes of its arguments: torch's counter does not know it."""
-    return 2 * prod(x) * weight[0]
+def find_roots(dataroot: str) -> dict[str, Path]:
+    """{data set: its folder} of those that are there."""
+    places = {
+        "SPair": (("SPair-71k", "."), ("PairAnnotation",)),
+        "DAVIS": (("DAVIS", "."), ("ImageSets/2017/val.txt",)),
+        "VOC07": (("voc", "."), ("VOC2007", "VOCdevkit/VOC2007")),
+        "VOC12": (("voc", "."), ("VOC2012", "VOCdevkit/VOC2012")),
+        "COCO20k": (("coco20k", "."), ("coco_20k_filenames.txt",)),
+    }
+    roots = {}
+    for name, (folders, markers) in places.items():
+        root = find_root(dataroot, folders, markers)
+        if root is not None:
+            roots[name] = root
+    return roots
 
 
-def count_macs(run):
-    """Multiply-accumulates of run(), half of what torch.utils.flop_counter counts; element-wise work is free.
-
-    The fused attention of CPUs is not counted by it either: the plain one, with as many, takes its place.
-    """
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping={onednn: linear_flops}) as counter:
-        run()
-    return counter.get_total_flops() // 2
+def as_flags(given: dict[str, Any]) -> list[str]:
+    """Settings as the flags of a command line, those that are None left out."""
+    flags = []
+    for name, value in given.items():
+        if value is not None:
+            flags += [f"--{name}", str(value)]
+    return flags
 
 
-def cost(args):
-    """MACs, time and memory of the features of one image, as columns."""
-    extractor = ViTExtractor.from_args(args)
-    up, image = upsampler(args, extractor), torch.rand(1, 3, args.imsize, args.imsize)
+def as_command(script: str, argv: list[str]) -> str:
+    """A command line as a person would type it."""
+    return shlex.join(["python", f"{script}.py", *argv])
 
-    def features():
+
+def run(script: str, argv: list[str]) -> dict[str, Any]:
+    """The results of one of the scripts, run in this process."""
+    print(as_command(script, argv), file=sys.stderr)
+    module = import_module(script)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "results.json")
+        module.parser().run(module.main, [*argv, "--json", str(file)])
+        return json.loads(file.read_text())["results"]
+
+
+def pair_units(matches: list[eval_spair.Match], alpha: float) -> Units:
+    """PCK as a mean over pairs, so weighed that every category's keypoints count as one."""
+    keypoints: dict[str, int] = defaultdict(int)
+    for match in matches:
+        keypoints[match.pair.category] += len(match.source)
+    values, weights = [], []
+    for match in matches:
+        values.append(100 * eval_spair.correct(match, alpha).double().mean().item())
+        weights.append(len(match.source) / keypoints[match.pair.category] / len(keypoints))
+    return Units(np.array(values), np.array(weights))
+
+
+def spair_columns(
+    root: Path, extractor: DenseExtractor, up: Upsampler, imsize: int
+) -> dict[str, Column]:
+    """PCK of all pairs, by dot products and by cosines."""
+
+    def features(images: Tensor) -> Tensor:
+        images = extractor.normalize(images.to(extractor.device))
+        return up(images, extractor(images))
+
+    pairs = eval_spair.read_pairs(root, per_category=0)
+    columns = {}
+    for cosine, titles in (
+        (False, {"SPair PCK@.1": 0.1, "PCK@.05": 0.05}),
+        (True, {"PCK@.1 cos": 0.1}),
+    ):
+        matches = eval_spair.match_pairs(features, pairs, imsize, cosine)
+        means = eval_spair.evaluate(matches)["mean"]
+        for title, alpha in titles.items():
+            columns[title] = Column(means[f"pck@{alpha}"], pair_units(matches, alpha))
+    return columns
+
+
+def davis_columns(argv: list[str]) -> dict[str, Column]:
+    """J&F of DAVIS; the units are objects."""
+    results = run("eval_davis", argv)
+    objects = []
+    for region, contour in results["per_object"].values():
+        if region is not None:  # None: nothing of a short video is scored
+            objects.append(50 * (region + contour))
+    return {"DAVIS J&F": Column(100 * results["J&F-Mean"], alike(objects))}
+
+
+def corloc_columns(dataset: str, argv: list[str]) -> dict[str, Column]:
+    """CorLoc of a data set of TokenCut; the units are photos, read from its predictions."""
+    results = run("eval_tokencut", argv)
+    folder = argv[argv.index("--output_dir") + 1]
+    photos = []
+    for line in Path(folder, "predictions.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "correct" in entry:
+            photos.append(100.0 * entry["correct"])
+    return {f"{dataset} CorLoc": Column(results["corloc"], alike(photos))}
+
+
+def data_columns(
+    args: Namespace, name: str, row: dict[str, Any], extractor: DenseExtractor, up: Upsampler
+) -> tuple[dict[str, Column], list[str]]:
+    """The columns of all data sets that are there, for one row, and the commands that give them."""
+    folder = Path(args.runs, args.model_type, name.replace(" ", "_").replace("/", "_"))
+    backbone = {flag: getattr(args, flag) for flag in BACKBONE}
+    given = as_flags({**backbone, **row})
+    columns: dict[str, Column] = {}
+    commands = []
+    for dataset, root in find_roots(args.dataroot).items():
+        argv = ["--dataroot", str(root)]
+        if dataset == "SPair":
+            argv += ["--pairs_per_category", "0", *given]
+            commands.append(as_command("eval_spair", argv))
+            commands.append(as_command("eval_spair", [*argv, "--match", "cosine"]))
+            columns.update(spair_columns(root, extractor, up, row["imsize"]))
+        elif dataset == "DAVIS":
+            argv += [*given, "--output_dir", str(folder)]
+            commands.append(as_command("eval_davis", argv))
+            columns.update(davis_columns(argv))
+        else:
+            argv += ["--dataset", dataset]
+            if dataset == "COCO20k":
+                argv += ["--tau", "0.3"]  # of the LiFT paper
+            else:
+                argv += ["--set", "trainval"]
+            argv += [*given, "--output_dir", str(folder / dataset)]
+            commands.append(as_command("eval_tokencut", argv))
+            columns.update(corloc_columns(dataset, argv))
+    return columns, commands
+
+
+# ---- cost ---------------------------------------------------------------------------------------
+
+
+def cost(extractor: DenseExtractor, up: Upsampler, imsize: int) -> dict[str, float | None]:
+    """Multiplications, time and memory of the features of one image, as columns."""
+    image = torch.rand(1, 3, imsize, imsize)
+
+    def features() -> Tensor:
         return up(image, extractor(image))
 
     spent = measure(features, extractor.device)
     return {"GMACs": count_macs(features) / 1e9, "ms": spent["ms"], "MiB": spent["peak_mb"]}
 
 
-def machine(device):
+def machine(device: torch.device) -> str:
     """Where it ran, in words."""
-    if torch.cuda.is_available() and not device.startswith("cpu"):
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
+
+COST = ("GMACs", "ms", "MiB")
 
 
-def table(lines):
-    """A Markdown table of {row name: {column: value or None}}."""
-    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-    text = [["", *columns]] + [[name, *(number(line.get(column)) for column in columns)] for name, line in lines.items()]
-    text[1:1] = [["---"] + ["---:"] * len(columns)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in text)
-
-
-def number(value):
+def number(value: float | None) -> str:
     """A figure as text: three decimals below 1, two below 100, else none; nothing for None."""
-    return "" if value is None else f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 0}f}"
+    if value is None:
+        return ""
+    decimals = 0
+    if abs(value) < 1:
+        decimals = 3
+    elif abs(value) < 100:
+        decimals = 2
+    return f"{value:.{decimals}f}"
 
 
-def measured(model, record):
-    """The section of one backbone."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["settings"]["versions"].items())
-    return f"\n## {model}\n\n    {record['command']}\n\n{record['machine']}; {versions}.\n\n{table(record['rows'])}"
+def with_error(value: float | None, error: float | None) -> str:
+    """A figure and its standard error, with the decimals of the figure."""
+    text = number(value)
+    if value is None or error is None:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {error:.{decimals}f}"
 
 
-def paper():
+def table(lines: dict[str, dict[str, str]], titles: list[str]) -> str:
+    """A Markdown table of {row name: {title: text}}."""
+    text = f"|  | {' | '.join(titles)} |\n"
+    text += f"| --- | {' | '.join(['---:'] * len(titles))} |\n"
+    for name, line in lines.items():
+        cells = [line.get(title, "") for title in titles]
+        text += f"| {name} | {' | '.join(cells)} |\n"
+    return text
+
+
+def titles_of(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """All titles of the rows, in the order in which they first come."""
+    titles: dict[str, None] = {}
+    for row in rows.values():
+        titles.update(dict.fromkeys(row))
+    return list(titles)
+
+
+def is_of_photos(title: str) -> bool:
+    """Whether a column needs no annotations."""
+    return title.startswith(("cosine", "centred", "probe", "self-match"))
+
+
+def tables(record: dict[str, Any]) -> str:
+    """The tables of one backbone: data sets, photos, cost; those that have columns."""
+    errors = record.get("errors", {})
+    lines: dict[str, dict[str, str]] = {}
+    for name, row in record["rows"].items():
+        of_row = errors.get(name, {})
+        lines[name] = {title: with_error(row[title], of_row.get(title)) for title in row}
+
+    of_photos, of_data, of_cost = [], [], []
+    for title in titles_of(lines):
+        if title in COST:
+            of_cost.append(title)
+        elif is_of_photos(title):
+            of_photos.append(title)
+        else:
+            of_data.append(title)
+    parts = [table(lines, titles) for titles in (of_data, of_photos, of_cost) if titles]
+    return "\n".join(parts)
+
+
+def differences_table(differences: list[dict[str, Any]]) -> str:
+    """Differences of rows with their intervals; in bold where zero lies outside."""
+    lines: dict[str, dict[str, str]] = defaultdict(dict)
+    for entry in differences:
+        decimals = 1
+        if entry["column"].startswith(("cosine", "centred")):
+            decimals = 3
+        numbers = [f"{entry[key]:+.{decimals}f}" for key in ("difference", "low", "high")]
+        text = f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+        if entry["low"] > 0 or entry["high"] < 0:
+            text = f"**{text}**"
+        lines[f"{entry['row']} less {entry['than'].removeprefix('+ ')}"][entry["column"]] = text
+    return table(lines, titles_of(lines))
+
+
+def section(model: str, record: dict[str, Any]) -> str:
+    """All that the tables' file says of one backbone."""
+    versions = ", ".join(f"{name} {v}" for name, v in record["settings"]["versions"].items())
+    text = f"\n## {model}\n\n    {record['command']}\n\n{record['machine']}; {versions}.\n\n"
+    text += tables(record)
+    if record.get("differences"):
+        text += "\nDifferences, with 95 % intervals; bold where they leave out zero:\n\n"
+        text += differences_table(record["differences"])
+    return text
+
+
+def paper() -> str:
     """The paper's table, and the commands that would give each of its rows."""
-    columns = ("SPair PCK@.1", "PCK@.05", "DAVIS J&F", "COCO20k CorLoc")
-    text = NOT_RUN + table({row: dict(zip(columns, values)) for row, values in PAPER.items()}) + MODULE
-    for i, row in enumerate(PAPER):
-        given = flags({"model_type": "dino_vits16"} | rows("pretrained/lift_dino_vits16.pth", 224)[row])
-        masks = ["DAVIS", "--output_dir", f"paper/{i}"]
-        boxes = ["COCO20k", "--dataset", "COCO20k", "--output_dir", f"paper/{i}"]
-        lines = [["eval_spair.py", "SPair-71k"], ["eval_davis.py", *masks], ["eval_tokencut.py", *boxes]]
-        commands = [shlex.join(["python", script, "--dataroot", *rest, *given]) for script, *rest in lines]
+    titles = ["SPair PCK@.1", "PCK@.05", "DAVIS J&F", "COCO20k CorLoc"]
+    lines = {}
+    for row, values in PAPER.items():
+        lines[row] = {title: number(value) for title, value in zip(titles, values)}
+    text = NOT_RUN + table(lines, titles) + MODULE
+
+    rows = table_rows(["pretrained/lift_dino_vits16.pth"], 224)
+    for count, row in enumerate(PAPER):
+        given = as_flags({"model_type": "dino_vits16", **rows[row]})
+        output = ["--output_dir", f"paper/{count}"]
+        coco = ["--dataset", "COCO20k", "--tau", "0.3", *output]
+        commands = [
+            as_command("eval_spair", ["--dataroot", "SPair-71k", *given]),
+            as_command("eval_davis", ["--dataroot", "DAVIS", *output, *given]),
+            as_command("eval_tokencut", ["--dataroot", "COCO20k", *coco, *given]),
+        ]
         text += f"\n{row}:\n\n" + "".join(f"    {command}\n" for command in commands)
     return text
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- the whole ----------------------------------------------------------------------------------
 
 
-def parser():
-    command = Command(__doc__)
-    add = command.add_argument
-    add("--dataroot", required=True, help="folder that holds SPair-71k, DAVIS, voc (or VOCdevkit), coco20k, or some of them")
-    add("--lift_path", required=True, help="LiFT checkpoint (.pth)")
-    add("--imsize", type=int, default=224, help="side of the square input in pixels (default: 224)")
-    add("--photos", nargs="+", help="folders of photos for the cosine (default: voc and coco20k of DATAROOT)")
-    add("--output", default=str(Path(__file__).with_suffix("")), help="tables, without suffix (default: benchmarks/quality)")
-    add("--runs", help="folder to keep masks and boxes in, so that a stopped run goes on (default: a temporary one)")
-    add_backbone_args(command)
-    return command
+def default_photos(dataroot: str) -> list[str]:
+    """The folders of photos that are measured on where none are given."""
+    folders = [Path(dataroot, name) for name in ("voc", "coco20k")]
+    return [str(folder) for folder in folders if folder.is_dir()]
 
 
-def main(args):
-    if not any(home(args.dataroot, task) for task in TASKS):
-        raise ValueError(f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k: correct --dataroot")
-    given, command = settings(args), shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
-    backbone = {name: getattr(args, name) for name in BACKBONE}
-    args.photos = args.photos or [str(p) for p in (Path(args.dataroot, name) for name in ("voc", "coco20k")) if p.is_dir()]
-    lines, commands, everything = {}, [], Path(f"{args.output}.json")
+def differences_of(
+    columns: dict[str, dict[str, Column]], pairs: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """The differences of pairs of rows in every column that both have."""
+    found = []
+    for row, than in pairs:
+        for title in columns[row]:
+            if title in columns[than]:
+                mine, other = columns[row][title].units, columns[than][title].units
+                entry = {"row": row, "than": than, "column": title}
+                found.append({**entry, **interval(mine, other)})
+    return found
+
+
+def measure_all(args: Namespace, extractor: DenseExtractor) -> dict[str, Any]:
+    """Rows, errors, differences and commands of one backbone."""
+    rows = table_rows(args.lift_path, args.imsize)
+    ups = {}
+    for name, row in rows.items():
+        ups[name] = upsampler(Namespace(**{**NO_LIFT, **row}), extractor)
+
+    of_photos = measure_photos(args, extractor, ups)
+    columns, commands, values, errors = {}, [], {}, {}
+    for name, row in rows.items():
+        of_data, used = data_columns(args, name, row, extractor, ups[name])
+        columns[name] = {**of_data, **of_photos[name]}
+        commands += used
+        values[name] = {title: cell.value for title, cell in columns[name].items()}
+        values[name].update(cost(extractor, ups[name], row["imsize"]))
+        errors[name] = {title: cell.units.error() for title, cell in columns[name].items()}
+    return {
+        "rows": values,
+        "errors": errors,
+        "differences": differences_of(columns, compared(args.lift_path)),
+        "commands": commands,
+    }
+
+
+def main(args: Namespace) -> None:
+    """Measure, write the tables, print."""
+    check_range(args, imsize=1)
+    if not find_roots(args.dataroot):
+        what = f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k"
+        raise ValueError(f"{what}: correct --dataroot")
+    given = list(sys.argv[1:])
+    if args.photos is None:
+        args.photos = default_photos(args.dataroot)
+    extractor = build_extractor(args)
+    used = settings(args, device=str(extractor.device), **extractor.facts())
+
     with tempfile.TemporaryDirectory() as temporary:
-        args.runs = args.runs or temporary
-        near = cosines(args, backbone, commands) if args.photos else {}
-        for name, row in rows(args.lift_path, args.imsize).items():
-            spent = cost(Namespace(**NO_LIFT | backbone | row))
-            lines[name] = quality(args, name, row, backbone, commands) | near.get(name, {}) | spent
-    commands = [text.replace(args.runs, "runs") for text in commands]
-    record = {"command": command, "settings": given, "machine": machine(args.device), "rows": lines, "commands": commands}
-    records = (json.loads(everything.read_text()) if everything.is_file() else {}) | {args.model_type: record}
-    with replacing(everything) as file:
-        file.write_text(json.dumps(records, indent=1) + "\n")
-    with replacing(f"{args.output}.md") as file:
-        file.write_text(ABOUT + "".join(measured(*item) for item in records.items()) + paper())
-    print(table(lines))
-    print(json.dumps(record))
+        if args.runs is None:
+            args.runs = temporary
+        measured = measure_all(args, extractor)
+    measured["commands"] = [line.replace(args.runs, "runs") for line in measured["commands"]]
+    record = {
+        "command": shlex.join(["python", "benchmarks/quality.py", *given]),
+        "settings": used,
+        "machine": machine(extractor.device),
+        **measured,
+    }
+
+    everything = Path(f"{args.output}.json")
+    records: dict[str, Any] = {}
+    if everything.is_file():
+        records = json.loads(everything.read_text())
+    records[args.model_type] = plain(record)
+    text = ABOUT + "".join(section(*item) for item in records.items()) + paper()
+    write_text(everything, json.dumps(records, indent=1) + "\n")
+    write_text(f"{args.output}.md", text)
+    print(section(args.model_type, record))
+    report(record)
 
 
 if __name__ == "__main__":
