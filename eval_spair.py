@@ -1,339 +1,665 @@
-"""Semantic correspondence on SPair-71k (Min et al., 2019): percentage of correct keypoints (PCK) of dense features.
+"""Semantic correspondence on SPair-71k: percentage of correct keypoints (PCK) of dense features.
 
-    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 224                       # DINO
-    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 224 --upsample bilinear   # + bilinear
-    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 224 --lift_path lift.pth  # + LiFT
-    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 448                       # DINO at 448
+    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16
+    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --upsample bilinear
+    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --lift_path lift.pth
+    python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 448
 
-The protocol is that of the LiFT paper's release. Both images go, on black, to a square; descriptors are L2-normalised
-on the feature grid and interpolated bilinearly to pixels; every keypoint of the source goes to the target pixel of
-largest dot product; it is correct if nearer to the annotated point than alpha times the longer side of the object's
-box. 100 pairs a category are drawn with replacement (--pairs_per_category 0: all once). A category's PCK is over its
-keypoints, the result is the mean over categories. Other conventions (--match, --threshold, --average) are off by default.
+These are the rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice the size.
 
-Prints a table (pairs, keypoints and PCK of every category, and the mean) and, as the last line, the same with all
-settings as JSON. On 1 CPU core, ViT-S/16 + LiFT at 224 takes 0.13 s an image, however many pairs it is in, and 2 ms a pair.
+Both images of a pair go, on black, to a square. Their descriptors are L2-normalised on the feature
+grid and interpolated bilinearly to pixels. Every keypoint of the source goes to the target pixel of
+largest dot product. It is correct if it lies nearer to the annotated point than alpha times the
+longer side of the object's box. A category's PCK is over its keypoints, and the result is the mean
+over the categories. This is the protocol of the LiFT paper's release; --match, --threshold and
+--average choose other conventions.
+
+100 pairs of each category are drawn, with replacement. --pairs_per_category 0 takes every pair
+once.
+
+Prints a table of pairs, keypoints and PCK and, as the last line, the same and all settings as JSON.
+On one CPU core, ViT-S/16 with LiFT at 224 takes 0.13 s an image, however many pairs the image is
+in, and 2 ms a pair.
+
+Source: SPair-71k, Min et al., 2019 (arXiv 1908.10543).
+
+Notation: C channels, h w the grid of a map, S the side of the square in pixels, K keypoints. Points
+are (x, y).
 """
 
+import argparse
+import glob
 import json
-from itertools import groupby
+import math
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw
-from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
-
-from extractor import Command, ViTExtractor, add_backbone_args, read_image, replacing, settings
-from lift import add_lift_args, upsampler
-
-
-class Pair(NamedTuple):
-    """One annotated pair; points [K, 2] are (x, y) in pixels of the original images, `extent` is in target pixels."""
-
-    path: Path
-    category: str
-    source: Path
-    target: Path
-    source_points: torch.Tensor
-    target_points: torch.Tensor
-    extent: float  # longer side of the object's bounding box in the target
-
-
-class Described(NamedTuple):
-    """An image in its S x S square: x_square = x * scale + offset."""
-
-    feats: torch.Tensor  # [C, h, w], cells of unit length
-    norm: torch.Tensor | None  # [S, S] lengths after interpolation, for cosine matching
-    size: tuple  # (W, H) of the original
-    scale: float
-    offset: torch.Tensor  # [2]
-
-
-class Match(NamedTuple):
-    """A matched pair; points [K, 2] are (x, y) in pixels of the S x S squares, and so is `extent`."""
-
-    pair: Pair
-    source: torch.Tensor
-    target: torch.Tensor
-    predicted: torch.Tensor
-    extent: float
-
-
-# ---- the data set ---------------------------------------------------------------------------------------------------
-
-
-def read_pair(path, images):
-    """The Pair of an annotation file, its images in the folder `images`. Raises ValueError for anything else."""
-    try:
-        entry = json.loads(path.read_text())
-        source, target = (torch.from_numpy(np.array(entry[key], np.float32)) for key in ("src_kps", "trg_kps"))
-        if source.ndim != 2 or source.shape[1] != 2 or source.shape != target.shape:
-            raise ValueError(f"src_kps and trg_kps of shapes {list(source.shape)} and {list(target.shape)}")
-        x0, y0, x1, y1 = entry["trg_bndbox"]
-        names = (images / entry["src_imname"], images / entry["trg_imname"])
-        return Pair(path, images.name, *names, source, target, float(max(x1 - x0, y1 - y0)))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no SPair-71k annotation ({error!r}): extract the data set again") from error
-
-
-def read_pairs(root, split="test", categories=None, per_category=100, seed=0):
-    """The pairs of the evaluation, category by category, sorted by name.
-
-    `per_category` pairs are drawn with replacement, as in the LiFT release (numpy's legacy generator, seeded once, one
-    `choice` a category); 0 takes all once. Both file names in circulation are found: `...:cow.json`, `..._cow.json`.
-    Raises FileNotFoundError for a missing folder, ValueError for a category without pairs.
-    """
-    annotations, images = Path(root, "PairAnnotation", split), Path(root, "JPEGImages")
-    for folder in (annotations, images):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: pass SPair-71k's folder as --dataroot, and a --split it has")
-    random, pairs = np.random.RandomState(seed), []
-    for category in sorted(set(categories or (folder.name for folder in images.iterdir() if folder.is_dir()))):
-        paths = sorted(annotations.glob(f"*[_:]{category}.json"))
-        if not paths:
-            raise ValueError(f"no pairs of category {category!r} in {annotations}: choose others with --categories")
-        chosen = random.choice(len(paths), per_category) if per_category else range(len(paths))
-        read = {i: read_pair(paths[i], images / category) for i in set(chosen)}
-        pairs += [read[i] for i in chosen]
-    return pairs
-
-
-def letterbox(image, size):
-    """PIL image -> (square PIL image with the longer side `size`, centred on black; scale; offset [2])."""
-    longer = max(image.size)
-    resized = image.resize([round(size * side / longer) for side in image.size], Image.Resampling.LANCZOS)
-    offset = tuple((size - side) // 2 for side in resized.size)
-    square = Image.new("RGB", (size, size))
-    square.paste(resized, offset)
-    return square, size / longer, torch.tensor(offset)
-
-
-# ---- matching -------------------------------------------------------------------------------------------------------
-
-
-def describe(features, paths, size, cosine):
-    """Features of the images at `paths`, as one batch: {path: Described}."""
-    images = [read_image(path) for path in paths]
-    squares, scales, offsets = zip(*(letterbox(image, size) for image in images))
-    batch = features(torch.stack([to_tensor(square) for square in squares]))  # [B, C, h, w]
-    feats = [F.normalize(f, dim=0) for f in batch]  # memory of their own, given back one by one
-    norms = [pixel_norms(f, size) if cosine else None for f in feats]
-    sizes = [image.size for image in images]
-    return dict(zip(paths, map(Described, feats, norms, sizes, scales, offsets)))
-
-
-def pixel_norms(feats, size):
-    """Lengths [S, S] of the descriptors [C, h, w] after interpolation to S x S pixels, a few channels at a time."""
-    parts = (F.interpolate(part[None], (size, size), mode="bilinear") for part in feats.split(16))
-    return sum(part.square().sum(dim=1)[0] for part in parts).sqrt()
-
-
-def place(points, image, path):
-    """Points [K, 2] of an original image -> points of its square. Raises ValueError for one outside the image."""
-    inside = ((points >= 0) & (points < torch.tensor(image.size))).all(dim=1)
-    if not inside.all():
-        point, (width, height) = points[~inside][0].tolist(), image.size
-        raise ValueError(f"{path}: keypoint {point} is outside its {width}x{height} image: correct or remove this file")
-    return points * image.scale + image.offset
-
-
-def descriptors_at(feats, points, size):
-    """Descriptors [C, K] of a map [C, h, w] that covers size x size pixels, at the pixels of the points [K, 2]."""
-    x, y = points.long().T
-    rows, columns = (
-        F.interpolate(torch.eye(cells, device=feats.device)[None], size, mode="linear")[0] for cells in feats.shape[1:]
-    )  # what each cell weighs in each pixel: [h, S] and [w, S]
-    return torch.einsum("chw,hk,wk->ck", feats, rows[:, y], columns[:, x])
-
-
-def best_pixels(source, target, points, size):
-    """For points [K, 2] of the source square the most similar pixels of the target square, [K, 2] as (x, y).
-
-    The similarity is computed on the feature grid and interpolated. Interpolation is linear, so that is the similarity
-    with the interpolated descriptors, without ever building their S x S x C tensor.
-    """
-    queries = descriptors_at(source.feats, points, size)
-    similarity = torch.einsum("ck,chw->khw", queries, target.feats)
-    similarity = F.interpolate(similarity[None], (size, size), mode="bilinear")[0]  # [K, S, S]
-    if target.norm is not None:
-        similarity = similarity / target.norm
-    best = similarity.flatten(1).argmax(dim=1).cpu()
-    return torch.stack([best % size, best // size], dim=1)
-
-
-def match_pair(pair, images, size):
-    """The Match of a pair, `images` {path: Described}."""
-    source, target = images[pair.source], images[pair.target]
-    points = place(pair.source_points, source, pair.path)
-    truth = place(pair.target_points, target, pair.path)
-    return Match(pair, points, truth, best_pixels(source, target, points, size), pair.extent * target.scale)
-
-
-def chunks(pairs, capacity):
-    """Split pairs into lists that need at most `capacity` (2 or more) images each, few of them in several lists."""
-    images = list(dict.fromkeys(image for pair in pairs for image in (pair.source, pair.target)))
-    size = len(images) if len(images) <= capacity else max(1, capacity // 2)
-    block = {image: i // size for i, image in enumerate(images)}
-
-    def blocks(pair):
-        return sorted((block[pair.source], block[pair.target]))
-
-    return [list(group) for _, group in groupby(sorted(pairs, key=blocks), blocks)]
-
-
-def match_pairs(features, pairs, size, cosine=False, batch_size=None, cache_mb=1024):
-    """Match all pairs: a list of Match, in the order of `pairs`.
-
-    `features` is any callable from images [B, 3, S, S] in 0..1 to descriptors [B, C, h, w]. Each image passes through
-    it once as long as a category's descriptors fit into `cache_mb` MiB; with less, some are computed again.
-    """
-    batch_size = batch_size or max(1, 4 * 224**2 // size**2)
-    unique = {pair.path: pair for pair in pairs}.values()
-    images, found = describe(features, [pairs[0].source], size, cosine), {}
-    bytes_each = sum(x.nbytes for x in images[pairs[0].source][:2] if x is not None)
-    capacity = max(2, cache_mb * 2**20 // bytes_each)
-    categories = groupby(unique, lambda pair: pair.category)
-    with tqdm(total=len(unique), unit="pair", disable=None) as bar:
-        for chunk in (chunk for _, category in categories for chunk in chunks(list(category), capacity)):
-            needed = dict.fromkeys(image for pair in chunk for image in (pair.source, pair.target))
-            images = {path: images[path] for path in needed if path in images}
-            missing = [path for path in needed if path not in images]
-            for pair in chunk:
-                while not {pair.source, pair.target} <= images.keys():
-                    images |= describe(features, missing[:batch_size], size, cosine)
-                    del missing[:batch_size]
-                found[pair.path] = match_pair(pair, images, size)
-                bar.update()
-    return [found[pair.path] for pair in pairs]
-
-
-# ---- scores ---------------------------------------------------------------------------------------------------------
-
-
-def correct(match, alpha, threshold="lt"):
-    """Which keypoints [K] of a Match are nearer than (`le`: at most) alpha times the object's longer side."""
-    distance, limit = (match.predicted - match.target).norm(dim=1), alpha * match.extent
-    return distance <= limit if threshold == "le" else distance < limit
-
-
-def evaluate(matches, alphas=(0.1, 0.05, 0.01), threshold="lt", average="category"):
-    """PCK in percent: {category: {"pairs", "keypoints", "pck@0.1", ...}, ..., "mean": {"pck@0.1", ...}}.
-
-    `average` is what weighs the same in the mean: a category (over its keypoints), a keypoint, or an image pair; with
-    `image` a category's own figure is the mean over its pairs, too.
-    """
-
-    def row(matches):
-        hits = {alpha: [correct(match, alpha, threshold).double() for match in matches] for alpha in alphas}
-        if average == "image":
-            hits = {alpha: [h.mean(dim=0, keepdim=True) for h in pairs] for alpha, pairs in hits.items()}
-        return {f"pck@{alpha}": 100 * torch.cat(pairs).mean().item() for alpha, pairs in hits.items()}
-
-    results = {}
-    for category, group in groupby(matches, lambda match: match.pair.category):
-        group = list(group)
-        results[category] = {"pairs": len(group), "keypoints": sum(len(match.source) for match in group)} | row(group)
-    rows = list(results.values())
-    mean = {f"pck@{alpha}": sum(row[f"pck@{alpha}"] for row in rows) / len(rows) for alpha in alphas}
-    return results | {"mean": mean if average == "category" else row(matches)}
-
-
-def table(results):
-    """The results of `evaluate` as text, a line a category."""
-    keys = list(results["mean"])
-    lines = [f"{'category':15}{'pairs':>7}{'keypoints':>11}" + "".join(f"{key:>10}" for key in keys)]
-    for name, row in results.items():
-        counts = f"{name:15}{row.get('pairs', ''):>7}{row.get('keypoints', ''):>11}"
-        lines.append(counts + "".join(f"{row[key]:10.2f}" for key in keys))
-    return "\n".join(lines)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def draw(match, size, alpha, threshold, side=448):
-    """A Match as a picture: source with its keypoints, target with annotated (rings) and predicted points (discs).
-
-    A keypoint has one colour in both; a line joins ring and disc, green if correct at `alpha`, else red.
-    """
-    zoom, picture = side / size, Image.new("RGB", (2 * side, side))
-    for i, path in enumerate((match.pair.source, match.pair.target)):
-        picture.paste(letterbox(read_image(path), side)[0], (i * side, 0))
-    pen = ImageDraw.Draw(picture)
-    right = torch.tensor([side, 0])
-    hits = correct(match, alpha, threshold)
-    points = zip(match.source * zoom, match.target * zoom + right, match.predicted * zoom + right, hits)
-    for i, (source, target, predicted, hit) in enumerate(points):
-        colour = ImageColor.getrgb(f"hsv({360 * i // len(match.source)}, 100%, 100%)")
-        pen.line([*target.tolist(), *predicted.tolist()], fill="lime" if hit else "red", width=2)
-        pen.circle(source.tolist(), 5, fill=colour, outline="black")
-        pen.circle(target.tolist(), 7, outline=colour, width=3)
-        pen.circle(predicted.tolist(), 4, fill=colour, outline="black")
-    return picture
-
-
-def save_pictures(matches, count, folder, size, alpha, threshold):
-    """Draw `count` matches, spread evenly over all, into PNG files of `folder`."""
-    for i in np.linspace(0, len(matches) - 1, min(count, len(matches))).astype(int):
-        name = matches[i].pair.path.stem.replace(":", "_")
-        with replacing(Path(folder, f"{name}.png")) as temporary:
-            draw(matches[i], size, alpha, threshold).save(temporary)
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
-
-
-def parser():
+from typing import Any, NamedTuple
+
+from command import (
+    Command,
+    add_backbone_args,
+    add_lift_args,
+    check_range,
+    inside,
+    replacing,
+    report,
+    settings,
+    world_size,
+)
+
+LARGEST = 4096  # pixels a side; a pair of 30 keypoints then takes 2 GB of similarities
+
+
+def parser() -> Command:
+    """The command line."""
     command = Command(__doc__)
     add = command.add_argument
-    add("--dataroot", required=True, help="SPair-71k folder, with PairAnnotation and JPEGImages")
+    add("--dataroot", required=True, help="SPair-71k folder: PairAnnotation and JPEGImages")
     add("--split", default="test", help="folder of PairAnnotation (default: test)")
-    add("--categories", nargs="+", help="categories to evaluate (default: all folders of JPEGImages)")
-    add("--pairs_per_category", type=int, default=100, help="pairs drawn a category, 0 for all (default: 100)")
-    add("--seed", type=int, default=0, help="of that draw (default: 0)")
-    add("--imsize", type=int, default=224, help="side of the square input in pixels (default: 224)")
-    add("--match", choices=("dot", "cosine"), default="dot", help="cosine: renormalise after interpolation")
-    add("--alpha", type=float, nargs="+", default=[0.1, 0.05, 0.01], help="PCK thresholds (default: 0.1 0.05 0.01)")
-    add("--threshold", choices=("lt", "le"), default="lt", help="distance < or <= alpha times the box (default: lt)")
-    add("--average", choices=("category", "keypoint", "image"), default="category", help="what weighs the same")
+    add("--categories", nargs="+", help="categories (default: all folders of JPEGImages)")
+    add(
+        "--pairs_per_category", type=int, default=100,
+        help="pairs drawn of each category, 0 for all (default: 100)",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of that draw (default: 0)")
+    add("--imsize", type=int, default=224, help="side of the square input (default: 224)")
+    add(
+        "--match", choices=("dot", "cosine"), default="dot",
+        help="cosine: descriptors are normalised again after interpolation (default: dot)",
+    )  # fmt: skip
+    add(
+        "--alpha", type=float, nargs="+", default=[0.1, 0.05, 0.01],
+        help="PCK thresholds (default: 0.1 0.05 0.01)",
+    )  # fmt: skip
+    add(
+        "--threshold", choices=("lt", "le"), default="lt",
+        help="a distance < or <= alpha times the box is correct (default: lt)",
+    )  # fmt: skip
+    add(
+        "--average", choices=("category", "keypoint", "image"), default="category",
+        help="what weighs the same in the mean (default: category)",
+    )  # fmt: skip
     add("--batch_size", type=int, help="images a forward pass (default: the pixels of 4 at 224)")
-    add("--cache_mb", type=int, default=1024, help="MiB of descriptors kept for further pairs (default: 1024)")
+    add("--cache_mb", type=int, default=1024, help="MiB of descriptors kept (default: 1024)")
     add("--visualize", type=int, default=0, metavar="N", help="draw N pairs into --output_dir")
-    add("--output_dir", default="spair_pictures", help="folder of those pictures (default: spair_pictures)")
+    add("--output_dir", default="spair_pictures", help="of pictures (default: spair_pictures)")
     add("--json", help="write the JSON line to this file, too")
     add_backbone_args(command)
     add_lift_args(command)
     return command
 
 
-def main(args):
-    for flag, least in {"imsize": 1, "batch_size": 1, "cache_mb": 0, "pairs_per_category": 0, "visualize": 0}.items():
-        value = vars(args)[flag]
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value} is too small: pass {least} or more")
-    extractor = ViTExtractor.from_args(args)
-    up = upsampler(args, extractor)
+if __name__ == "__main__":
+    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
 
-    def features(images):  # [B, 3, S, S] in 0..1 -> [B, C, h, w]
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+from extractor import build_extractor
+from lift import read_state, upsampler
+from photos import read_image
+
+Features = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
+
+
+class Pair(NamedTuple):
+    """One annotated pair, in pixels of the original images."""
+
+    path: Path                                          # of the annotation
+    category: str
+    source: Path
+    target: Path
+    source_points: Tensor                               # [K, 2]
+    target_points: Tensor                               # [K, 2]
+    extent: float                                       # longer side of the object's box in target
+
+
+class Described(NamedTuple):
+    """An image in its square: x_square = x * scale + offset."""
+
+    feats: Tensor                                       # [C, h, w], cells of unit length
+    norm: Tensor | None                                 # [S, S], for cosine matching
+    size: tuple[int, int]                               # (W, H) of the original
+    scale: float
+    offset: Tensor                                      # [2]
+
+
+class Match(NamedTuple):
+    """A matched pair, in pixels of the squares."""
+
+    pair: Pair
+    source: Tensor                                      # [K, 2]
+    target: Tensor                                      # [K, 2], as annotated
+    predicted: Tensor                                   # [K, 2]
+    extent: float                                       # longer side of the object's box in target
+
+
+# ---- the data set -------------------------------------------------------------------------------
+
+
+def read_pair(path: Path, images: Path) -> Pair:
+    """The Pair of an annotation file.
+
+    Args:
+        images: the folder of the category's images.
+    Raises:
+        ValueError, FileNotFoundError: the file is no annotation of SPair-71k, or one of its images
+            is missing or outside the folder.
+    """
+    try:
+        entry = json.loads(path.read_text())
+        source_points = torch.from_numpy(np.array(entry["src_kps"], np.float32))
+        target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float32))
+        shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"
+        if source_points.ndim != 2 or source_points.shape[1] != 2:
+            raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
+        if source_points.shape != target_points.shape:
+            raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
+
+        left, top, right, bottom = entry["trg_bndbox"]
+        extent = float(max(right - left, bottom - top))
+        if not 0 < extent < math.inf:
+            raise ValueError(f"trg_bndbox {entry['trg_bndbox']}")
+        source_name = Path(entry["src_imname"])
+        target_name = Path(entry["trg_imname"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{path} is no SPair-71k annotation ({error!r})"
+        raise ValueError(f"{what}: extract the data set again") from error
+
+    source = inside(images, str(source_name))
+    target = inside(images, str(target_name))
+    for image in (source, target):
+        if not image.is_file():
+            raise FileNotFoundError(f"no image at {image}: extract the data set again")
+    return Pair(path, images.name, source, target, source_points, target_points, extent)
+
+
+def read_pairs(
+    root: str | Path,
+    split: str = "test",
+    categories: list[str] | None = None,
+    per_category: int = 100,
+    seed: int = 0,
+) -> list[Pair]:
+    """The pairs of the evaluation, category by category, sorted by name.
+
+    Pairs are drawn as in the LiFT release: numpy's legacy generator, seeded once, and one `choice`
+    with replacement a category. Both styles of file names in circulation are found, `...:cow.json`
+    and `..._cow.json`.
+
+    Args:
+        categories: all folders of images where this is left out.
+        per_category: how many pairs are drawn; 0 takes every pair once.
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: a category has no pairs, or a pair cannot be read.
+    """
+    annotations = Path(root, "PairAnnotation", split)
+    images = Path(root, "JPEGImages")
+    for folder in (annotations, images):
+        if not folder.is_dir():
+            remedy = "pass SPair-71k's folder as --dataroot, and a --split it has"
+            raise FileNotFoundError(f"no folder {folder}: {remedy}")
+    if not categories:
+        categories = [folder.name for folder in images.iterdir() if folder.is_dir()]
+
+    random = np.random.RandomState(seed)
+    pairs = []
+    for category in sorted(set(categories)):
+        paths = sorted(annotations.glob(f"*[_:]{glob.escape(category)}.json"))
+        if not paths:
+            what = f"no pairs of category {category!r} in {annotations}"
+            raise ValueError(f"{what}: choose others with --categories")
+        chosen = range(len(paths))
+        if per_category > 0:
+            chosen = random.choice(len(paths), per_category)
+
+        read = {}  # a pair that is drawn twice is read once
+        for number in chosen:
+            if number not in read:
+                read[number] = read_pair(paths[number], images / category)
+            pairs.append(read[number])
+    return pairs
+
+
+def images_of(pairs: list[Pair]) -> list[Path]:
+    """The images of some pairs, each once, in the order in which they are needed."""
+    paths: dict[Path, None] = {}  # a set that keeps its order
+    for pair in pairs:
+        paths[pair.source] = None
+        paths[pair.target] = None
+    return list(paths)
+
+
+def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, float, Tensor]:
+    """Resize an image to the longer side `size` and paste it into the middle of a black square.
+
+    Returns:
+        The square; the scale; the offset [2] of the image in the square.
+    """
+    longer = max(image.size)
+    width = max(1, round(size * image.width / longer))
+    height = max(1, round(size * image.height / longer))
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+
+    offset = ((size - width) // 2, (size - height) // 2)
+    square = Image.new("RGB", (size, size))
+    square.paste(resized, offset)
+    return square, size / longer, torch.tensor(offset)
+
+
+# ---- matching -----------------------------------------------------------------------------------
+
+
+def describe(
+    features: Features, paths: list[Path], size: int, cosine: bool
+) -> dict[Path, Described]:
+    """The descriptors of some images, which pass through the network as one batch.
+
+    Raises:
+        ValueError: an image cannot be read, or its features are not finite.
+    """
+    images = [read_image(path) for path in paths]
+    boxed = [letterbox(image, size) for image in images]
+    batch = features(torch.stack([to_tensor(square) for square, _, _ in boxed]))  # [B, C, h, w]
+    if not batch.isfinite().all():
+        remedy = "pass --dtype float32, or another --lift_path"
+        raise ValueError(f"the features of {paths[0].parent} are not finite: {remedy}")
+
+    described = {}
+    for path, image, (_, scale, offset), feats in zip(paths, images, boxed, batch):
+        # a tensor of its own for each image, so that the batch's memory can be given back
+        feats = F.normalize(feats, dim=0)                                         # [C, h, w]
+        norm = None
+        if cosine:
+            norm = pixel_norms(feats, size)
+        described[path] = Described(feats, norm, image.size, scale, offset)
+    return described
+
+
+def pixel_norms(feats: Tensor, size: int) -> Tensor:
+    """The lengths [S, S] that descriptors [C, h, w] have after interpolation to pixels."""
+    squares = torch.zeros(size, size, device=feats.device)
+    # a few channels at a time: all of them at S x S pixels would fill the memory
+    for part in feats.split(16):
+        pixels = F.interpolate(part[None], (size, size), mode="bilinear")[0]      # [16, S, S]
+        squares += pixels.square().sum(dim=0)
+    return squares.sqrt()
+
+
+def place(points: Tensor, image: Described, path: Path) -> Tensor:
+    """Points [K, 2] of an original image -> points of its square.
+
+    Args:
+        path: the annotation file, for the message.
+    Raises:
+        ValueError: a point lies outside the image.
+    """
+    within = ((points >= 0) & (points < torch.tensor(image.size))).all(dim=1)     # [K]
+    if not within.all():
+        point = points[~within][0].tolist()
+        width, height = image.size
+        what = f"{path}: keypoint {point} is outside its {width}x{height} image"
+        raise ValueError(f"{what}: correct or remove this file")
+    return points * image.scale + image.offset
+
+
+def pixel_weights(cells: int, size: int, device: torch.device) -> Tensor:
+    """Along one axis: what each cell weighs in each pixel, interpolated linearly. [cells, S]"""
+    one_hot = torch.eye(cells, device=device)
+    return F.interpolate(one_hot[None], size, mode="linear")[0]
+
+
+def descriptors_at(feats: Tensor, points: Tensor, size: int) -> Tensor:
+    """The descriptors [C, K] of a map [C, h, w] at the pixels of points [K, 2] of the square."""
+    x, y = points.long().T
+    height, width = feats.shape[1:]
+    rows = pixel_weights(height, size, feats.device)[:, y]                        # [h, K]
+    columns = pixel_weights(width, size, feats.device)[:, x]                      # [w, K]
+    return torch.einsum("chw,hk,wk->ck", feats, rows, columns)
+
+
+def best_pixels(source: Described, target: Described, points: Tensor, size: int) -> Tensor:
+    """The most similar pixels [K, 2] of the target square for points [K, 2] of the source square.
+
+    The similarity is computed on the feature grid and then interpolated. Interpolation is linear,
+    so this is the similarity with the interpolated descriptors, whose S x S x C tensor is never
+    needed.
+    """
+    queries = descriptors_at(source.feats, points, size)
+    similarity = torch.einsum("ck,chw->khw", queries, target.feats)
+    similarity = F.interpolate(similarity[None], (size, size), mode="bilinear")[0]  # [K, S, S]
+    if target.norm is not None:
+        similarity = similarity / target.norm
+    best = similarity.flatten(1).argmax(dim=1).cpu()                              # [K]
+    return torch.stack([best % size, best // size], dim=1)
+
+
+def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
+    """Find the keypoints of a pair's source in its target."""
+    source = images[pair.source]
+    target = images[pair.target]
+    points = place(pair.source_points, source, pair.path)
+    truth = place(pair.target_points, target, pair.path)
+    predicted = best_pixels(source, target, points, size)
+    return Match(pair, points, truth, predicted, pair.extent * target.scale)
+
+
+def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
+    """Split pairs into lists that need at most `capacity` images each, which is 2 or more.
+
+    Where all images are too many, they are numbered in blocks of half the capacity, and pairs of
+    the same two blocks go together. So an image is in few of the lists.
+    """
+    images = images_of(pairs)
+    if len(images) <= capacity:
+        return [pairs]
+    block = {}
+    for number, image in enumerate(images):
+        block[image] = number // (capacity // 2)
+
+    together = defaultdict(list)
+    for pair in pairs:
+        first, second = sorted((block[pair.source], block[pair.target]))
+        together[first, second].append(pair)
+    return [together[blocks] for blocks in sorted(together)]
+
+
+def default_batch(size: int) -> int:
+    """Images a forward pass: as many pixels as four images of 224, and one image at least."""
+    return max(1, 4 * 224**2 // size**2)
+
+
+def match_pairs(
+    features: Features,
+    pairs: list[Pair],
+    size: int,
+    cosine: bool = False,
+    batch_size: int | None = None,
+    cache_mb: int = 1024,
+) -> list[Match]:
+    """Match all pairs, and return them in their order.
+
+    Each image passes through the network once as long as a category's descriptors fit into
+    `cache_mb` MiB. With less memory some images are described again.
+
+    Args:
+        features: any callable from images [B, 3, S, S] in 0..1 to descriptors [B, C, h, w].
+        size: S.
+        cosine: normalise the descriptors again after interpolation.
+        batch_size: images a call of `features`; default_batch(size) where it is left out.
+    """
+    batch_size = batch_size or default_batch(size)
+    by_category = defaultdict(dict)  # a pair that was drawn twice is matched once
+    for pair in pairs:
+        by_category[pair.category][pair.path] = pair
+
+    # the first image tells how many fit
+    images = describe(features, [pairs[0].source], size, cosine)
+    first = images[pairs[0].source]
+    bytes_each = first.feats.nbytes
+    if first.norm is not None:
+        bytes_each += first.norm.nbytes
+    capacity = max(2, cache_mb * 2**20 // bytes_each)
+
+    work = []
+    for category in by_category.values():
+        work.extend(chunks(list(category.values()), capacity))
+
+    found = {}
+    with tqdm(total=sum(map(len, work)), unit="pair", disable=None) as bar:
+        for chunk in work:
+            needed = images_of(chunk)
+            images = {path: images[path] for path in needed if path in images}
+            missing = [path for path in needed if path not in images]
+            for pair in chunk:
+                while pair.source not in images or pair.target not in images:
+                    images.update(describe(features, missing[:batch_size], size, cosine))
+                    missing = missing[batch_size:]
+                found[pair.path] = match_pair(pair, images, size)
+                bar.update()
+    return [found[pair.path] for pair in pairs]
+
+
+# ---- scores -------------------------------------------------------------------------------------
+
+
+def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
+    """Which keypoints [K] of a Match are nearer than alpha times the object's longer side.
+
+    Args:
+        threshold: "lt" for nearer, "le" for at most as far.
+    """
+    distance = (match.predicted - match.target).norm(dim=1)
+    limit = alpha * match.extent
+    if threshold == "le":
+        return distance <= limit
+    return distance < limit
+
+
+def pck(matches: list[Match], alpha: float, threshold: str, per_image: bool) -> float:
+    """Percentage of correct keypoints over all keypoints, or as the mean over the pairs."""
+    shares = []
+    for match in matches:
+        hits = correct(match, alpha, threshold).double()
+        if per_image:
+            hits = hits.mean(dim=0, keepdim=True)
+        shares.append(hits)
+    return 100 * torch.cat(shares).mean().item()
+
+
+def evaluate(
+    matches: list[Match],
+    alphas: tuple[float, ...] | list[float] = (0.1, 0.05, 0.01),
+    threshold: str = "lt",
+    average: str = "category",
+) -> dict[str, dict[str, Any]]:
+    """PCK in percent of every category, and its mean.
+
+    Args:
+        average: what weighs the same in the mean: a category, a keypoint or an image pair. With
+            "image" a category's own figure is the mean over its pairs, too.
+    Returns:
+        {category: {"pairs", "keypoints", "pck@0.1", ...}, ..., "mean": {"pck@0.1", ...}}
+    """
+    per_image = average == "image"
+    by_category = defaultdict(list)
+    for match in matches:
+        by_category[match.pair.category].append(match)
+
+    results: dict[str, dict[str, Any]] = {}
+    for category, group in by_category.items():
+        row = {"pairs": len(group), "keypoints": sum(len(match.source) for match in group)}
+        for alpha in alphas:
+            row[f"pck@{alpha}"] = pck(group, alpha, threshold, per_image)
+        results[category] = row
+
+    mean = {}
+    for alpha in alphas:
+        key = f"pck@{alpha}"
+        if average == "category":
+            mean[key] = sum(row[key] for row in results.values()) / len(results)
+        else:
+            mean[key] = pck(matches, alpha, threshold, per_image)
+    results["mean"] = mean
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results of `evaluate` as text, a line for each category."""
+    keys = list(results["mean"])
+    header = f"{'category':15}{'pairs':>7}{'keypoints':>11}"
+    for key in keys:
+        header += f"{key:>10}"
+
+    lines = [header]
+    for name, row in results.items():
+        line = f"{name:15}{row.get('pairs', ''):>7}{row.get('keypoints', ''):>11}"
+        for key in keys:
+            line += f"{row[key]:10.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448) -> Image.Image:
+    """Draw a Match: the source on the left, the target on the right.
+
+    A keypoint has one colour in both. In the target the annotated point is a ring and the predicted
+    point a disc. The line that joins them is green if the prediction is correct, else red.
+
+    Args:
+        size: S.
+        alpha, threshold: what is correct.
+        side: pixels of each of the two squares.
+    """
+    picture = Image.new("RGB", (2 * side, side))
+    source, _, _ = letterbox(read_image(match.pair.source), side)
+    target, _, _ = letterbox(read_image(match.pair.target), side)
+    picture.paste(source, (0, 0))
+    picture.paste(target, (side, 0))
+
+    pen = ImageDraw.Draw(picture)
+    zoom = side / size
+    right = torch.tensor([side, 0])
+    points = (match.source * zoom).tolist()
+    truths = (match.target * zoom + right).tolist()
+    guesses = (match.predicted * zoom + right).tolist()
+    hits = correct(match, alpha, threshold).tolist()
+    for number, (point, truth, guess, hit) in enumerate(zip(points, truths, guesses, hits)):
+        colour = ImageColor.getrgb(f"hsv({360 * number // len(points)}, 100%, 100%)")
+        pen.line([*truth, *guess], fill=line_colour(hit), width=2)
+        draw_disc(pen, point, colour)
+        draw_ring(pen, truth, colour)
+        draw_disc(pen, guess, colour, radius=4)  # fits into the ring
+    return picture
+
+
+def line_colour(hit: bool) -> str:
+    """The colour of the line between an annotated and a predicted point."""
+    if hit:
+        return "lime"
+    return "red"
+
+
+def draw_ring(pen: ImageDraw.ImageDraw, point: list[float], colour: Any) -> None:
+    """Mark the annotated point in the target."""
+    pen.circle(point, 7, outline=colour, width=3)
+
+
+def draw_disc(
+    pen: ImageDraw.ImageDraw, point: list[float], colour: Any, radius: int = 5
+) -> None:
+    """Mark the point in the source, or the predicted one in the target."""
+    pen.circle(point, radius, fill=colour, outline="black")
+
+
+def with_legend(picture: Image.Image, alpha: float) -> Image.Image:
+    """The picture of `draw` above a line that says what disc, ring and line are."""
+    bar = 32
+    sheet = Image.new("RGB", (picture.width, picture.height + bar), "white")
+    sheet.paste(picture, (0, 0))
+
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    middle = picture.height + bar // 2
+    colour = ImageColor.getrgb("hsv(210, 100%, 100%)")
+
+    draw_disc(pen, [16, middle], colour)
+    text = "keypoint of the source (left), and where it was found (right)"
+    pen.text((28, middle), text, "black", font, anchor="lm")
+    draw_ring(pen, [480, middle], colour)
+    pen.text((494, middle), "annotated point", "black", font, anchor="lm")
+    pen.line([624, middle, 652, middle], fill=line_colour(True), width=2)
+    pen.text((658, middle), f"correct at {alpha:g}", "black", font, anchor="lm")
+    pen.line([776, middle, 804, middle], fill=line_colour(False), width=2)
+    pen.text((810, middle), "not correct", "black", font, anchor="lm")
+    return sheet
+
+
+def save_pictures(
+    matches: list[Match], count: int, folder: str | Path, size: int, alpha: float, threshold: str
+) -> None:
+    """Draw `count` matches, spread evenly over all, into PNG files of `folder`."""
+    count = min(count, len(matches))
+    for number in np.linspace(0, len(matches) - 1, count).astype(int):
+        match = matches[number]
+        name = match.pair.path.stem.replace(":", "_")
+        picture = with_legend(draw(match, size, alpha, threshold), alpha)
+        with replacing(Path(folder, f"{name}.png")) as temporary:
+            picture.save(temporary)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that are out of range."""
+    check_range(
+        args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0, visualize=0, seed=0
+    )
+    if args.imsize > LARGEST:
+        raise ValueError(f"--imsize {args.imsize} is too large: pass {LARGEST} or less")
+    for alpha in args.alpha:
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"--alpha {alpha} is out of range: pass shares of the box, as 0.1")
+    if world_size() > 1:
+        raise ValueError("this is the work of one process: start it with python, not torchrun")
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    pairs = read_pairs(
+        args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
+    )
+    if args.lift_path:
+        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    extractor = build_extractor(args)
+    if args.imsize % extractor.patch:
+        what = f"--imsize {args.imsize} is no multiple of the patch ({extractor.patch})"
+        raise ValueError(f"{what}: pass one")
+    up = upsampler(args, extractor)
+    if up.factor > extractor.step:
+        what = f"--lift_iter {args.lift_iter} makes a grid that is finer than the pixels"
+        raise ValueError(f"{what}: pass {int(math.log2(extractor.step))} or less")
+
+    def features(images):                              # [B, 3, S, S] in 0..1 -> [B, C, h, w]
         images = extractor.normalize(images.to(extractor.device))
         return up(images, extractor(images))
 
-    pairs = read_pairs(args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed)
-    matches = match_pairs(features, pairs, args.imsize, args.match == "cosine", args.batch_size, args.cache_mb)
+    batch_size = args.batch_size or default_batch(args.imsize)
+    cosine = args.match == "cosine"
+    matches = match_pairs(features, pairs, args.imsize, cosine, batch_size, args.cache_mb)
     results = evaluate(matches, args.alpha, args.threshold, args.average)
     print(table(results))
-    images = {image for pair in pairs for image in (pair.source, pair.target)}
-    counts = {"pairs": len(pairs), "keypoints": sum(len(match.source) for match in matches), "images": len(images)}
-    line = json.dumps({"settings": settings(args), **counts, "results": results})
-    print(line)
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(line + "\n")
-    save_pictures(matches, args.visualize, args.output_dir, args.imsize, max(args.alpha), args.threshold)
+
+    used = settings(
+        args,
+        device=str(extractor.device),
+        batch_size=batch_size,
+        categories=[name for name in results if name != "mean"],
+        **extractor.facts(),
+        **up.facts(),
+    )
+    line = {
+        "settings": used,
+        "pairs": len(pairs),
+        "keypoints": sum(len(match.source) for match in matches),
+        "images": len(images_of(pairs)),
+        "results": results,
+    }
+    report(line, args.json)
+    save_pictures(
+        matches, args.visualize, args.output_dir, args.imsize, max(args.alpha), args.threshold
+    )
 
 
 if __name__ == "__main__":

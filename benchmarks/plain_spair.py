@@ -1,12 +1,22 @@
-"""The plain algorithm of SPair-71k keypoint matching: both images of every pair through the network, S x S x C maps.
+"""SPair-71k keypoint matching as one writes it first, and as a user of today would write it.
 
-What eval_spair.py must agree with (tests/test_eval_spair.py) and is timed against (benchmarks/speed.py).
+eval_spair.py must agree with both (tests/test_eval_spair.py) and is timed against them
+(`python benchmarks/speed.py spair`).
+
+The reference, `plain_*`: both images of every pair go through the network, become S x S x C maps,
+and every keypoint is compared with all pixels.
+
+Of today, `todays_spair`: each image goes through timm's own fused forward once, and all keypoints
+of a pair are compared in one product.
 """
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -14,70 +24,164 @@ import torch
 import torch.nn.functional as F
 from case import Case
 from PIL import Image
+from plain_extract import plain_lift, todays_lift, todays_map
+from plain_extract import plain_map as plain_keys
+from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from eval_spair import evaluate, match_pairs, read_pairs
+from eval_spair import Match, evaluate, match_pairs, read_pairs
 from extractor import ViTExtractor
 from lift import LiFT
 
+Features = Callable[[Tensor], Tensor]  # images [1, 3, S, S] in 0..1 -> descriptors [1, C, h, w]
+Scores = tuple[dict[str, Any], list[Tensor]]  # as evaluate gives them, and the predicted points
 
-def plain_map(features, path, size):
-    """Descriptors [C, S, S] of an image on its black square, its scale, and its offset (x, y) there."""
+# ---- the reference ------------------------------------------------------------------------------
+
+
+def plain_square(path: Path, size: int) -> tuple[Image.Image, float, tuple[int, int]]:
+    """An image on its black square, its scale, and its offset (x, y) there."""
     image = Image.open(path).convert("RGB")
     width, height = image.size
     scale = size / max(width, height)
     if width >= height:
         small = image.resize((size, int(np.around(size * height / width))), Image.LANCZOS)
-        x, y = 0, int((size - small.height) / 2)
+        x = 0
+        y = int((size - small.height) / 2)
     else:
         small = image.resize((int(np.around(size * width / height)), size), Image.LANCZOS)
-        x, y = int((size - small.width) / 2), 0
+        x = int((size - small.width) / 2)
+        y = 0
     square = Image.new("RGB", (size, size))
     square.paste(small, (x, y))
-    feats = F.normalize(features(to_tensor(square)[None]), dim=1)                                 # [1, C, h, w]
-    return F.interpolate(feats, (size, size), mode="bilinear", align_corners=False)[0], scale, (x, y)
+    return square, scale, (x, y)
 
 
-def plain_pair(features, path, root, size, cosine=False):
-    """One pair: predicted and annotated points [K, 2] (x, y) in the target square, and the box's longer side."""
+def plain_map(features: Features, path: Path, size: int) -> tuple[Tensor, float, tuple[int, int]]:
+    """Descriptors [C, S, S] of an image on its black square, its scale, and its offset there."""
+    square, scale, offset = plain_square(path, size)
+    feats = features(to_tensor(square)[None])                                     # [1, C, h, w]
+    feats = F.normalize(feats, dim=1)
+    pixels = F.interpolate(feats, (size, size), mode="bilinear", align_corners=False)
+    return pixels[0], scale, offset
+
+
+def plain_pair(
+    features: Features, path: Path, root: Path, size: int, cosine: bool = False
+) -> tuple[Tensor, Tensor, float]:
+    """One pair: predicted and annotated points [K, 2] in the target square, and the box's side."""
     entry = json.loads(path.read_text())
     images = Path(root, "JPEGImages", entry["category"])
-    source, source_scale, source_offset = plain_map(features, images / entry["src_imname"], size)
-    target, target_scale, target_offset = plain_map(features, images / entry["trg_imname"], size)
+    source, source_scale, (source_x, source_y) = plain_map(
+        features, images / entry["src_imname"], size
+    )
+    target, target_scale, (target_x, target_y) = plain_map(
+        features, images / entry["trg_imname"], size
+    )
     if cosine:
-        source, target = F.normalize(source, dim=0), F.normalize(target, dim=0)
-    predicted, truth = [], []
-    for from_point, to_point in zip(entry["src_kps"], entry["trg_kps"]):
-        x, y = (c * source_scale + o for c, o in zip(from_point, source_offset))
-        similarity = source[:, int(np.floor(y)), int(x)] @ target.flatten(1)                      # [S*S]
+        source = F.normalize(source, dim=0)
+        target = F.normalize(target, dim=0)
+
+    predicted = []
+    for x, y in entry["src_kps"]:
+        column = int(x * source_scale + source_x)
+        row = int(np.floor(y * source_scale + source_y))
+        similarity = source[:, row, column] @ target.flatten(1)                   # [S*S]
         best = int(similarity.argmax())
         predicted.append([best % size, best // size])
-        truth.append([c * target_scale + o for c, o in zip(to_point, target_offset)])
-    x0, y0, x1, y1 = entry["trg_bndbox"]
-    return torch.tensor(predicted), torch.tensor(truth), max(y1 - y0, x1 - x0) * target_scale
+
+    truth = []
+    for x, y in entry["trg_kps"]:
+        truth.append([x * target_scale + target_x, y * target_scale + target_y])
+
+    left, top, right, bottom = entry["trg_bndbox"]
+    extent = max(bottom - top, right - left) * target_scale
+    return torch.tensor(predicted), torch.tensor(truth), extent
 
 
-def plain_spair(features, root, size, alphas=(0.1, 0.05, 0.01), cosine=False):
-    """PCK over all test pairs, as eval_spair.evaluate gives it, and the predicted points of every pair."""
-    results, predictions = {}, []
+def plain_spair(
+    features: Features,
+    root: str | Path,
+    size: int,
+    alphas: tuple[float, ...] = (0.1, 0.05, 0.01),
+    cosine: bool = False,
+) -> Scores:
+    """PCK over all test pairs."""
+    results = {}
+    predictions = []
     for category in sorted(os.listdir(Path(root, "JPEGImages"))):
-        hits, pairs = {alpha: [] for alpha in alphas}, 0
-        for path in sorted(Path(root, "PairAnnotation/test").glob(f"*[:_]{category}.json")):
-            predicted, truth, extent = plain_pair(features, path, root, size, cosine)
-            for alpha in alphas:
-                for p, t in zip(predicted, truth):
-                    hits[alpha].append(float((p - t).norm() < alpha * extent))
+        hits = {alpha: [] for alpha in alphas}
+        paths = sorted(Path(root, "PairAnnotation/test").glob(f"*[:_]{category}.json"))
+        for path in paths:
+            predicted, truth, extent = plain_pair(features, path, Path(root), size, cosine)
+            for p, t in zip(predicted, truth):
+                distance = (p - t).norm()
+                for alpha in alphas:
+                    hits[alpha].append(float(distance < alpha * extent))
             predictions.append(predicted)
-            pairs += 1
-        results[category] = {"pairs": pairs, "keypoints": len(hits[alphas[0]])}
-        results[category] |= {f"pck@{alpha}": 100 * np.mean(hits[alpha]) for alpha in alphas}
-    results["mean"] = {f"pck@{a}": np.mean([row[f"pck@{a}"] for row in results.values()]) for a in alphas}
+
+        row = {"pairs": len(paths), "keypoints": len(hits[alphas[0]])}
+        for alpha in alphas:
+            row[f"pck@{alpha}"] = 100 * np.mean(hits[alpha])
+        results[category] = row
+
+    mean = {}
+    for alpha in alphas:
+        key = f"pck@{alpha}"
+        mean[key] = np.mean([row[key] for row in results.values()])
+    results["mean"] = mean
     return results, predictions
 
 
-def write_tree(root, categories=("cat", "dog"), images=3, keypoints=5, separator=":", seed=0):
-    """A small SPair-71k below `root`: smooth random images of several shapes, all ordered pairs of each category."""
-    random, shapes = np.random.RandomState(seed), [(120, 90), (90, 120), (100, 100), (127, 61)]
+# ---- of today -----------------------------------------------------------------------------------
+
+
+def todays_spair(features: Features, root: str | Path, size: int) -> Scores:
+    """The same, but each image is described once and all keypoints are compared at once."""
+    pairs = read_pairs(root, per_category=0)
+    described = {}
+    for pair in pairs:
+        for path in (pair.source, pair.target):
+            if path not in described:
+                square, scale, offset = plain_square(path, size)
+                feats = F.normalize(features(to_tensor(square)[None]), dim=1)     # [1, C, h, w]
+                described[path] = (feats, scale, torch.tensor(offset))
+
+    matches = []
+    for pair in pairs:
+        source, source_scale, source_offset = described[pair.source]
+        target, target_scale, target_offset = described[pair.target]
+        points = pair.source_points * source_scale + source_offset
+        truth = pair.target_points * target_scale + target_offset
+
+        x, y = points.long().T
+        queries = F.interpolate(source, (size, size), mode="bilinear")[0, :, y, x]  # [C, K]
+        pixels = F.interpolate(target, (size, size), mode="bilinear")[0].flatten(1)  # [C, S*S]
+        best = (queries.T @ pixels).argmax(dim=1)                                 # [K]
+        predicted = torch.stack([best % size, best // size], dim=1)
+        matches.append(Match(pair, points, truth, predicted, pair.extent * target_scale))
+    return evaluate(matches), [match.predicted for match in matches]
+
+
+# ---- a small data set ---------------------------------------------------------------------------
+
+
+def write_tree(
+    root: str | Path,
+    categories: tuple[str, ...] = ("cat", "dog"),
+    images: int = 3,
+    keypoints: int = 5,
+    separator: str = ":",
+    seed: int = 0,
+) -> Path:
+    """A small SPair-71k: smooth images of several shapes, all ordered pairs of a category.
+
+    Args:
+        images, keypoints: how many a category, and a pair.
+        separator: what stands before the category in the names of the annotation files.
+    """
+    random = np.random.RandomState(seed)
+    shapes = [(120, 90), (90, 120), (100, 100), (127, 61)]
     annotations = Path(root, "PairAnnotation/test")
     annotations.mkdir(parents=True)
     for category in categories:
@@ -87,61 +191,104 @@ def write_tree(root, categories=("cat", "dog"), images=3, keypoints=5, separator
         for i, size in enumerate(sizes):
             noise = Image.fromarray(random.randint(0, 256, (9, 9, 3), dtype=np.uint8))
             noise.resize(size, Image.BICUBIC).save(folder / f"{i:04d}.jpg", quality=95)
-        for s, t in ((s, t) for s in range(images) for t in range(images) if s != t):
-            points = [(random.rand(keypoints, 2) * sizes[i]).astype(int).tolist() for i in (s, t)]
-            entry = {"src_imname": f"{s:04d}.jpg", "trg_imname": f"{t:04d}.jpg", "category": category}
-            entry |= {"src_kps": points[0], "trg_kps": points[1], "trg_bndbox": [5, 4, 55, 50]}
-            (annotations / f"{s:03d}{t:03d}-{s:04d}-{t:04d}{separator}{category}.json").write_text(json.dumps(entry))
+
+        for s in range(images):
+            for t in range(images):
+                if s == t:
+                    continue
+                source_points = (random.rand(keypoints, 2) * sizes[s]).astype(int)
+                target_points = (random.rand(keypoints, 2) * sizes[t]).astype(int)
+                entry = {
+                    "src_imname": f"{s:04d}.jpg",
+                    "trg_imname": f"{t:04d}.jpg",
+                    "category": category,
+                    "src_kps": source_points.tolist(),
+                    "trg_kps": target_points.tolist(),
+                    "trg_bndbox": [5, 4, 55, 50],
+                }
+                name = f"{s:03d}{t:03d}-{s:04d}-{t:04d}{separator}{category}.json"
+                (annotations / name).write_text(json.dumps(entry))
     return Path(root)
 
 
-# ---- speed ----------------------------------------------------------------------------------------------------------
+# ---- what benchmarks/speed.py times -------------------------------------------------------------
 
 
-def setup(root, size):
-    """(plain, ours) for all pairs below `root` with ViT-S/16 and one LiFT, both of random weights."""
+def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
+    """The three for all pairs below `root`, with ViT-S/16 and one LiFT, both of random weights."""
     torch.manual_seed(0)
-    vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0)
-    extractor, lift = ViTExtractor("dino_vits16", model=vit, device="cpu"), LiFT(384).eval().requires_grad_(False)
+    vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0, img_size=size)
+    extractor = ViTExtractor("dino_vits16", stride=16, model=vit, device="cpu")
+    lift = LiFT(384, 16, pre_shape=False, post_shape=False).eval().requires_grad_(False)
 
-    def features(images):
+    def of_reference(images):
+        images = extractor.normalize(images)
+        return plain_lift(lift, images, plain_keys(vit, images, 11, "key", 16))
+
+    def of_ours(images):
         images = extractor.normalize(images)
         return lift(images, extractor(images))
 
+    @torch.no_grad()
+    def of_today(images):
+        images = extractor.normalize(images)
+        return todays_lift(lift, images, todays_map(vit, images))
+
     def ours():
-        matches = match_pairs(features, read_pairs(root, per_category=0), size)
+        matches = match_pairs(of_ours, read_pairs(root, per_category=0), size)
         return evaluate(matches), [match.predicted for match in matches]
 
-    return lambda: plain_spair(features, root, size), ours
+    def reference():
+        return plain_spair(of_reference, root, size)
+
+    def today():
+        return todays_spair(of_today, root, size)
+
+    return reference, ours, today
 
 
-def setup_shared(size=224):
+def setup_shared(size: int = 224) -> tuple[Callable[[], Scores], ...]:
     """The 22 pairs of the shared sample."""
-    root = Path(os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared"), "data/SPair-71k")
+    shared = os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared")
+    root = Path(shared, "data/SPair-71k")
     if not root.is_dir():
         raise FileNotFoundError(f"no sample of SPair-71k at {root}: set LIFT_SHARED")
     return setup(root, size)
 
 
-def setup_dense(size=224, images=8):
-    """A list in which each image stands in 14 pairs: all ordered pairs of eight."""
+def setup_dense(size: int = 224, images: int = 8) -> tuple[Callable[[], Scores], ...]:
+    """A list in which each image stands in many pairs: all ordered pairs of some images."""
     folder = tempfile.TemporaryDirectory()
-    plain, ours = setup(write_tree(folder.name, ("cat",), images, keypoints=8), size)
-    ours.folder = folder  # lives as long as the callables
-    return plain, ours
+    root = write_tree(folder.name, ("cat",), images, keypoints=8)
+    callables = setup(root, size)
+    for call in callables:
+        call.folder = folder  # lives as long as the callables
+    return callables
 
 
-def same(plain, ours):
-    """At least 95 % of the predicted pixels and PCK within one point: cells at the border make ties that rounding parts."""
-    equal = torch.cat([(p == o).all(dim=1) for p, o in zip(plain[1], ours[1])]).double().mean().item()
+def same(baseline: Scores, ours: Scores) -> None:
+    """At least 95 % of the predicted pixels agree, and PCK within one point.
+
+    Cells at the border make ties, which rounding decides.
+    """
+    base_results, base_points = baseline
+    our_results, our_points = ours
+    agree = []
+    for theirs, points in zip(base_points, our_points):
+        agree.append((theirs == points).all(dim=1))
+    equal = torch.cat(agree).double().mean().item()
     assert equal >= 0.95, f"{100 * equal:.1f} % of the predictions agree"
-    for name, row in plain[0].items():
-        assert ours[0][name].keys() == row.keys()
-        assert all(abs(ours[0][name][key] - value) < 1 for key, value in row.items()), name
+
+    for name, row in base_results.items():
+        assert our_results[name].keys() == row.keys()
+        for key, value in row.items():
+            assert abs(our_results[name][key] - value) < 1, name
 
 
 CASES = [
     Case("SPair, 22 pairs at 224, S/16 + LiFT", 4, setup_shared, same),
     Case("SPair, each image in 14 pairs, 224, S/16 + LiFT", 12, setup_dense, same),
-    Case("SPair, 6 pairs of 3 images at 448, S/16 + LiFT", 1, lambda: setup_dense(448, 3), same, memory=10),
+    Case(
+        "SPair, 6 pairs of 3 images at 448, S/16 + LiFT", 1, partial(setup_dense, 448, 3), same, 10
+    ),
 ]
