@@ -755,7 +755,7 @@ def test_damaged_files(used, cli, tmp_path, target, name):
 @pytest.mark.long
 @pytest.mark.parametrize("script", sorted({command.script for command in COMMANDS.values()}))
 def test_campaign_of_damaged_files(used, cli, tmp_path, capfd, script):
-    """Every damage, twice, of every file that a script reads; all faults are told, then it fails."""
+    """Every damage, twice, of every file that a script reads; all faults are printed."""
     figures = Counter()
     failed = []
     for target, name in TARGETS:
