@@ -1,21 +1,27 @@
-"""What LiFT costs: parameters, multiply-adds, latency and peak memory of every built-in backbone with LiFT 0 to 4 times.
+"""What LiFT costs: every built-in backbone alone, and with LiFT applied one to four times.
 
-    python benchmarks/cost.py                                                # about 7 minutes on one CPU core
-    python benchmarks/cost.py --max_gmacs 0 --output_dir cost                # only what can be counted, 15 s
-    python benchmarks/cost.py --backbones vit_mini16 --max_gmacs 10 --output_dir cost      # half a minute
+    python benchmarks/cost.py                                    # about 7 minutes on one CPU core
+    python benchmarks/cost.py --max_gmacs 0 --output_dir cost    # only what can be counted, 15 s
+    python benchmarks/cost.py --backbones vit_mini16 --max_gmacs 10 --output_dir cost       # 30 s
 
-Every backbone reads one image of 224 and of 448 pixels; dino_vits16 also of 112 to 640, to show the growth with the tokens.
-Weights are random, which changes no figure here. A configuration above --max_gmacs is counted, not run ("-").
+Counts parameters and multiply-adds (MACs), and measures latency and peak memory. Every backbone
+reads one image of 224 and one of 448 pixels. dino_vits16 also reads images of 112 to 640 pixels, to
+show the growth with the tokens. Weights are random, which changes no figure here. What costs more
+than --max_gmacs is counted, not run; its other figures are "-".
 
-MACs are half the FLOPs of torch.utils.flop_counter.FlopCounterMode, which counts matrix products, attention and convolutions
-(not norms, activations, softmax, interpolation), on the meta device, which computes nothing. Latency is the fastest of 2 to 10
-runs after one to warm up: on a CPU the processor time of one thread, which other programs disturb little, on a GPU the time that
-passes. Peak memory is what a run adds to weights and program: torch's count on CUDA; resident memory,
-good to some 10 MB, on a CPU under Linux.
+- MACs are half the FLOPs that torch's FlopCounterMode counts: those of matrix products, attention
+  and convolutions, but not of norms, activations, softmax and interpolation. They are counted on
+  the meta device, which computes nothing.
+- Latency is the fastest of 2 to 10 runs, after one to warm up. On a CPU it is the processor time of
+  one thread, which other programs disturb little; on a GPU it is the time that passes.
+- Peak memory is what a run adds to weights and program. On CUDA it is torch's own count. On a CPU
+  it is resident memory, good to some 10 MB, and known under Linux only.
 
-Writes cost.md (tables), cost.json (every figure) and cost.png (growth) to --output_dir. The last line is JSON: the settings.
+Writes cost.md (tables), cost.json (every figure) and cost.png (growth) to --output_dir. The last
+line printed is JSON: the settings.
 """
 
+import argparse
 import copy
 import ctypes
 import json
@@ -24,57 +30,88 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the nouns lie one folder up
+
+from command import PRECISIONS, Command, replacing, report, settings, write_text
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--backbones", nargs="+", help="named backbones of the README (default: all)")
+    add("--max_gmacs", type=float, default=300, help="run nothing dearer (default: 300)")
+    add("--output_dir", default=Path("benchmarks"), type=Path, help="(default: benchmarks)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", default="float32", choices=PRECISIONS, help="precision (default: float32)")
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
 
 import timm
 import torch
-from case import processor, resident
+from case import count_macs, processor, resident
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the nouns lie one folder up
-
-from extractor import BACKBONES, DTYPES, Command, ViTExtractor, pick_device, replacing, resolve, settings
+from extractor import BACKBONES, ViTExtractor, pick_device
 from lift import LiFT, upsample
 
 STEPS = range(5)  # how often LiFT is applied
 SIZES = (224, 448)
-GROWING, GROWTH = "dino_vits16", (112, 160, 224, 320, 448, 640)
+
+GROWING = "dino_vits16"
+GROWTH = (112, 160, 224, 320, 448, 640)
+
+TITLES = {"gmacs": "GMACs", "ms": "Milliseconds an image", "peak_mb": "Peak memory, MB"}
+AXES = {"gmacs": "GMACs", "ms": "milliseconds", "peak_mb": "peak memory, MB"}
 COLOURS = ("#444444", "#1b7fbd", "#2a9d5c", "#e08a1e", "#c8373f")  # one for each of STEPS
 
 
-# ---- the networks ---------------------------------------------------------------------------------------------------
+# ---- the networks -------------------------------------------------------------------------------
 
 
-def build(name, device, dtype):
-    """An extractor of a row of BACKBONES and its LiFT, random weights."""
-    model = timm.create_model(resolve(name).tag, num_classes=0, dynamic_img_size=True)
-    extractor = ViTExtractor(name, model=model, device=device, dtype=dtype)
-    lift = LiFT(extractor.width, extractor.patch).requires_grad_(False).eval()
+def build(name: str, device: str, dtype: str) -> tuple[ViTExtractor, LiFT]:
+    """The extractor of a row of BACKBONES and its LiFT module, with random weights."""
+    tag = BACKBONES[name].tag
+    model = timm.create_model(tag, num_classes=0, dynamic_img_size=True)
+    device = pick_device(device, dtype)
+    extractor = ViTExtractor(name, stride=None, model=model, device=device, dtype=dtype)
+    lift = LiFT(extractor.width, extractor.patch)
+    lift = lift.requires_grad_(False).eval()
     return extractor, lift.to(extractor.device, extractor.dtype)
 
 
-def without_storage(extractor, lift):
+def without_storage(extractor: ViTExtractor, lift: LiFT) -> tuple[ViTExtractor, LiFT]:
     """Copies of both on the meta device, where everything has a shape and nothing a value."""
-    return [copy.deepcopy(module).to("meta") for module in (extractor, lift)]
+    extractor = copy.deepcopy(extractor).to("meta")
+    lift = copy.deepcopy(lift).to("meta")
+    return extractor, lift
 
 
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
+def dense_features(extractor: ViTExtractor, lift: LiFT, image: Tensor, steps: int) -> Tensor:
+    """The work that is counted and measured: [1, 3, H, W] -> [1, C, 2^steps h, 2^steps w]."""
+    return upsample(lift, image, extractor(image), steps)
 
 
-# ---- what is counted and measured -----------------------------------------------------------------------------------
+def parameters(module: nn.Module) -> int:
+    """How many numbers a module has learned."""
+    return sum(weight.numel() for weight in module.parameters())
 
 
-def count_macs(run):
-    """Multiply-adds of run()."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops() // 2
+# ---- what is counted and measured ---------------------------------------------------------------
 
 
-def start_peak(device):
+def start_peak(device: torch.device) -> float | None:
     """Forget the peak of memory and return what is in use, in MB; None where nobody counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -82,208 +119,349 @@ def start_peak(device):
     if device.type != "cpu" or platform.system() != "Linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what is freed but kept would hide the growth
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux's way to forget VmHWM
     return resident("VmRSS")
 
 
-def read_peak(device):
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resident("VmHWM")
+def read_peak(device: torch.device) -> float:
+    """The most memory that was in use since start_peak, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident("VmHWM")
 
 
 @torch.no_grad()
-def measure(run, device):
-    """The fastest of some runs, in ms, and the memory a run adds, in MB (None where nobody counts)."""
-    run()
-    before, seconds = start_peak(device), []
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    while len(seconds) < 2 or (sum(seconds) < 2 and len(seconds) < 10):
+def measure(run: Callable[[], Tensor], device: torch.device) -> dict[str, float | None]:
+    """Time and memory of run().
+
+    Returns:
+        ms: milliseconds of the fastest of 2 to 10 runs; slow ones are not repeated beyond 2 s.
+        peak_mb: MB that a run adds to what is in use; None where nobody counts.
+    """
+    clock = time.perf_counter
+    if device.type == "cpu":
+        clock = time.process_time
+
+    run()  # to warm up
+    before = start_peak(device)
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < 2):
         start = clock()
         run().amax().item()  # .item() waits for a GPU
         seconds.append(clock() - start)
-    return {"ms": 1000 * min(seconds), "peak_mb": None if before is None else read_peak(device) - before}
+
+    added = None
+    if before is not None:
+        added = read_peak(device) - before
+    return {"ms": 1000 * min(seconds), "peak_mb": added}
 
 
-def rows(name, sizes, args, bar):
-    """One record for every size and number of LiFT steps of a backbone."""
+def cost_records(
+    name: str, sizes: Iterable[int], args: argparse.Namespace, bar: tqdm
+) -> list[dict[str, Any]]:
+    """What a backbone costs with LiFT: a record for every size and number of steps.
+
+    Returns:
+        Dicts of backbone, size, tokens, steps, macs, parameters and lift_parameters. Those
+        that were run, up to --max_gmacs, have ms and peak_mb too.
+    """
     extractor, lift = build(name, args.device, args.dtype)
     shapes = without_storage(extractor, lift)
+    records = []
     for size in sizes:
         image = torch.zeros(1, 3, size, size)
+        rows, columns = extractor.grid(size, size)
         for steps in STEPS:
-            macs = count_macs(lambda: upsample(shapes[1], image, shapes[0](image), steps))  # noqa: B023
+            macs = count_macs(partial(dense_features, *shapes, image, steps))
             record = {
-                "backbone": name, "size": size, "tokens": (size // extractor.patch) ** 2, "steps": steps, "macs": macs,
-                "parameters": parameters(extractor), "lift_parameters": parameters(lift),
-            }  # fmt: skip
+                "backbone": name,
+                "size": size,
+                "tokens": rows * columns,
+                "steps": steps,
+                "macs": macs,
+                "parameters": parameters(extractor),
+                "lift_parameters": parameters(lift),
+            }
             if macs <= args.max_gmacs * 1e9:
-                record |= measure(lambda: upsample(lift, image, extractor(image), steps), extractor.device)  # noqa: B023
+                run = partial(dense_features, extractor, lift, image, steps)
+                record.update(measure(run, extractor.device))
+            records.append(record)
             bar.update()
-            yield record
+    return records
 
 
-def paper_facts():
-    """What the LiFT paper states for ViT-S/16 at 224, counted here: dict of shares in per cent."""
-    shapes = without_storage(*build("dino_vits16", "cpu", "float32"))
-    extractor, image = shapes[0], torch.empty(1, 3, 224, 224, device="meta")
-    added = count_macs(lambda: shapes[1](image, torch.empty(1, 384, 14, 14, device="meta")))
-    whole, facts = count_macs(lambda: extractor.model.forward_features(image)), {}
-    facts["parameters"] = 100 * parameters(shapes[1]) / parameters(extractor)
-    facts["macs of the whole ViT"] = 100 * added / whole
+def paper_facts() -> dict[str, float]:
+    """What LiFT adds to ViT-S/16 at 224, in per cent of the backbone, as the LiFT paper states it.
+
+    The paper does not say how much of the backbone it counted, so there are several answers.
+    """
+    extractor, lift = without_storage(*build("dino_vits16", "cpu", "float32"))
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    feats = torch.empty(1, 384, 14, 14, device="meta")
+
+    added = count_macs(partial(lift, image, feats))
+    whole = count_macs(partial(extractor.model.forward_features, image))
+    facts = {
+        "parameters": 100 * parameters(lift) / parameters(extractor),
+        "macs of the whole ViT": 100 * added / whole,
+    }
     for layer in (11, 9):
-        extractor.layer = layer
-        facts[f"macs up to the keys of layer {layer}"] = 100 * added / count_macs(lambda: extractor(image))
+        up_to_keys = count_macs(partial(extractor, image, layer=layer))
+        facts[f"macs up to the keys of layer {layer}"] = 100 * added / up_to_keys
     return facts
 
 
-# ---- tables and picture ---------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
 
 
-def table(records, title, cell):
-    """Markdown: a line for each backbone and size, a column for each number of steps, `cell(record)` in it."""
-    lines = ["| backbone | pixels | tokens | " + " | ".join(f"LiFT x{n}" if n else "alone" for n in STEPS) + " |"]
-    lines.append("|---" * (3 + len(STEPS)) + "|")
-    for start in range(0, len(records), len(STEPS)):
-        same = records[start : start + len(STEPS)]
-        facts = [same[0]["backbone"], str(same[0]["size"]), f"{same[0]['tokens']:,}"]
-        lines.append("| " + " | ".join(facts + [cell(record) for record in same]) + " |")
-    return "\n".join([title, "", *lines, ""])
+def figure(record: dict[str, Any], key: str) -> float | None:
+    """A record's gmacs, ms or peak_mb; None where it is not known."""
+    if key == "gmacs":
+        return record["macs"] / 1e9
+    return record.get(key)
 
 
-def tables(records):
-    """The three tables of some records, as Markdown."""
-    return "\n".join([
-        table(records, "GMACs", lambda r: f"{r['macs'] / 1e9:,.2f}"),
-        table(records, "Milliseconds an image", lambda r: f"{r['ms']:,.0f}" if "ms" in r else "-"),
-        table(records, "Peak memory, MB", lambda r: f"{r['peak_mb']:,.0f}" if r.get("peak_mb") is not None else "-"),
-    ])  # fmt: skip
+def steps_name(steps: int) -> str:
+    """A number of steps in the words of the tables."""
+    if steps == 0:
+        return "alone"
+    return f"LiFT x{steps}"
 
 
-def parameter_table(records):
-    """Markdown: parameters of each backbone and of its LiFT."""
-    lines = ["| backbone | parameters, M | LiFT, M | share |", "|---|---|---|---|"]
-    for r in {r["backbone"]: r for r in records}.values():
-        share = r["lift_parameters"] / r["parameters"]
-        lines.append(f"| {r['backbone']} | {r['parameters'] / 1e6:.2f} | {r['lift_parameters'] / 1e6:.2f} | +{share:.1%} |")
-    return "\n".join(lines) + "\n"
+def markdown_line(cells: list[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
-def exponent(records, steps):
-    """b of the power law macs ~ tokens^b through the smallest and the largest of the records with that many steps."""
-    first, *_, last = [r for r in records if r["steps"] == steps]
-    return math.log(last["macs"] / first["macs"]) / math.log(last["tokens"] / first["tokens"])
+def figure_table(records: list[dict[str, Any]], key: str) -> str:
+    """One figure as Markdown: a line a backbone and size, a column a number of steps."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for record in records:
+        # the first record of a backbone and size begins their line
+        facts = [record["backbone"], str(record["size"]), f"{record['tokens']:,}"]
+        cells = lines.setdefault((record["backbone"], record["size"]), facts)
+
+        value = figure(record, key)
+        if value is None:
+            cells.append("-")
+        elif key == "gmacs":
+            cells.append(f"{value:,.2f}")
+        else:
+            cells.append(f"{value:,.0f}")
+
+    names = [steps_name(steps) for steps in STEPS]
+    table = [markdown_line(["backbone", "pixels", "tokens", *names])]
+    table.append("|---" * (3 + len(names)) + "|")
+    for cells in lines.values():
+        table.append(markdown_line(cells))
+    return f"{TITLES[key]}\n\n" + "\n".join(table) + "\n"
 
 
-def machine(device):
+def figure_tables(records: list[dict[str, Any]]) -> str:
+    """The tables of all three figures, as Markdown."""
+    return "\n".join([figure_table(records, key) for key in TITLES])
+
+
+def parameter_table(records: list[dict[str, Any]]) -> str:
+    """Parameters of each backbone and of its LiFT module, as Markdown."""
+    lines: dict[str, str] = {}
+    for record in records:
+        share = record["lift_parameters"] / record["parameters"]
+        millions = f"{record['parameters'] / 1e6:.2f}"
+        lift_millions = f"{record['lift_parameters'] / 1e6:.2f}"
+        cells = [record["backbone"], millions, lift_millions, f"+{share:.1%}"]
+        lines[record["backbone"]] = markdown_line(cells)  # the same for each of its records
+
+    header = markdown_line(["backbone", "parameters, M", "LiFT, M", "share"])
+    return "\n".join([header, "|---|---|---|---|", *lines.values()]) + "\n"
+
+
+def exponent(records: list[dict[str, Any]], steps: int) -> float:
+    """b of the power law macs ~ tokens^b, through the first and the last record of these steps."""
+    chosen = [record for record in records if record["steps"] == steps]
+    first, last = chosen[0], chosen[-1]
+    growth = math.log(last["macs"] / first["macs"])
+    return growth / math.log(last["tokens"] / first["tokens"])
+
+
+def machine(device: torch.device) -> str:
     """The machine, in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one core of {processor()}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"one core of {processor()}"
 
 
-def report(records, growth, facts, about):
-    """The Markdown of cost.md."""
+def document(
+    records: list[dict[str, Any]],
+    growth: list[dict[str, Any]],
+    facts: dict[str, float],
+    about: dict[str, Any],
+) -> str:
+    """The Markdown of cost.md.
+
+    Args:
+        records: of all backbones, at SIZES.
+        growth: of GROWING, at GROWTH.
+        facts: those of paper_facts.
+        about: the settings of the run.
+    """
     share = {key: f"{value:+.1f} %" for key, value in facts.items()}
-    powers = ", ".join(f"{exponent(growth, n):.2f} with LiFT x{n}" if n else f"{exponent(growth, 0):.2f} alone" for n in STEPS)
+    alone = f"{exponent(growth, 0):.2f} alone"
+    powers = [alone]
+    for steps in STEPS[1:]:
+        powers.append(f"{exponent(growth, steps):.2f} with {steps_name(steps)}")
+
     return f"""# What LiFT costs
 
-`python benchmarks/cost.py --max_gmacs {about["max_gmacs"]:g}` on {about["machine"]}, load average {about["load"]:.1f} before it
-began; torch {about["versions"]["torch"]}, {about["dtype"]}. How it is counted: top of `cost.py`; "-": above --max_gmacs.
+`python benchmarks/cost.py --max_gmacs {about["max_gmacs"]:g}` on {about["machine"]}, load average
+{about["load"]:.1f} before it began; torch {about["versions"]["torch"]}, {about["dtype"]}. How it is
+counted: top of `cost.py`; "-": above --max_gmacs.
 
 {parameter_table(records)}
-{tables(records)}
+{figure_tables(records)}
 ## Against the paper
 
-The LiFT paper states +5.7 % parameters and +22 % FLOPs for DINO ViT-S/16 (taken second-hand). Counted here at 224:
+The LiFT paper states +5.7 % parameters and +22 % FLOPs for DINO ViT-S/16 (taken second-hand).
+Counted here at 224:
 
-- Parameters: {share["parameters"]}. That is 1.19 M over the 21.67 M of the backbone without a head; over the rounded 21 M of
-  DINO's own table the same module is +5.7 %.
-- MACs: {share["macs up to the keys of layer 11"]} over what runs here (the last block ends at its keys: no attention, no MLP),
-  {share["macs of the whole ViT"]} over the whole ViT. The share falls with the size, as attention grows with the square of the
-  tokens, so a larger image does not explain 22 %. Over a backbone that ends at the keys of layer 9 of 0 to 11 it is
-  {share["macs up to the keys of layer 9"]}. Which counter, layer and size the paper used is not known to us.
+- Parameters: {share["parameters"]}. That is 1.19 M over the 21.67 M of the backbone without a head;
+  over the rounded 21 M of DINO's own table the same module is +5.7 %.
+- MACs: {share["macs up to the keys of layer 11"]} over what runs here. The last block ends at its
+  keys, without attention and MLP. Over the whole ViT it is {share["macs of the whole ViT"]}. The
+  share falls with the size, as attention grows with the square of the tokens, so a larger image
+  does not explain 22 %. Over a backbone that ends at the keys of layer 9 of 0 to 11 it is
+  {share["macs up to the keys of layer 9"]}. Which counter, layer and size the paper used is not
+  known to us.
 
 ## Growth with the tokens
 
-Each application of LiFT costs four times the one before, and each is linear in the tokens; the backbone's attention is quadratic.
-From {growth[0]["tokens"]} to {growth[-1]["tokens"]:,} tokens the MACs of {GROWING} grow as the tokens to a power:
-{powers}.
+Each application of LiFT costs four times the one before, and each is linear in the tokens. The
+backbone's attention is quadratic. From {growth[0]["tokens"]} to {growth[-1]["tokens"]:,} tokens the
+MACs of {GROWING} grow as the tokens to a power:
+{", ".join(powers)}.
 
 ![MACs, latency and memory over the tokens](cost.png)
 
-{tables(growth)}"""
+{figure_tables(growth)}"""
 
 
-def ticks(values):
-    """The exponents of the powers of ten from below the smallest to above the largest of the values."""
-    return range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+# ---- the picture --------------------------------------------------------------------------------
 
 
-def panel(draw, box, title, records, key, font):
-    """One log-log diagram in the box (left, top, right, bottom): `key` over tokens, a line for each number of steps."""
+def ticks(values: list[float]) -> range:
+    """Exponents of the powers of ten from below the smallest to above the largest of the values."""
+    lowest = math.floor(math.log10(min(values)))
+    highest = math.ceil(math.log10(max(values)))
+    return range(lowest, highest + 1)
+
+
+def position(exponent_of_ten: float, axis: range, start: int, end: int) -> float:
+    """The pixel of 10^exponent on a logarithmic axis whose ticks run from start to end."""
+    share = (exponent_of_ten - axis[0]) / (axis[-1] - axis[0])
+    return start + (end - start) * share
+
+
+def draw_panel(
+    draw: ImageDraw.ImageDraw,
+    box: tuple[int, int, int, int],
+    records: list[dict[str, Any]],
+    key: str,
+    font: Any,
+) -> None:
+    """One figure over the tokens, both logarithmic, with a line for each number of steps.
+
+    Args:
+        box: the axes, (left, top, right, bottom) in pixels.
+        records: those in which the figure is known.
+    """
     left, top, right, bottom = box
-    across, up = ticks([r["tokens"] for r in records]), ticks([r[key] for r in records])
+    middle = (left + right) / 2
+    across = ticks([record["tokens"] for record in records])
+    up = ticks([figure(record, key) for record in records])
 
-    def place(x, y):  # exponents of ten -> pixels
-        x, y = (x - across[0]) / (across[-1] - across[0]), (y - up[0]) / (up[-1] - up[0])
-        return left + (right - left) * x, bottom - (bottom - top) * y
+    for power in across:
+        x = position(power, across, left, right)
+        draw.line([(x, bottom), (x, top)], "#dddddd", 2)
+        draw.text((x, bottom + 12), f"{10**power:,}", "black", font, anchor="mt")
+    for power in up:
+        y = position(power, up, bottom, top)
+        draw.line([(left, y), (right, y)], "#dddddd", 2)
+        draw.text((left - 12, y), f"{10.0**power:,g}", "black", font, anchor="rm")
 
-    for x in across:
-        draw.line([place(x, up[0]), place(x, up[-1])], "#dddddd", 2)
-        draw.text((place(x, 0)[0], bottom + 12), f"{10**x:,}", "black", font, anchor="mt")
-    for y in up:
-        draw.line([place(across[0], y), place(across[-1], y)], "#dddddd", 2)
-        draw.text((left - 12, place(0, y)[1]), f"{10.0**y:,g}", "black", font, anchor="rm")
     for steps in STEPS:
-        points = [place(math.log10(r["tokens"]), math.log10(r[key])) for r in records if r["steps"] == steps]
+        points = []
+        for record in records:
+            if record["steps"] == steps:
+                x = position(math.log10(record["tokens"]), across, left, right)
+                y = position(math.log10(figure(record, key)), up, bottom, top)
+                points.append((x, y))
         draw.line(points, COLOURS[steps], 5)
         for x, y in points:
             draw.ellipse((x - 8, y - 8, x + 8, y + 8), COLOURS[steps])
-        name = f"LiFT x{steps}" if steps else "backbone alone"
-        draw.text((left + 20, top + 20 + 34 * (len(STEPS) - 1 - steps)), name, COLOURS[steps], font)
-    draw.text(((left + right) / 2, top - 20), title, "black", font, anchor="mb")
-    draw.text(((left + right) / 2, bottom + 48), "tokens of the backbone", "black", font, anchor="mt")
+
+        # the legend has the order of the lines: the dearest at the top
+        name = "backbone alone"
+        if steps > 0:
+            name = steps_name(steps)
+        place = len(STEPS) - 1 - steps
+        draw.text((left + 20, top + 20 + 34 * place), name, COLOURS[steps], font)
+
+    draw.text((middle, top - 20), f"{GROWING}: {AXES[key]}", "black", font, anchor="mb")
+    draw.text((middle, bottom + 48), "tokens of the backbone", "black", font, anchor="mt")
 
 
-def picture(growth):
-    """The growth of MACs, latency and memory with the tokens, as far as they are known, PIL RGB."""
-    growth = [record | {"gmacs": record["macs"] / 1e9} for record in growth]
-    titles = {"gmacs": "GMACs", "ms": "milliseconds", "peak_mb": "peak memory, MB"}
-    known = {key: [r for r in growth if (r.get(key) or 0) > 0] for key in titles}
-    known = {key: some for key, some in known.items() if some}
-    width, font = 860, ImageFont.load_default(28)
-    sheet = Image.new("RGB", (width * len(known), 800), "white")
-    for k, (key, some) in enumerate(known.items()):
-        box = (k * width + 150, 80, (k + 1) * width - 70, 690)
-        panel(ImageDraw.Draw(sheet), box, f"{GROWING}: {titles[key]}", some, key, font)
+def picture(growth: list[dict[str, Any]]) -> Image.Image:
+    """MACs, latency and memory over the tokens, side by side, as far as they are known."""
+    known = {}
+    for key in AXES:
+        some = [record for record in growth if (figure(record, key) or 0) > 0]
+        if some:
+            known[key] = some
+
+    # drawn at twice its size, for smooth lines
+    width, height = 860, 800
+    font = ImageFont.load_default(28)
+    sheet = Image.new("RGB", (width * len(known), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (key, some) in enumerate(known.items()):
+        box = (number * width + 150, 80, (number + 1) * width - 70, 690)
+        draw_panel(draw, box, some, key, font)
     return sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
-def parser():
-    """The command line."""
-    command = Command(__doc__)
-    command.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES), help="(default: all)")
-    command.add_argument("--max_gmacs", type=float, default=300, help="do not run what costs more an image (default: 300)")
-    command.add_argument("--output_dir", default=Path("benchmarks"), type=Path, help="(default: benchmarks)")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    command.add_argument("--dtype", default="float32", choices=list(DTYPES), help="precision inside (default: float32)")
-    return command
-
-
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """Count, measure, write."""
+    names = args.backbones or list(BACKBONES)
+    for name in names:
+        if name not in BACKBONES:
+            raise ValueError(f"unknown backbone {name}: pass some of {', '.join(BACKBONES)}")
+    device = pick_device(args.device, args.dtype)
     torch.set_num_threads(1)
-    about = settings(args) | {"load": os.getloadavg()[0], "machine": machine(pick_device(args.device, args.dtype))}
-    with tqdm(total=len(STEPS) * (len(SIZES) * len(args.backbones) + len(GROWTH)), unit="row") as bar:
-        records = [record for name in args.backbones for record in rows(name, SIZES, args, bar)]
-        growth, facts = list(rows(GROWING, GROWTH, args, bar)), paper_facts()
-    with replacing(args.output_dir / "cost.md") as temporary:
-        temporary.write_text(report(records, growth, facts, about))
+    about = settings(
+        args,
+        backbones=names,
+        device=str(device),
+        load=os.getloadavg()[0],
+        machine=machine(device),
+    )
+
+    images = len(SIZES) * len(names) + len(GROWTH)
+    with tqdm(total=images * len(STEPS), unit="row") as bar:
+        records = []
+        for name in names:
+            records += cost_records(name, SIZES, args, bar)
+        growth = cost_records(GROWING, GROWTH, args, bar)
+        facts = paper_facts()
+
+    figures = {"settings": about, "records": records, "growth": growth, "paper": facts}
+    write_text(args.output_dir / "cost.md", document(records, growth, facts, about))
     with replacing(args.output_dir / "cost.png") as temporary:
         picture(growth).save(temporary)
-    with replacing(args.output_dir / "cost.json") as temporary:
-        temporary.write_text(json.dumps({"settings": about, "records": records, "growth": growth, "paper": facts}, indent=1))
-    print(json.dumps(about))
+    write_text(args.output_dir / "cost.json", json.dumps(figures, indent=1))
+    report(about)
 
 
 if __name__ == "__main__":
