@@ -576,12 +576,12 @@ def with_legend(picture: Image.Image, alpha: float) -> Image.Image:
     draw_disc(pen, [16, middle], colour)
     text = "keypoint of the source (left), and where it was found (right)"
     pen.text((28, middle), text, "black", font, anchor="lm")
-    draw_ring(pen, [480, middle], colour)
-    pen.text((494, middle), "annotated point", "black", font, anchor="lm")
-    pen.line([624, middle, 652, middle], fill=line_colour(True), width=2)
-    pen.text((658, middle), f"correct at {alpha:g}", "black", font, anchor="lm")
-    pen.line([776, middle, 804, middle], fill=line_colour(False), width=2)
-    pen.text((810, middle), "not correct", "black", font, anchor="lm")
+    draw_ring(pen, [428, middle], colour)
+    pen.text((442, middle), "annotated point", "black", font, anchor="lm")
+    pen.line([564, middle, 592, middle], fill=line_colour(True), width=2)
+    pen.text((598, middle), f"correct at alpha {alpha:g}", "black", font, anchor="lm")
+    pen.line([764, middle, 792, middle], fill=line_colour(False), width=2)
+    pen.text((798, middle), "not correct", "black", font, anchor="lm")
     return sheet
 
 

@@ -1,17 +1,20 @@
-"""eval_spair.py against the LiFT release's numbers, the plain algorithm, answers known by construction, and bad input."""
+"""eval_spair.py against the LiFT release's numbers and against the plain algorithm.
+
+Then answers known by construction, what is printed and drawn, and bad input.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from plain_spair import plain_map, plain_spair, write_tree
+from conftest import ROOT
+from PIL import Image, ImageChops
+from plain_spair import plain_map, plain_spair, todays_spair, write_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval_spair import (
@@ -22,11 +25,13 @@ from eval_spair import (
     chunks,
     draw,
     evaluate,
+    images_of,
     letterbox,
     match_pairs,
     pixel_norms,
     place,
     read_pairs,
+    with_legend,
 )
 from extractor import ViTExtractor
 from lift import load_lift, upsample
@@ -35,8 +40,12 @@ SIZE = 64
 
 
 def pooled(images):
-    """A stand-in for a network: [B, 3, S, S] in 0..1 -> [B, 24, S/16, S/16] by one fixed random convolution."""
-    kernel = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    """A stand-in for a network: one fixed random convolution.
+
+    [B, 3, S, S] in 0..1 -> [B, 24, S/16, S/16]
+    """
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(24, 3, 16, 16, generator=generator)
     return F.conv2d(images - 0.5, kernel, stride=16)
 
 
@@ -44,10 +53,12 @@ class Counted:
     """`pooled`, counting the images that pass through it and the largest batch."""
 
     def __init__(self):
-        self.images, self.largest = 0, 0
+        self.images = 0
+        self.largest = 0
 
     def __call__(self, images):
-        self.images, self.largest = self.images + len(images), max(self.largest, len(images))
+        self.images += len(images)
+        self.largest = max(self.largest, len(images))
         return pooled(images)
 
 
@@ -61,7 +72,7 @@ def last_json(ran):
     return json.loads(ran.out.splitlines()[-1])
 
 
-# ---- the release's numbers ------------------------------------------------------------------------------------------
+# ---- the release's numbers ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +89,36 @@ def underscored(shared, tmp_path_factory):
 @pytest.mark.parametrize("key, style", [("without_lift", "_"), ("with_lift", ":")])
 def test_golden(cli, shared, underscored, vit_tiny, golden_lift, key, style):
     golden = json.loads((shared / "golden/spair.json").read_text())[key]
-    root = underscored if style == "_" else shared / "data/SPair-71k"
-    lift = ["--lift_path", golden_lift] if key == "with_lift" else []
-    ran = last_json(cli("eval_spair", "--dataroot", root, "--pairs_per_category", 0, *vit_tiny, *lift))
+    root = shared / "data/SPair-71k"
+    if style == "_":
+        root = underscored
+    flags = ["--dataroot", root, "--pairs_per_category", 0, *vit_tiny]
+    if key == "with_lift":
+        flags += ["--lift_path", golden_lift]
+
+    ran = last_json(cli("eval_spair", *flags))
     assert (ran["pairs"], ran["keypoints"], ran["images"]) == (22, 160, 16)
     assert ran["results"].keys() == golden.keys()
     for name, row in golden.items():  # the release divides in float32
         assert ran["results"][name] == pytest.approx(row, abs=1e-5), name
 
 
-# ---- the plain algorithm --------------------------------------------------------------------------------------------
+# ---- the plain algorithm ------------------------------------------------------------------------
+
+
+def similarity_maps(match, size, cosine):
+    """Similarities [K, S, S] of a match's keypoints with all pixels, from dense maps."""
+    source, _, _ = plain_map(pooled, match.pair.source, size)
+    target, _, _ = plain_map(pooled, match.pair.target, size)
+    if cosine:
+        target = F.normalize(target, dim=0)
+    x, y = match.source.long().T
+    return torch.einsum("ck,cyx->kyx", source[:, y, x], target)
+
+
+def values_at(maps, points):
+    """The values [K] of maps [K, S, S], each at its own point of [K, 2]."""
+    return maps[range(len(points)), points[:, 1], points[:, 0]]
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -95,23 +126,38 @@ def test_golden(cli, shared, underscored, vit_tiny, golden_lift, key, style):
 def test_equals_plain(tree, size, cosine):
     results, predictions = plain_spair(pooled, tree, size, alphas=(0.3, 0.1), cosine=cosine)
     matches = match_pairs(pooled, read_pairs(tree, per_category=0), size, cosine)
-    for match, predicted in zip(matches, predictions):  # outside the centres of border cells all pixels tie, but for rounding
-        source, target = (plain_map(pooled, path, size)[0] for path in (match.pair.source, match.pair.target))
-        target = F.normalize(target, dim=0) if cosine else target
-        x, y = match.source.long().T
-        similarity = torch.einsum("ck,cyx->kyx", source[:, y, x], target)
-        at_ours, at_plain = (similarity[range(len(p)), p[:, 1], p[:, 0]] for p in (match.predicted, predicted))
+
+    # outside the centres of border cells all pixels tie, but for rounding: compare similarities
+    alike = []
+    with_plain_predictions = []
+    for match, predicted in zip(matches, predictions):
+        maps = similarity_maps(match, size, cosine)
+        at_ours = values_at(maps, match.predicted)
+        at_plain = values_at(maps, predicted)
         torch.testing.assert_close(at_ours, at_plain, atol=1e-5, rtol=0)
-    alike = torch.cat([(match.predicted == p).all(dim=1) for match, p in zip(matches, predictions)])
-    assert alike.double().mean() > 0.8
-    scored = evaluate([match._replace(predicted=p) for match, p in zip(matches, predictions)], (0.3, 0.1))
+        alike.append((match.predicted == predicted).all(dim=1))
+        with_plain_predictions.append(match._replace(predicted=predicted))
+    assert torch.cat(alike).double().mean() > 0.8
+
+    scored = evaluate(with_plain_predictions, (0.3, 0.1))
     assert scored == {name: pytest.approx(row) for name, row in results.items()}
     assert 0 < scored["mean"]["pck@0.3"] < 100
 
 
+def test_what_a_user_of_today_would_write_gives_the_same(tree):
+    """The second baseline of benchmarks/speed.py; as above, ties are left to rounding."""
+    results, predictions = plain_spair(pooled, tree, SIZE)
+    todays_results, todays_predictions = todays_spair(pooled, tree, SIZE)
+    alike = torch.cat(predictions) == torch.cat(todays_predictions)
+    assert alike.all(dim=1).double().mean() > 0.8
+    for name, row in results.items():
+        assert todays_results[name].keys() == row.keys()
+
+
 def test_cosine_is_another_matching(tree):
     pairs = read_pairs(tree, per_category=0)
-    dot, cosine = (match_pairs(pooled, pairs, SIZE, cosine=c) for c in (False, True))
+    dot = match_pairs(pooled, pairs, SIZE, cosine=False)
+    cosine = match_pairs(pooled, pairs, SIZE, cosine=True)
     assert any(not torch.equal(a.predicted, b.predicted) for a, b in zip(dot, cosine))
 
 
@@ -126,50 +172,69 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_of_the_paper(cli, tree, rule_backbone, rule_lift, row):
-    lift = [rule_lift] if "--lift_path" in ROWS[row] else []
-    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 0, "--alpha", 0.3, "--device", "cpu"]
-    ran = last_json(cli("eval_spair", *flags, *rule_backbone, *ROWS[row], *lift))
-    stride = 8 if row == "stride" else None
-    extractor = ViTExtractor("vit_tiny_patch16_224", stride, backbone_path=rule_backbone[3], device="cpu")
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 0, "--alpha", 0.3]
+    flags += ["--device", "cpu", *rule_backbone, *ROWS[row]]
+    if "--lift_path" in flags:
+        flags.append(rule_lift)
+    ran = last_json(cli("eval_spair", *flags))
+
+    stride = 16
+    if row == "stride":
+        stride = 8
+    weights = rule_backbone[3]
+    extractor = ViTExtractor(
+        "vit_tiny_patch16_224", stride, backbone_path=weights, device="cpu"
+    )
 
     def features(images):
         images = extractor.normalize(images)
         feats = extractor(images)
         if row == "bilinear":
             return F.interpolate(feats, scale_factor=2, mode="bilinear")
-        if lift:
-            return upsample(load_lift(rule_lift, extractor), images, feats, 2 if row == "iterated" else 1)
+        if row == "lift":
+            return upsample(load_lift(rule_lift, extractor), images, feats, 1)
+        if row == "iterated":
+            return upsample(load_lift(rule_lift, extractor), images, feats, 2)
         return feats
 
     results, _ = plain_spair(features, tree, SIZE, alphas=(0.3,))
-    for name, row in results.items():  # up to one of 30 keypoints, for a tie that rounding parts
-        assert ran["results"][name] == pytest.approx(row, abs=100 / 30 + 1e-6), name
+    one_keypoint = 100 / 30  # of a category; rounding may part a tie
+    for name, expected in results.items():
+        assert ran["results"][name] == pytest.approx(expected, abs=one_keypoint + 1e-6), name
 
 
-# ---- each image once, bounded memory --------------------------------------------------------------------------------
+# ---- each image once, bounded memory ------------------------------------------------------------
 
 
 def test_each_image_once(tree):
-    features, pairs = Counted(), read_pairs(tree, per_category=30)
+    features = Counted()
+    pairs = read_pairs(tree, per_category=30)
     matches = match_pairs(features, pairs, SIZE, batch_size=2)
     assert (features.images, features.largest) == (6, 2)
     assert [match.pair.path for match in matches] == [pair.path for pair in pairs]
 
 
 def test_small_cache(tree):
-    features, pairs = Counted(), read_pairs(tree, per_category=0)
+    features = Counted()
+    pairs = read_pairs(tree, per_category=0)
     small = match_pairs(features, pairs, SIZE, cache_mb=0)
+    large = match_pairs(pooled, pairs, SIZE)
     assert features.images > 6
-    for match, other in zip(small, match_pairs(pooled, pairs, SIZE)):
-        assert match.pair is other.pair and torch.equal(match.predicted, other.predicted)
+    for match, other in zip(small, large):
+        assert match.pair is other.pair
+        assert torch.equal(match.predicted, other.predicted)
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 7, 20])
 def test_chunks(tmp_path, capacity):
-    pairs = read_pairs(write_tree(tmp_path, ("cat",), images=7, keypoints=1), per_category=0)
+    tree = write_tree(tmp_path, ("cat",), images=7, keypoints=1)
+    pairs = read_pairs(tree, per_category=0)
     parts = chunks(pairs, capacity)
-    assert sorted(pair.path for part in parts for pair in part) == [pair.path for pair in pairs]
-    assert all(len({image for pair in part for image in pair[2:4]}) <= capacity for part in parts)
+    paths = []
+    for part in parts:
+        assert len(images_of(part)) <= capacity
+        paths += [pair.path for pair in part]
+    assert sorted(paths) == [pair.path for pair in pairs]
     assert (len(parts) == 1) == (capacity >= 7)
 
 
@@ -195,7 +260,7 @@ def test_no_dense_map(tree, cosine):
     assert SIZE * SIZE < largest.numel <= SIZE * SIZE * 16  # of 480 channels
 
 
-# ---- answers known by construction ----------------------------------------------------------------------------------
+# ---- answers known by construction --------------------------------------------------------------
 
 
 def described(feats, norm=None):
@@ -203,11 +268,15 @@ def described(feats, norm=None):
 
 
 def test_finds_permuted_cells():
-    cells = torch.eye(16)                                                        # 4 x 4 cells, all different
+    cells = torch.eye(16)  # 4 x 4 cells, all different
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    source, target = (described(c.T.reshape(16, 4, 4)) for c in (cells, cells[order]))
-    centres = torch.tensor([[16 * (i % 4) + 8, 16 * (i // 4) + 8] for i in range(16)]).float()
-    x, y = best_pixels(source, target, centres, SIZE).T
+    source = described(cells.T.reshape(16, 4, 4))
+    target = described(cells[order].T.reshape(16, 4, 4))
+    centres = []
+    for cell in range(16):
+        centres.append([16 * (cell % 4) + 8, 16 * (cell // 4) + 8])
+
+    x, y = best_pixels(source, target, torch.tensor(centres).float(), SIZE).T
     assert torch.equal(y // 16 * 4 + x // 16, order.argsort())
     assert x.dtype == y.dtype == torch.int64
 
@@ -223,19 +292,25 @@ def test_pixel_norms():
     torch.testing.assert_close(pixel_norms(feats, SIZE), slow)
 
 
-@pytest.mark.parametrize("shape, resized, offset", [
-    ((120, 90), (64, 48), (0, 8)),
-    ((61, 127), (31, 64), (16, 0)),
-    ((64, 1), (64, 1), (0, 31)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, resized, offset",
+    [
+        ((120, 90), (64, 48), (0, 8)),
+        ((61, 127), (31, 64), (16, 0)),
+        ((64, 1), (64, 1), (0, 31)),
+        ((1000, 1), (64, 1), (0, 31)),  # not 0 pixels high
+    ],
+)
 def test_letterbox(shape, resized, offset):
     square, scale, at = letterbox(Image.new("RGB", shape, "white"), SIZE)
-    assert (square.size, scale, tuple(at.tolist())) == ((SIZE, SIZE), SIZE / max(shape), offset)
+    assert (square.size, scale) == ((SIZE, SIZE), SIZE / max(shape))
+    assert tuple(at.tolist()) == offset
     assert square.getbbox() == (*offset, offset[0] + resized[0], offset[1] + resized[1])
 
 
 def test_letterbox_rounds_like_numpy():
-    assert letterbox(Image.new("RGB", (4, 1), "white"), 10)[0].getbbox() == (0, 4, 10, 6)  # 2.5 -> 2
+    square, _, _ = letterbox(Image.new("RGB", (4, 1), "white"), 10)
+    assert square.getbbox() == (0, 4, 10, 6)  # 2.5 -> 2
 
 
 def test_place():
@@ -251,17 +326,25 @@ def match_at(category, distances, extent=10.0, path=None):
     """A Match whose predictions miss by these distances."""
     pair = Pair(path, category, path, path, None, None, extent)
     truth = torch.full((len(distances), 2), 20.0)
-    return Match(pair, truth, truth, truth + torch.tensor([[d, 0.0] for d in distances]), extent)
+    missed = torch.tensor([[distance, 0.0] for distance in distances])
+    return Match(pair, truth, truth, truth + missed, extent)
 
 
-MATCHES = [match_at("a", [0, 5, 9, 9]), match_at("a", [0]), match_at("b", [4, 9, 9, 9, 9])]
+MATCHES = [
+    match_at("a", [0, 5, 9, 9]),
+    match_at("a", [0]),
+    match_at("b", [4, 9, 9, 9, 9]),
+]
 
 
-@pytest.mark.parametrize("average, a, mean", [
-    ("category", 100 * 2 / 5, 100 * (2 / 5 + 1 / 5) / 2),
-    ("keypoint", 100 * 2 / 5, 100 * 3 / 10),
-    ("image", 100 * (1 / 4 + 1) / 2, 100 * (1 / 4 + 1 + 1 / 5) / 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "average, a, mean",
+    [
+        ("category", 100 * 2 / 5, 100 * (2 / 5 + 1 / 5) / 2),
+        ("keypoint", 100 * 2 / 5, 100 * 3 / 10),
+        ("image", 100 * (1 / 4 + 1) / 2, 100 * (1 / 4 + 1 + 1 / 5) / 3),
+    ],
+)
 def test_average(average, a, mean):
     results = evaluate(MATCHES, (0.5,), average=average)
     assert results["a"] == pytest.approx({"pairs": 2, "keypoints": 5, "pck@0.5": a})
@@ -271,18 +354,24 @@ def test_average(average, a, mean):
 
 @pytest.mark.parametrize("threshold, hits", [("lt", 2), ("le", 3)])
 def test_threshold(threshold, hits):
-    assert evaluate(MATCHES[:2], (0.5,), threshold)["a"]["pck@0.5"] == pytest.approx(100 * hits / 5)
+    results = evaluate(MATCHES[:2], (0.5,), threshold)
+    assert results["a"]["pck@0.5"] == pytest.approx(100 * hits / 5)
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
+# ---- pairs --------------------------------------------------------------------------------------
 
 
 def test_sampling(tree):
     np.random.seed(3)
-    expected = [np.random.choice(6, 10) for _ in range(2)]
-    pairs, everything = read_pairs(tree, per_category=10, seed=3), read_pairs(tree, per_category=0)
-    assert [pair.path for pair in everything] == sorted((pair.path for pair in everything), key=lambda p: (p.name[-8:], p))
-    assert [pair.path for pair in pairs] == [everything[6 * c + i].path for c in range(2) for i in expected[c]]
+    cats = np.random.choice(6, 10)
+    dogs = np.random.choice(6, 10)
+    pairs = read_pairs(tree, per_category=10, seed=3)
+    everything = read_pairs(tree, per_category=0)
+
+    paths = [pair.path for pair in everything]
+    assert paths == sorted(paths, key=lambda path: (path.name[-8:], path))
+    expected = [paths[number] for number in cats] + [paths[6 + number] for number in dogs]
+    assert [pair.path for pair in pairs] == expected
     assert [pair.category for pair in pairs] == ["cat"] * 10 + ["dog"] * 10
 
 
@@ -290,26 +379,78 @@ def test_categories_and_split(cli, tmp_path, rule_backbone):
     tree = write_tree(tmp_path, ("cow", "cat", "at"), images=2)
     (tree / "PairAnnotation/test").rename(tree / "PairAnnotation/val")
     flags = ["--dataroot", tree, "--imsize", SIZE, "--split", "val", *rule_backbone]
-    ran = last_json(cli("eval_spair", *flags, "--categories", "cow", "at", "--pairs_per_category", 3))
-    assert [(name, row.get("pairs")) for name, row in ran["results"].items()] == [("at", 3), ("cow", 3), ("mean", None)]
+    flags += ["--categories", "cow", "at", "--pairs_per_category", 3]
+    ran = last_json(cli("eval_spair", *flags))
+    rows = [(name, row.get("pairs")) for name, row in ran["results"].items()]
+    assert rows == [("at", 3), ("cow", 3), ("mean", None)]
 
 
-# ---- output ---------------------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------
 
 
 def test_output(cli, tree, tmp_path, rule_backbone):
-    file, pictures = tmp_path / "new/result.json", tmp_path / "pictures"
-    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 2, "--match", "cosine", "--threshold", "le"]
-    flags += ["--average", "image", "--json", file, "--visualize", 3, "--output_dir", pictures, *rule_backbone]
+    file = tmp_path / "new/result.json"
+    pictures = tmp_path / "pictures"
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 2]
+    flags += ["--match", "cosine", "--threshold", "le", "--average", "image", "--json", file]
+    flags += ["--visualize", 3, "--output_dir", pictures, *rule_backbone]
     ran = cli("eval_spair", *flags)
     line = last_json(ran)
+
     assert json.loads(file.read_text()) == line
-    assert line["settings"]["match"] == "cosine" and line["settings"]["versions"]["torch"] == torch.__version__
+    assert line["settings"]["match"] == "cosine"
+    assert line["settings"]["versions"]["torch"] == torch.__version__
     assert (line["pairs"], line["keypoints"]) == (4, 20)
-    mean = next(row for row in ran.out.splitlines() if row.startswith("mean")).split()[1:]
-    assert mean == [f"{line['results']['mean'][key]:.2f}" for key in ("pck@0.1", "pck@0.05", "pck@0.01")]
+
+    mean_line = next(row for row in ran.out.splitlines() if row.startswith("mean"))
+    mean = line["results"]["mean"]
+    keys = ("pck@0.1", "pck@0.05", "pck@0.01")
+    assert mean_line.split()[1:] == [f"{mean[key]:.2f}" for key in keys]
+
     assert 1 <= len(list(pictures.glob("*_*.png"))) <= 3
-    assert not list(pictures.glob("*:*")) and len(list(pictures.iterdir())) == len(list(pictures.glob("*.png")))
+    assert not list(pictures.glob("*:*"))
+    assert len(list(pictures.iterdir())) == len(list(pictures.glob("*.png")))
+    for path in pictures.iterdir():
+        assert Image.open(path).size == (896, 480)  # two squares of 448, the legend below
+
+
+def test_settings_say_what_was_left_out(cli, tree, rule_backbone, rule_lift):
+    """They used to be null."""
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 1, *rule_backbone]
+    used = last_json(cli("eval_spair", *flags))["settings"]
+    assert (used["layer"], used["stride"], used["upsample"]) == (11, 16, "none")
+    assert used["categories"] == ["cat", "dog"]
+    assert used["batch_size"] == 49
+    assert torch.device(used["device"])
+
+    lifted = last_json(cli("eval_spair", *flags, "--lift_path", rule_lift))["settings"]
+    assert lifted["upsample"] == "lift"
+    assert lifted["digest"] == used["digest"]
+    assert len(lifted["lift_digest"]) == 16
+
+
+def mean_colours():
+    """A backbone of one's own: the colours of cells of 8 pixels."""
+    return torch.nn.AvgPool2d(8)
+
+
+def test_a_backbone_of_ones_own(cli, tree):
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 0, "--device", "cpu"]
+    ran = last_json(
+        cli("eval_spair", *flags, "--my_extractor", "test_eval_spair:mean_colours", "--alpha", 0.3)
+    )
+    assert (ran["settings"]["backbone"], ran["settings"]["stride"]) == (
+        "test_eval_spair:mean_colours", 8,
+    )  # fmt: skip
+
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def features(images):
+        return F.avg_pool2d((images - mean) / std, 8)
+
+    matches = match_pairs(features, read_pairs(tree, per_category=0), SIZE)
+    assert ran["results"] == evaluate(matches, (0.3,))
 
 
 def test_draw(tmp_path):
@@ -318,14 +459,36 @@ def test_draw(tmp_path):
     match = match_at("a", [0.0, 40.0], path=black)
     picture = draw(match, SIZE, 0.1, "lt", side=2 * SIZE)
     assert picture.size == (4 * SIZE, 2 * SIZE)
-    assert picture.getpixel((40, 40)) == (0, 255, 255)                            # second keypoint over the first, source
-    assert picture.getpixel((2 * SIZE + 120, 40)) == (0, 255, 255)                # its prediction in the target
-    assert picture.getpixel((2 * SIZE + 80, 40)) == (255, 0, 0)                   # a red line: wrong
+    assert picture.getpixel((40, 40)) == (0, 255, 255)  # second keypoint over the first, source
+    assert picture.getpixel((2 * SIZE + 120, 40)) == (0, 255, 255)  # its prediction in the target
+    assert picture.getpixel((2 * SIZE + 80, 40)) == (255, 0, 0)  # a red line: wrong
     right = draw(match, SIZE, 5, "lt", side=2 * SIZE)
-    assert right.getpixel((2 * SIZE + 80, 40)) == (0, 255, 0)                     # green: right
+    assert right.getpixel((2 * SIZE + 80, 40)) == (0, 255, 0)  # green: right
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+def test_legend():
+    """Pictures used to say nowhere what ring, disc and line are."""
+    picture = Image.new("RGB", (896, 448), "gray")
+    sheet = with_legend(picture, 0.1)
+    assert sheet.size == (896, 480)
+    assert ImageChops.difference(sheet.crop((0, 0, 896, 448)), picture).getbbox() is None
+
+    blue = (0, 128, 255)
+    assert sheet.getpixel((16, 464)) == blue  # a disc is filled
+    assert sheet.getpixel((428, 464)) == (255, 255, 255)  # a ring is not
+    assert sheet.getpixel((422, 464)) == blue
+    assert sheet.getpixel((578, 464)) == (0, 255, 0)
+    assert sheet.getpixel((778, 464)) == (255, 0, 0)
+
+    # four texts, each with room to its right
+    for left, right in ((28, 410), (442, 554), (598, 754), (798, 890)):
+        text = ImageChops.invert(sheet.crop((left, 449, right, 479))).getbbox()
+        assert text is not None
+        assert 40 < text[2] < right - left
+    assert with_legend(picture, 0.05).tobytes() != sheet.tobytes()
+
+
+# ---- bad input ----------------------------------------------------------------------------------
 
 
 def first_annotation(root):
@@ -333,16 +496,46 @@ def first_annotation(root):
 
 
 def change(**entries):
+    """A way to spoil a tree: other entries in its first annotation, None for none."""
+
     def spoil(root):
         path = first_annotation(root)
-        entry = json.loads(path.read_text()) | entries
-        path.write_text(json.dumps({key: value for key, value in entry.items() if value is not None}))
+        entry = json.loads(path.read_text())
+        for key, value in entries.items():
+            entry[key] = value
+            if value is None:
+                del entry[key]
+        path.write_text(json.dumps(entry))
 
     return spoil
 
 
+def no_change(root):
+    pass
+
+
+def no_annotations(root):
+    shutil.rmtree(root / "PairAnnotation")
+
+
+def no_images(root):
+    shutil.rmtree(root / "JPEGImages")
+
+
 def empty_category(root):
     (root / "JPEGImages/zebra").mkdir()
+
+
+def malformed(root):
+    first_annotation(root).write_text('{"src_kps": [')
+
+
+def a_list(root):
+    first_annotation(root).write_text("[]")
+
+
+def missing_image(root):
+    (root / "JPEGImages/dog/0002.jpg").unlink()
 
 
 def truncated(root):
@@ -351,29 +544,52 @@ def truncated(root):
 
 
 POINTS = [[5, 5]] * 5
+NOT_NUMBERS = ["--my_extractor", "test_eval_spair:not_numbers"]
 SPOILED = {
-    "no such folder": (lambda root: shutil.rmtree(root / "PairAnnotation"), [], "--dataroot"),
-    "no images folder": (lambda root: shutil.rmtree(root / "JPEGImages"), [], "--dataroot"),
-    "no such split": (lambda root: None, ["--split", "trn"], "--split"),
-    "unknown category": (lambda root: None, ["--categories", "cat", "bird"], "'bird'"),
+    "no such folder": (no_annotations, [], "--dataroot"),
+    "no images folder": (no_images, [], "--dataroot"),
+    "no such split": (no_change, ["--split", "trn"], "--split"),
+    "unknown category": (no_change, ["--categories", "cat", "bird"], "'bird'"),
     "category without pairs": (empty_category, [], "'zebra'"),
-    "malformed JSON": (lambda root: first_annotation(root).write_text('{"src_kps": ['), [], "annotation"),
-    "not an object": (lambda root: first_annotation(root).write_text("[]"), [], "annotation"),
+    "malformed JSON": (malformed, [], "annotation"),
+    "not an object": (a_list, [], "annotation"),
     "missing key": (change(trg_bndbox=None), [], "trg_bndbox"),
     "null points": (change(src_kps=[None] * 5), [], "src_kps"),
     "points are an object": (change(src_kps={}), [], "annotation"),
     "counts differ": (change(src_kps=POINTS[:2]), [], "src_kps"),
     "no keypoints": (change(src_kps=[], trg_kps=[]), [], "src_kps"),
+    "an empty box": (change(trg_bndbox=[5, 5, 5, 5]), [], "trg_bndbox"),
+    "a box that is no number": (change(trg_bndbox=[5, 5, float("nan"), 9]), [], "trg_bndbox"),
     "source keypoint outside": (change(src_kps=[*POINTS[:4], [4000, 3]]), [], "4000"),
     "target keypoint outside": (change(trg_kps=[[5, -7], *POINTS[:4]]), [], "-7"),
-    "missing image": (lambda root: (root / "JPEGImages/dog/0002.jpg").unlink(), [], "0002.jpg"),
+    "a name that leaves": (change(src_imname="../dog/0000.jpg"), [], "leaves the folder"),
+    "an absolute name": (change(trg_imname="/etc/passwd"), [], "leaves the folder"),
+    "a name that is a number": (change(trg_imname=3), [], "annotation"),
+    "missing image": (missing_image, [], "0002.jpg"),
     "truncated image": (truncated, [], "0001.jpg"),
-    "imsize": (lambda root: None, ["--imsize", 70], "16"),
-    "no imsize": (lambda root: None, ["--imsize", 0], "--imsize"),
-    "negative count": (lambda root: None, ["--pairs_per_category", -1], "--pairs_per_category"),
-    "no batch": (lambda root: None, ["--batch_size", 0], "--batch_size"),
-    "lift without module": (lambda root: None, ["--upsample", "lift"], "--lift_path"),
-}
+    "imsize": (no_change, ["--imsize", 70], "16"),
+    "no imsize": (no_change, ["--imsize", 0], "--imsize"),
+    "huge imsize": (no_change, ["--imsize", 160000], "pass 4096 or less"),
+    "grid finer than pixels": (
+        no_change, ["--upsample", "bilinear", "--lift_iter", 12], "pass 4 or less",
+    ),
+    "negative count": (no_change, ["--pairs_per_category", -1], "--pairs_per_category"),
+    "negative seed": (no_change, ["--seed", -1], "--seed"),
+    "no batch": (no_change, ["--batch_size", 0], "--batch_size"),
+    "no threshold": (no_change, ["--alpha", 0.1, 0], "--alpha 0.0"),
+    "lift without module": (no_change, ["--upsample", "lift"], "--lift_path"),
+    "features are no numbers": (no_change, NOT_NUMBERS, "not finite: pass --dtype float32"),
+}  # fmt: skip
+
+
+def not_numbers():
+    """A backbone whose features are NaN, as where float16 overflows."""
+
+    class NotNumbers(torch.nn.Module):
+        def forward(self, images):
+            return F.avg_pool2d(images, 16) * float("nan")
+
+    return NotNumbers()
 
 
 @pytest.mark.parametrize("case", SPOILED)
@@ -383,16 +599,47 @@ def test_bad_input(cli, tree, tmp_path, rule_backbone, case):
     spoil(tmp_path / "tree")
     (tmp_path / "result.json").write_text("an earlier result")
     common = ["--dataroot", tmp_path / "tree", "--imsize", SIZE, "--pairs_per_category", 0]
-    ran = cli("eval_spair", *common, "--json", tmp_path / "result.json", *rule_backbone, *flags)
+    common += ["--json", tmp_path / "result.json", *rule_backbone]
+    ran = cli("eval_spair", *common, *flags)
+
     assert (ran.code, ran.out) == (2, "")
-    assert len(ran.err.strip().splitlines()) == 1 and word in ran.err and ":" in ran.err, ran.err
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
+    assert word in ran.err, ran.err
+    assert ":" in ran.err, ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "tree"]
     assert (tmp_path / "result.json").read_text() == "an earlier result"
 
 
+@pytest.mark.parametrize("wrong", ["image", "module"])
+def test_what_is_cheap_is_checked_before_the_backbone(cli, tree, tmp_path, wrong):
+    """The backbone used to come first, which may be a download."""
+    shutil.copytree(tree, tmp_path / "tree")
+    flags = ["--dataroot", tmp_path / "tree", "--pairs_per_category", 0]
+    flags += ["--backbone_path", tmp_path / "no_backbone.pth"]
+    if wrong == "image":
+        missing_image(tmp_path / "tree")
+        word = "0002.jpg"
+    else:
+        flags += ["--lift_path", tmp_path / "no_module.pth"]
+        word = "no_module.pth"
+    ran = cli("eval_spair", *flags)
+    assert ran.code == 2
+    assert word in ran.err
+    assert "no_backbone" not in ran.err
+
+
+def test_several_processes_are_refused(cli, tree, rule_backbone, monkeypatch):
+    """Each used to do all the work, and to print."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = cli("eval_spair", "--dataroot", tree, *rule_backbone)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith("start it with python, not torchrun\n")
+
+
 def test_as_a_program(tmp_path, rule_backbone):
-    script = Path(__file__).parent.parent / "eval_spair.py"
-    command = [sys.executable, script, "--dataroot", tmp_path / "nowhere", *rule_backbone]
+    flags = ["--dataroot", tmp_path / "nowhere", *rule_backbone]
+    command = [sys.executable, ROOT / "eval_spair.py", *flags]
     ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 2 and "nowhere" in ran.stderr
+    assert ran.returncode == 2
+    assert "nowhere" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
