@@ -16,6 +16,7 @@ import pickle
 import platform
 import secrets
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; torch says so by a RuntimeError, in other words on every device."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Raise ValueError if this machine has less memory than `needed` bytes, which `what` take.
+
+    A GPU that is too small says so itself; the system's way is to end the process.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        sizes = f"{needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
+        raise ValueError(f"{what} take {sizes}: {remedy}")
 
 
 def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -314,7 +328,8 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
             return load_file(path)
         refuse_packed(path)
         # DINO's checkpoints carry their flags as a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle's protocol: an error says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise TypeError(f"a {type(state).__name__}, no state_dict")

@@ -974,6 +974,10 @@ class MyExtractor(DenseExtractor):
         x = self.module(images.to(self.device, self.dtype))
         if x.ndim == 3:
             rows, columns = self.grid(*images.shape[-2:])
+            if x.shape[1] < rows * columns:
+                size = f"{images.shape[2]}x{images.shape[3]}"
+                what = f"{self.name} gives {x.shape[1]} tokens for an image of {size}"
+                raise ValueError(f"{what}: pass one of its own size")
             x = x[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         return x.float()
 

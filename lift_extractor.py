@@ -1,260 +1,572 @@
-"""Dense features of photos: a frozen ViT's descriptors, doubled in resolution by LiFT as often as you like.
+"""Dense features of photos: a frozen ViT's descriptors, doubled in resolution by LiFT.
 
-    python lift_extractor.py --image_path assets/sample.jpg --output_path sample.pth --model_type vit_mini16 \\
-        --lift_path pretrained/lift_vit_mini16.pth [--lift_iter 4] [--picture sample.png]
-    python lift_extractor.py --image_path photos/ --output_path features/ --format npz --model_type dino_vits16
-    torchrun --nproc_per_node 4 lift_extractor.py --image_path 'photos/**/*.jpg' --output_path features/
+    python lift_extractor.py --image_path assets/sample.jpg --output_path sample.pth \\
+        --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16.pth \\
+        [--lift_iter 4] [--picture sample.png]
+    python lift_extractor.py --image_path photos/ --output_path features/ --format npz \\
+        --model_type dino_vits16
+    torchrun --nproc_per_node 4 lift_extractor.py --image_path 'photos/**/*.jpg' \\
+        --output_path features/
 
-One image and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise --output_path is a folder with one
-file a photo (cat.jpg.pth, in the photo's subfolder); what exists is skipped, what cannot be read is named at the end.
-A .pth is a CPU tensor [1, t, C], row by row; .npz and .safetensors hold the map [C, h, w], its grid, the photo's size, where its
-cells lie in the photo (cell (i, j) is centred on pixel (first_x + j*step_x, first_y + i*step_y)) and the settings.
-The last line printed is JSON: settings and counts. A photo at 224 takes 30 ms on one CPU core with vit_mini16 and LiFT.
+One image and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
+--output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A run over
+the same folder goes on where it was; other settings are refused, unless --overwrite is given. What
+cannot be read is named at the end.
+
+A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
+grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
+(first_x + j*step_x, first_y + i*step_y)) and the settings. The last line printed is JSON: settings
+and counts. A photo at 224 takes about 30 ms on one CPU core with vit_mini16 and LiFT.
 """
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image, to_tensor
-from tqdm import tqdm
-
-from extractor import Command, ViTExtractor, add_backbone_args, list_images, read_image, replacing, settings
-from lift import add_lift_args, load_lift, map_to_tokens, pca_rgb, upsample, upsampler
+from command import (
+    RECORD,
+    Command,
+    add_backbone_args,
+    add_lift_args,
+    check_memory,
+    check_range,
+    claim_folder,
+    rank,
+    record,
+    replacing,
+    report,
+    save_tensors,
+    settings,
+    world_size,
+)
 
 FORMATS = ("pth", "npz", "safetensors")
+LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
+
+# how the work is done or where it goes, but not what is in a file
+NOT_IN_A_FILE = (
+    "image_path", "output_path", "picture", "format", "batch_size", "workers", "overwrite",
+)  # fmt: skip
 
 
-class ViTLiFTExtractor:
-    """A ViTExtractor with LiFT on top (both as the reference release's class of this name offers them).
-
-    `channel` and `patch` are read off the backbone; given, they must agree with it. Without `lift_path` the features are the
-    backbone's own. `silent` keeps load_lift's notice back. A call gives maps: images [B, 3, H, W] -> [B, C, 2h, 2w].
-    Raises ValueError for what does not fit together.
-    """
-
-    def __init__(
-        self, model_type="dino_vits16", lift_path=None, channel=None, patch=None, stride=None, layer=None, facet="key",
-        model=None, device="auto", silent=False, backbone_path=None, dtype="float32",
-    ):  # fmt: skip
-        self.vit = ViTExtractor(model_type, stride, model, device, backbone_path, layer, facet, dtype)
-        check_facts(self.vit, channel, patch)
-        self.lift = load_lift(lift_path, self.vit, silent=silent) if lift_path else None
-
-    def preprocess(self, image_path, load_size=None):
-        """Read and fit an image: (normalised tensor [1, 3, H, W] on the CPU, the resized PIL image)."""
-        return self.vit.preprocess(image_path, load_size)
-
-    @torch.no_grad()
-    def __call__(self, images, iterations=1):
-        """Normalised images [B, 3, H, W] -> map [B, C, 2^n h, 2^n w] float32 (the backbone's [B, C, h, w] without LiFT)."""
-        feats = self.vit(images)
-        return upsample(self.lift, images, feats, iterations) if self.lift else feats
-
-    def extract_descriptors(self, batch):
-        """Descriptors [B, t, C] of normalised images, LiFT applied once."""
-        return map_to_tokens(self(batch))
-
-    @torch.no_grad()
-    def extract_descriptors_iterative_lift(self, batch, lift_iter=1, return_inter=False):
-        """Descriptors [B, t, C] after `lift_iter` applications of LiFT; with `return_inter` the list of those of every step."""
-        if self.lift is None:
-            raise ValueError("there is no LiFT to apply: pass lift_path")
-        steps = upsample(self.lift, batch, self.vit(batch), lift_iter, return_all=return_inter)
-        return [map_to_tokens(feats) for feats in steps[1:]] if return_inter else map_to_tokens(steps)
-
-
-def check_facts(extractor, channel=None, patch=None):
-    """Raise ValueError if channel or patch, where given, are not the extractor's."""
-    for flag, given, real in (("channel", channel, extractor.width), ("patch", patch, extractor.patch)):
-        if given not in (None, real):
-            raise ValueError(f"--{flag} {given}, but {extractor.name} {extractor.facet} has {real}: leave --{flag} out")
-
-
-# ---- which photo goes where -----------------------------------------------------------------------------------------
-
-
-def find_photos(given):
-    """Photos of files, folders and patterns: {path: its path below the folder given, or below all that a pattern found}."""
-    photos = {}
-    for entry in given:
-        files = list_images(entry)
-        root = entry if Path(entry).is_dir() else os.path.commonpath([file.parent for file in files])
-        photos |= {file: file.relative_to(root) for file in files}
-    if len(set(photos.values())) < len(photos):
-        raise ValueError("two of the photos would get one output file: pass the folder that holds them all")
-    return photos
-
-
-def find_jobs(args):
-    """This process's share of the work: list of (photo, output file)."""
-    photos, output = find_photos(args.image_path), Path(args.output_path)
-    one_file = len(photos) == 1 and output.suffix[1:] in FORMATS and not output.is_dir()
-    if output.is_file() and not one_file:
-        raise ValueError(f"{output} is a file, but {len(photos)} photos need a folder: pass another --output_path")
-    jobs = [(photo, output if one_file else output / f"{name}.{args.format}") for photo, name in photos.items()]
-    # shared out before looking at what exists: the other processes are writing by now
-    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    return [job for job in jobs if one_file or args.overwrite or not job[1].exists()]
-
-
-class Photos(Dataset):
-    """Photos by their paths: (index, normalised image [3, H, W], the photo's own (W, H)), or (index, None, what is wrong)."""
-
-    def __init__(self, paths, extractor, load_size):
-        self.paths, self.extractor, self.load_size = paths, extractor, load_size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        try:
-            photo = read_image(self.paths[index])
-            fitted = to_tensor(self.extractor.fit(photo, self.load_size))
-            return index, self.extractor.normalize(fitted), photo.size
-        except (ValueError, OSError) as error:
-            return index, None, str(error)
-
-
-def batches(photos, batch_size):
-    """Batch items of one size; at most four batches wait for company, then the fullest goes as it is."""
-    waiting = {}
-    for item in photos:
-        queue = waiting.setdefault(None if item[1] is None else item[1].shape, [])
-        queue.append(item)
-        if len(queue) == batch_size or item[1] is None:
-            yield waiting.pop(None if item[1] is None else item[1].shape)
-        elif sum(map(len, waiting.values())) >= 4 * batch_size:
-            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
-    yield from waiting.values()
-
-
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-
-def placement(extractor, input_size, photo_size, grid):
-    """Where the cells of a map lie, in pixels of the photo: (i, j) is centred on (first_x + j*step_x, first_y + i*step_y).
-
-    `input_size` and `photo_size` are (H, W), `grid` is (h, w) after LiFT, which splits every cell of the backbone's grid evenly.
-    """
-    first, step = [], []
-    for side, photo, base, cells in zip(input_size, photo_size, extractor.grid(*input_size), grid):
-        split, scale = cells / base, photo / side
-        step.append(extractor.stride / split * scale)
-        first.append((extractor.patch / 2 - extractor.stride / 2 + extractor.stride / split / 2) * scale)
-    return {"first_y": first[0], "first_x": first[1], "step_y": step[0], "step_x": step[1]}
-
-
-def save(path, feats, facts):
-    """Write one map [C, h, w] as path's suffix says, atomically; `facts` (a dict for JSON) goes beside a map."""
-    feats = feats.cpu()
-    with replacing(path) as temporary:
-        if path.suffix == ".pth":
-            torch.save(map_to_tokens(feats[None]).contiguous(), temporary)  # [1, t, C], as the reference writes
-        elif path.suffix == ".npz":
-            arrays = {key: np.asarray(value) for key, value in facts.items() if key != "settings"}
-            np.savez(temporary, map=feats.numpy(), settings=json.dumps(facts["settings"]), **arrays)
-        else:
-            save_file({"map": feats.contiguous()}, temporary, {key: json.dumps(value) for key, value in facts.items()})
-
-
-def picture(photo, maps, height=336):
-    """A sheet on white, PIL RGB: the photo, then the maps {title: [C, h, w]} as colours of one PCA basis, titles above."""
-    width, bar, gap = round(height * photo.width / photo.height), 28, 8
-    panels = [photo.resize((width, height), Image.Resampling.LANCZOS)]
-    panels += [Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST) for rgb in pca_rgb(list(maps.values()))]
-    sheet = Image.new("RGB", (gap + len(panels) * (width + gap), height + bar + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    titles = ["photo"] + [f"{title} {feats.shape[1]}x{feats.shape[2]}" for title, feats in maps.items()]
-    for i, (panel, title) in enumerate(zip(panels, titles)):
-        sheet.paste(panel, (gap + i * (width + gap), bar))
-        draw.text((gap + i * (width + gap), 5), title, "black", font)
-    return sheet
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def parser():
+def parser() -> Command:
     """The command line."""
     command = Command(__doc__)
-    command.add_argument("--image_path", required=True, nargs="+", help="photos, folders of photos, or quoted patterns")
-    command.add_argument("--output_path", required=True, help="the file to write, or a folder for several photos")
-    command.add_argument("--load_size", type=int, default=224, help="pixels of the shorter side; 0: as it is (default: 224)")
-    command.add_argument("--channel", type=int, help="channels of the descriptors; only checked (default: the backbone's)")
-    command.add_argument("--patch", type=int, help="patch of the backbone; only checked (default: the backbone's)")
-    command.add_argument("--out_size", type=int, nargs=2, metavar=("H", "W"), help="resize the final map bilinearly to H x W")
-    command.add_argument("--format", choices=FORMATS, default="pth", help="of the files in a folder (default: pth)")
-    command.add_argument("--picture", help="a PNG of photo, backbone and LiFT as PCA colours; a folder for several photos")
-    command.add_argument("--batch_size", type=int, default=8, help="photos of one size at once (default: 8)")
-    command.add_argument("--workers", type=int, default=0, help="processes that read photos (default: 0, this one)")
-    command.add_argument("--overwrite", action="store_true", help="compute again what the output folder already holds")
+    add = command.add_argument
+    add("--image_path", required=True, nargs="+", help="photos, folders, or quoted patterns")
+    add("--output_path", required=True, help="the file to write, or a folder for several photos")
+    add("--load_size", type=int, default=224, help="shorter side, 0: as it is (default: 224)")
+    add("--out_size", type=int, nargs=2, metavar=("H", "W"), help="resize the final map to H x W")
+    add("--format", choices=FORMATS, default="pth", help="of files in a folder (default: pth)")
+    add("--picture", help="PNG of photo and features as PCA colours; a folder for several photos")
+    add("--batch_size", type=int, default=8, help="photos of one size at once (default: 8)")
+    add("--workers", type=int, default=0, help="processes that read photos (default: 0)")
+    add("--overwrite", action="store_true", help="compute again what the folder already holds")
     add_backbone_args(command)
     add_lift_args(command)
     return command
 
 
-def check_flags(args):
-    """Raise ValueError for flags out of range."""
-    for flag, low in (("load_size", 0), ("lift_iter", 0), ("batch_size", 1), ("workers", 0)):
-        if getattr(args, flag) < low:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is too small: pass {low} or more")
-    if args.out_size and min(args.out_size) < 1:
-        raise ValueError("--out_size needs two positive sizes: pass H W")
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image, to_tensor
+from tqdm import tqdm
+
+from extractor import DenseExtractor, ViTExtractor, build_extractor, check_facts
+from lift import Upsampler, load_lift, map_to_tokens, read_state, upsample, upsampler
+from photos import fit, fitted_size, list_images, pca_rgb, read_image, titled_sheet
+
+# ---- in Python ----------------------------------------------------------------------------------
 
 
-def picture_path(args, output):
-    """Where the picture of the photo whose features go to `output` is written."""
-    below = Path(args.output_path) in output.parents
-    return Path(args.picture) / output.relative_to(args.output_path).with_suffix(".png") if below else Path(args.picture)
+class ViTLiFTExtractor(nn.Module):
+    """A frozen ViT with LiFT on top, as the reference release's class of this name offers them.
+
+    A call gives maps; the methods of the release give tokens. It stays in eval mode.
+
+    Attributes: extractor (the ViTExtractor), lift (None without a path), model_type, model,
+    lift_path, channel, patch, stride, layer, facet, device.
+
+    Args:
+        channel, patch: read off the backbone; given, they must agree with it.
+        stride: None is the patch.
+        layer: None is the last.
+        silent: keep load_lift's note back.
+        model, device, backbone_path, dtype, requires_grad: ViTExtractor's.
+    Raises:
+        ValueError, FileNotFoundError: something does not exist or does not fit together.
+    """
+
+    def __init__(
+        self,
+        model_type: str = "dino_vits8",
+        lift_path: str | Path | None = None,
+        channel: int | None = None,
+        patch: int | None = None,
+        stride: int | None = None,
+        layer: int | None = None,
+        facet: str = "key",
+        model: nn.Module | None = None,
+        device: str | torch.device | None = "cuda",
+        silent: bool = False,
+        backbone_path: str | Path | None = None,
+        dtype: str = "float32",
+        requires_grad: bool = False,
+    ):
+        super().__init__()
+        self.extractor = ViTExtractor(
+            model_type, stride, model, device, backbone_path, layer, facet, dtype, requires_grad
+        )
+        check_facts(self.extractor, channel, patch)
+        self.lift = None
+        if lift_path:
+            self.lift = load_lift(lift_path, self.extractor, silent=silent)
+
+        self.model_type = model_type
+        self.lift_path = lift_path
+        self.channel = self.extractor.width
+        self.patch = self.extractor.patch
+        self.stride = self.extractor.step
+        self.layer = self.extractor.layer
+        self.facet = facet
+        self.eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """The ViT itself."""
+        return self.extractor.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ViT is."""
+        return self.extractor.device
+
+    def train(self, mode: bool = True) -> "ViTLiFTExtractor":
+        """Stay in eval mode: both networks are frozen, and a batch norm must not move."""
+        return super().train(False)
+
+    def preprocess(
+        self, image_path: Any, load_size: int | tuple[int, int] | None = None
+    ) -> tuple[Tensor, Image.Image]:
+        """Read, fit and normalise one photo (ViTExtractor.preprocess)."""
+        return self.extractor.preprocess(image_path, load_size)
+
+    def forward(self, images: Tensor, iterations: int = 1) -> Tensor:
+        """Normalised images [B, 3, H, W] -> map [B, C, 2^n h, 2^n w] float32.
+
+        Without a module, the backbone's own [B, C, h, w].
+        """
+        with torch.set_grad_enabled(self.extractor.gradients and torch.is_grad_enabled()):
+            feats = self.extractor(images)
+            if self.lift is None:
+                return feats
+            return upsample(self.lift, images, feats, iterations)
+
+    def extract_descriptors(self, batch: Tensor) -> Tensor:
+        """Descriptors [B, t, C] of normalised images, LiFT applied once if there is one."""
+        return map_to_tokens(self(batch))
+
+    def extract_descriptors_iterative_lift(
+        self, batch: Tensor, lift_iter: int = 1, return_inter: bool = False
+    ) -> Any:
+        """Descriptors [B, t, C] after `lift_iter` applications of LiFT.
+
+        Args:
+            return_inter: return those of every step, as a dict: back, lift_1, lift_2, ...
+        Raises:
+            ValueError: there is no LiFT.
+        """
+        if self.lift is None:
+            raise ValueError("there is no LiFT to apply: pass lift_path")
+        if not return_inter:
+            return map_to_tokens(self(batch, lift_iter))
+        with torch.set_grad_enabled(self.extractor.gradients and torch.is_grad_enabled()):
+            feats = self.extractor(batch)
+            steps = upsample(self.lift, batch, feats, lift_iter, return_all=True)
+        tokens = {"back": map_to_tokens(steps[0])}
+        for number, step in enumerate(steps[1:], 1):
+            tokens[f"lift_{number}"] = map_to_tokens(step)
+        return tokens
+
+
+# ---- which photo goes where ---------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One photo, the file of its features, and that of its picture."""
+
+    photo: Path
+    output: Path
+    picture: Path | None
+
+    def is_done(self) -> bool:
+        """Whether all its files are there."""
+        return self.output.exists() and (self.picture is None or self.picture.exists())
+
+
+def find_photos(given: list[str]) -> dict[Path, Path]:
+    """Photos of files, folders and patterns, each with its path below the folder given.
+
+    Below what a pattern found, it is the path below the folder of all of these.
+
+    Raises:
+        ValueError: there are none, or two would get one output file.
+    """
+    photos: dict[Path, Path] = {}
+    taken: dict[Path, Path] = {}
+    for entry in given:
+        files = list_images(entry)
+        root = entry
+        if not Path(entry).is_dir():
+            root = os.path.commonpath([file.parent for file in files])
+        for file in files:
+            name = file.relative_to(root)
+            if taken.get(name, file) != file:
+                both = f"{taken[name]} and {file} would get one output file"
+                raise ValueError(f"{both}: pass the folder that holds them all")
+            taken[name] = file
+            photos[file] = name
+    return photos
+
+
+def is_one_file(args: argparse.Namespace, photos: int) -> bool:
+    """Whether --output_path names the one file to write, and not a folder.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    output = Path(args.output_path)
+    if output.is_dir():
+        return False
+    named_as_folder = args.output_path.endswith(("/", os.sep))
+    if photos == 1 and output.suffix[1:] in FORMATS and not named_as_folder:
+        return True
+    if output.is_file():
+        what = f"{output} is a file, but {photos} photos need a folder"
+        raise ValueError(f"{what}: pass another --output_path")
+    if output.suffix and not named_as_folder and not output.exists():
+        formats = ", ".join(f".{name}" for name in FORMATS)
+        what = f"{output} ends in {output.suffix}, and features of one photo go to {formats}"
+        raise ValueError(f"{what}: pass such a file, or a folder with / at its end")
+    return False
+
+
+def find_jobs(args: argparse.Namespace) -> list[Job]:
+    """This process's share of the work, whether done or not.
+
+    It is shared out before looking at what exists: the other processes are writing by now.
+    """
+    photos = find_photos(args.image_path)
+    one_file = is_one_file(args, len(photos))
+    jobs = []
+    for photo, name in photos.items():
+        output = Path(args.output_path)
+        if not one_file:
+            output = output / f"{name}.{args.format}"
+        picture = None
+        if args.picture and one_file:
+            picture = Path(args.picture)
+        elif args.picture:
+            picture = Path(args.picture) / f"{name}.png"
+        jobs.append(Job(photo, output, picture))
+    return jobs[rank() :: world_size()]
+
+
+def claim_output(args: argparse.Namespace, jobs: list[Job], made_by: dict[str, Any]) -> None:
+    """Make the output folder that of these settings.
+
+    Raises:
+        ValueError: it holds features of other settings, or of settings that nobody knows.
+    """
+    folder = Path(args.output_path)
+    remedy = "pass --overwrite, or another --output_path"
+    if not args.overwrite and not (folder / RECORD).exists():
+        for job in jobs:
+            if job.output.exists():
+                what = f"{job.output} is there, and no {RECORD} says how it was made"
+                raise ValueError(f"{what}: {remedy}")
+    claim_folder(folder, made_by, remedy, renew=args.overwrite)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class Photos(Dataset):
+    """Photos by their paths, read and fitted.
+
+    photos[i] is (i, image [3, H, W] in 0..1, the photo's own (W, H)), or (i, None, what is wrong).
+    It holds paths and numbers only, so that it is cheap to send to a loader's workers.
+
+    Args:
+        patch: sides become multiples of it.
+        load_size: pixels of the shorter side; None leaves the photo's own.
+        bytes_per_pixel: what the features of one pixel of the fitted photo take.
+    """
+
+    def __init__(
+        self, paths: list[Path], patch: int, load_size: int | None, bytes_per_pixel: float
+    ):
+        self.paths = paths
+        self.patch = patch
+        self.load_size = load_size
+        self.bytes_per_pixel = bytes_per_pixel
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Any]:
+        path = self.paths[index]
+        try:
+            photo = read_image(path)
+            self.check_size(path, photo)
+            return index, to_tensor(fit(photo, self.patch, self.load_size)), photo.size
+        except (ValueError, OSError) as error:
+            return index, None, str(error)
+
+    def check_size(self, path: Path, photo: Image.Image) -> None:
+        """Raise ValueError for a strip that would become huge, or for more than the memory."""
+        if self.load_size and max(photo.size) > LONGEST * min(photo.size):
+            what = f"{path} has {photo.width}x{photo.height} pixels, a strip"
+            raise ValueError(f"{what}: cut it, or pass --load_size 0")
+        width, height = fitted_size(photo.width, photo.height, self.patch, self.load_size)
+        remedy = "pass a smaller --load_size or --lift_iter"
+        check_memory(int(width * height * self.bytes_per_pixel), f"the features of {path}", remedy)
+
+
+def bytes_per_pixel(extractor: DenseExtractor, up: Upsampler) -> float:
+    """About how many bytes of memory a pixel of the fitted photo takes in the end.
+
+    The last step of LiFT works on about three times its own result, and on the enlarged image with
+    its convolutions: about p^2 numbers for each cell.
+    """
+    channels = extractor.width or extractor.patch**2
+    per_cell = channels
+    if up.factor > 1:
+        per_cell += up.factor**2 * (3 * channels + extractor.patch**2)
+    return 4 * (per_cell / extractor.step**2 + 15)
+
+
+Item = tuple[int, Tensor | None, Any]
+
+
+def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Batch items of one size; what cannot be read comes alone.
+
+    At most four batches wait for company, then the fullest goes as it is.
+    """
+    waiting: dict[Any, list[Item]] = {}
+    for item in items:
+        image = item[1]
+        if image is None:
+            yield [item]
+            continue
+        queue = waiting.setdefault(image.shape, [])
+        queue.append(item)
+        if len(queue) == batch_size:
+            yield waiting.pop(image.shape)
+        elif sum(len(queue) for queue in waiting.values()) >= 4 * batch_size:
+            fullest = max(waiting, key=lambda size: len(waiting[size]))
+            yield waiting.pop(fullest)
+    yield from waiting.values()
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def placement(
+    extractor: DenseExtractor,
+    input_size: tuple[int, int],
+    photo_size: tuple[int, int],
+    grid: tuple[int, int],
+) -> dict[str, float]:
+    """Where the cells of a map lie, in pixels of the photo.
+
+    Cell (i, j) is centred on (first_x + j*step_x, first_y + i*step_y). LiFT splits every cell of
+    the backbone's grid evenly.
+
+    Args:
+        input_size: (H, W) that the backbone saw.
+        photo_size: (H, W) of the photo.
+        grid: (h, w) of the map.
+    """
+    rows, columns = extractor.grid(*input_size)
+    first_y, step_y = along_one_axis(extractor, input_size[0], photo_size[0], rows, grid[0])
+    first_x, step_x = along_one_axis(extractor, input_size[1], photo_size[1], columns, grid[1])
+    return {"first_y": first_y, "first_x": first_x, "step_y": step_y, "step_x": step_x}
+
+
+def along_one_axis(
+    extractor: DenseExtractor, side: int, photo_side: int, base_cells: int, cells: int
+) -> tuple[float, float]:
+    """Centre of the first cell and distance of two cells along one axis, in pixels of the photo."""
+    scale = photo_side / side
+    step = extractor.step * base_cells / cells  # in pixels of the input
+    begin = (extractor.patch - extractor.step) / 2  # of the area that the grid covers
+    return (begin + step / 2) * scale, step * scale
+
+
+def save(path: Path, feats: Tensor, facts: dict[str, Any]) -> None:
+    """Write one map [C, h, w] as path's suffix says, whole or not at all.
+
+    Args:
+        facts: what goes beside a map, as JSON can hold it.
+    """
+    feats = feats.cpu()
+    if path.suffix == ".pth":
+        tokens = map_to_tokens(feats[None])
+        save_tensors(path, tokens.clone(memory_format=torch.contiguous_format))  # its own memory
+        return
+    with replacing(path) as temporary:
+        if path.suffix == ".npz":
+            arrays = {}
+            for key, value in facts.items():
+                if key != "settings":
+                    arrays[key] = np.asarray(value)
+            text = json.dumps(facts["settings"])
+            np.savez(temporary, map=feats.numpy(), settings=text, **arrays)
+        else:
+            metadata = {key: json.dumps(value) for key, value in facts.items()}
+            save_file({"map": feats.contiguous()}, temporary, metadata)
+
+
+def draw(photo: Image.Image, maps: dict[str, Tensor]) -> Image.Image:
+    """A sheet: the photo, then maps [C, h, w] as colours of one PCA basis, with their titles."""
+    panels = [("photo", photo)]
+    pictures = pca_rgb(list(maps.values()))
+    for (title, feats), rgb in zip(maps.items(), pictures):
+        rows, columns = feats.shape[1:]
+        panels.append((f"{title} {rows}x{columns}", Image.fromarray(rgb)))
+    return titled_sheet(panels)
+
+
+# ---- the command --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def process(batch, jobs, extractor, up, args):
-    """Extract one batch of Photos' items of one size, and write its files."""
-    images = torch.stack([image for _, image, _ in batch]).to(extractor.device)
+def process(
+    batch: list[Item],
+    jobs: list[Job],
+    extractor: DenseExtractor,
+    up: Upsampler,
+    out_size: tuple[int, int] | None,
+    run_settings: dict[str, Any],
+) -> None:
+    """Extract one batch of Photos' items of one size, and write its files.
+
+    Raises:
+        ValueError: features are not finite.
+    """
+    pixels = torch.stack([image for _, image, _ in batch])
+    images = extractor.normalize(pixels.to(extractor.device))
     feats = extractor(images)
     dense = up(images, feats)
-    final = F.interpolate(dense, size=args.out_size, mode="bilinear", align_corners=False) if args.out_size else dense
-    for k, (index, image, (width, height)) in enumerate(batch):
-        sizes = {"grid": list(final.shape[2:]), "image_size": [height, width], "input_size": list(image.shape[1:])}
-        place = placement(extractor, sizes["input_size"], sizes["image_size"], sizes["grid"])
-        save(jobs[index][1], final[k], sizes | place | {"settings": settings(args)})
-        if args.picture:
-            maps = {"backbone": feats[k]} | ({up.how: dense[k]} if up.factor > 1 else {})
-            photo = to_pil_image(extractor.denormalize(image).clamp(0, 1))
-            with replacing(picture_path(args, jobs[index][1])) as temporary:
-                picture(photo, maps).save(temporary)
+    final = dense
+    if out_size:
+        final = F.interpolate(dense, size=out_size, mode="bilinear", align_corners=False)
+
+    for number, (index, image, (width, height)) in enumerate(batch):
+        job = jobs[index]
+        if not final[number].isfinite().all():
+            what = f"the features of {job.photo} are not finite in {extractor.facts()['dtype']}"
+            raise ValueError(f"{what}: pass --dtype float32")
+        input_size = tuple(image.shape[1:])
+        grid = tuple(final.shape[2:])
+        place = placement(extractor, input_size, (height, width), grid)
+        facts = {
+            "grid": grid,
+            "image_size": (height, width),
+            "input_size": input_size,
+            **place,
+            "settings": run_settings,
+        }
+        save(job.output, final[number], facts)
+        if job.picture:
+            maps = {"backbone": feats[number]}
+            if up.factor > 1:
+                maps[up.how] = dense[number]
+            with replacing(job.picture) as temporary:
+                draw(to_pil_image(image), maps).save(temporary)
 
 
-def main(args):
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError or FileNotFoundError for what is wrong whatever the backbone is."""
+    check_range(args, load_size=0, lift_iter=0, batch_size=1, workers=0)
+    if args.out_size and min(args.out_size) < 1:
+        raise ValueError("--out_size needs two positive sizes: pass H W")
+    if args.lift_path:
+        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+
+
+def add_up(counts: list[Any]) -> list[Any]:
+    """The counts of all processes of a torchrun, a list for each."""
+    if world_size() == 1:
+        return [counts]
+    dist.init_process_group("gloo")
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, counts)
+    dist.destroy_process_group()
+    return told
+
+
+def main(args: argparse.Namespace) -> None:
     """Extract, batch by batch, and report."""
     check_flags(args)
     jobs = find_jobs(args)
-    extractor = ViTExtractor.from_args(args)
-    check_facts(extractor, args.channel, args.patch)
+    one_photo = len(jobs) == 1 and world_size() == 1
+    if one_photo:
+        read_image(jobs[0].photo)  # told before a backbone is built
+    extractor = build_extractor(args)
     up = upsampler(args, extractor)
-    photos = Photos([photo for photo, _ in jobs], extractor, args.load_size or None)
-    bar, unreadable = tqdm(total=len(jobs), unit="photo", disable=len(jobs) < 2 or None), []
-    for batch in batches(DataLoader(photos, batch_size=None, num_workers=args.workers), args.batch_size):
-        if batch[0][1] is None:
-            unreadable.append(batch[0][2])
-        else:
-            process(batch, jobs, extractor, up, args)
-        bar.update(len(batch))
-    bar.close()
-    if unreadable and len(unreadable) == len(jobs):
-        raise ValueError(unreadable[0] if len(jobs) == 1 else f"none of {len(jobs)} photos could be read: {unreadable[0]}")
+    facts = {**extractor.facts(), **up.facts()}
+
+    left = jobs
+    if not jobs or jobs[0].output != Path(args.output_path):  # into a folder
+        claim_output(args, jobs, record(args, leave_out=NOT_IN_A_FILE, **facts))
+        left = [job for job in jobs if args.overwrite or not job.is_done()]
+
+    run_settings = settings(args, **facts, device=str(extractor.device))
+    need = bytes_per_pixel(extractor, up)
+    photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, need)
+    loader = DataLoader(photos, batch_size=None, num_workers=args.workers)
+    unreadable = []
+    with tqdm(total=len(left), unit="photo", disable=len(left) < 2 or None) as bar:
+        for batch in batches(loader, args.batch_size):
+            if batch[0][1] is None:
+                unreadable.append(batch[0][2])
+            else:
+                process(batch, left, extractor, up, args.out_size, run_settings)
+            bar.update(len(batch))
+
+    if one_photo and unreadable:
+        raise ValueError(unreadable[0])
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
-    print(json.dumps(settings(args) | {"written": len(jobs) - len(unreadable), "unreadable": len(unreadable)}))
+
+    # over all processes: one that met only broken photos has not failed
+    told = add_up([len(left), len(unreadable), len(jobs) - len(left)])
+    wanted = sum(of_one[0] for of_one in told)
+    broken = sum(of_one[1] for of_one in told)
+    skipped = sum(of_one[2] for of_one in told)
+    if rank() == 0:
+        counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
+        report({**run_settings, **counts})
+    if wanted and broken == wanted:
+        if rank() > 0:
+            raise SystemExit(2)
+        raise ValueError(f"none of {wanted} photos could be read: replace or remove them")
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def list_images(path: str | Path) -> list[Path]:
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
 
-    images = []
+    images = set()  # a pattern may find a file twice
     for file in found:
         if file.suffix.lower() in IMAGES and not file.name.startswith(".") and file.is_file():
-            images.append(file)
+            images.add(file)
     if not images:
         remedy = "pass an image, a folder of images or a quoted pattern"
         raise ValueError(f"no images at {path}: {remedy}")
@@ -193,8 +193,8 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     """Show maps of one image in common colours: their first three principal components as RGB.
 
     One basis is fitted on the L2-normalised cells of all maps, each map weighing the same: a
-    colour means the same in every picture. Cells that stand far apart from all others, as corner
-    cells of some ViTs do, have no part in the basis and in the range of colours.
+    colour means the same in every picture. Corner cells that stand far apart from all others, as
+    those of some ViTs do, have no part in the basis and in the range of colours.
 
     Args:
         maps: tensors [C, h_i, w_i] with one C.
@@ -206,7 +206,7 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     for feats in maps:
         unit = F.normalize(feats.detach().cpu().float().flatten(1).t(), dim=1)
         cells.append(unit)
-        typical.append(unit[is_typical(unit)])
+        typical.append(unit[is_typical(unit, feats.shape[1], feats.shape[2])])
 
     mean = torch.stack([unit.mean(0) for unit in typical]).mean(0)
     covariance = torch.zeros(len(mean), len(mean))
@@ -233,15 +233,25 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     return pictures
 
 
-def is_typical(unit: torch.Tensor) -> torch.Tensor:
-    """Which of the unit cells [n, C] are not far from all others: a mask [n].
+def is_typical(unit: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Which of the unit cells [h*w, C] are no outlying corner cells: a mask [h*w].
 
-    Far is a cosine to the mean cell that lies more than five median deviations below the median.
+    A corner is a fourteenth of each side: one cell of a photo of 224 pixels. Outlying is a cosine
+    to the mean cell that lies more than five median deviations below the median.
     """
-    similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [n]
+    similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [h*w]
     median = similarity.median()
     deviation = (similarity - median).abs().median()
-    return similarity >= median - 5 * deviation
+    far = similarity < median - 5 * deviation
+
+    rows = torch.arange(height)
+    columns = torch.arange(width)
+    high = max(1, round(height / 14))
+    wide = max(1, round(width / 14))
+    at_top_or_bottom = (rows < high) | (rows >= height - high)
+    at_a_side = (columns < wide) | (columns >= width - wide)
+    in_corner = at_top_or_bottom[:, None] & at_a_side[None, :]  # [h, w]
+    return ~(far & in_corner.flatten())
 
 
 def titled_sheet(panels: list[tuple[str, Image.Image]], height: int = 336) -> Image.Image:

@@ -1,8 +1,9 @@
-"""lift_extractor.py by its command line, on photos of every size, against LiFT applied by hand."""
+"""lift_extractor.py by its command line, on photos of every size, against LiFT by hand."""
 
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,16 @@ from conftest import ROOT
 from PIL import Image
 from plain_extract import plain_lift, plain_map
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import lift_extractor as script
+from command import RECORD
 from extractor import ViTExtractor, build_backbone
-from lift import load_lift, map_to_tokens
-from lift_extractor import ViTLiFTExtractor, batches, placement
+from lift import LiFT, load_lift, map_to_tokens
+from lift_extractor import Photos, ViTLiFTExtractor, batches, find_jobs, placement
 
 SAMPLE = ROOT / "assets" / "sample.jpg"
+NAMES = ("a.png", "b.png", "sub/a.png")
 
 
 @pytest.fixture
@@ -27,148 +32,386 @@ def photos(tmp_path):
     (folder / "sub").mkdir(parents=True)
     random = np.random.RandomState(0)
     for name, size in {"a.png": (48, 64), "b.png": (48, 64), "sub/a.png": (64, 48)}.items():
-        Image.fromarray(random.randint(0, 255, (*size, 3), np.uint8)).save(folder / name)
+        pixels = random.randint(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
     (folder / "broken.jpg").write_bytes(SAMPLE.read_bytes()[:2000])
     return folder
 
 
 def slow(backbone, lift, path, load_size, iterations=1):
     """What the command must give for a photo: map [1, C, 2^n h, 2^n w] by the plain versions."""
-    vit = ViTExtractor(backbone[1], device="cpu", backbone_path=backbone[3])
+    vit = ViTExtractor(backbone[1], None, device="cpu", backbone_path=backbone[3])
     images, _ = vit.preprocess(path, load_size)
     model = build_backbone(backbone[1], backbone[3]).eval()
-    return plain_lift(load_lift(lift, silent=True), images, plain_map(model, images, 11, "key", 16), iterations)
+    feats = plain_map(model, images, 11, "key", 16)
+    return plain_lift(load_lift(lift, silent=True), images, feats, iterations)
+
+
+def last_line(ran):
+    """The JSON that the command prints last."""
+    return json.loads(ran.out.splitlines()[-1])
+
+
+def counts(ran):
+    """(written, skipped, unreadable) of a run."""
+    line = last_line(ran)
+    return line["written"], line["skipped"], line["unreadable"]
+
+
+# ---- what is written ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_reference_command(cli, tmp_path, rule_backbone, rule_lift, iterations):
-    more = ["--lift_iter", iterations] if iterations > 1 else []
-    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "sample.pth", *rule_backbone, "--lift_path", rule_lift]
-    ran = cli("lift_extractor", *args, "--load_size", 64, "--channel", 192, "--patch", 16, *more)
+    out = tmp_path / "sample.pth"
+    args = ["--image_path", SAMPLE, "--output_path", out, *rule_backbone, "--lift_path", rule_lift]
+    args += ["--load_size", 64, "--channel", 192, "--patch", 16]
+    if iterations > 1:
+        args += ["--lift_iter", iterations]
+    ran = cli("lift_extractor", *args)
     assert ran.code == 0, ran.err
-    found = torch.load(tmp_path / "sample.pth")
+    found = torch.load(out)
     wanted = map_to_tokens(slow(rule_backbone, rule_lift, SAMPLE, 64, iterations))
-    assert found.device.type == "cpu" and found.shape == (1, 4 * 6 * 4**iterations, 192)
+    assert found.device.type == "cpu"
+    assert found.shape == (1, 4 * 6 * 4**iterations, 192)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
-    last = json.loads(ran.out.splitlines()[-1])
-    assert (last["written"], last["load_size"], last["lift_iter"], last["model_type"]) == (1, 64, iterations, rule_backbone[1])
+
+    last = last_line(ran)
+    assert last["written"] == 1
+    assert last["load_size"] == 64
+    assert last["lift_iter"] == iterations
+    assert last["model_type"] == rule_backbone[1]
+    assert (last["layer"], last["stride"], last["upsample"]) == (11, 16, "lift"), "resolved"
+    assert last["device"] != "auto"
 
 
 def test_a_folder_in_every_format(cli, tmp_path, photos, rule_backbone, rule_lift):
     for kind in ("pth", "npz", "safetensors"):
-        args = ["--image_path", photos, "--output_path", tmp_path / kind, "--format", kind, "--load_size", 0]
-        ran = cli("lift_extractor", *args, *rule_backbone, "--lift_path", rule_lift, "--batch_size", 2)
+        out = tmp_path / kind
+        args = ["--image_path", photos, "--output_path", out, "--format", kind, "--load_size", 0]
+        args += [*rule_backbone, "--lift_path", rule_lift, "--batch_size", 2]
+        ran = cli("lift_extractor", *args)
         assert ran.code == 0
-        assert [line for line in ran.err.splitlines() if line.startswith("skipped: ") and "broken.jpg" in line]
-        last = json.loads(ran.out.splitlines()[-1])
-        assert (last["written"], last["unreadable"]) == (3, 1)
-        names = sorted(str(f.relative_to(tmp_path / kind)) for f in (tmp_path / kind).rglob("*.*"))
-        assert names == [f"{name}.{kind}" for name in ("a.png", "b.png", "sub/a.png")]
-    for name in ("a.png", "b.png", "sub/a.png"):
+        skipped = [line for line in ran.err.splitlines() if line.startswith("skipped: ")]
+        assert len(skipped) == 1
+        assert "broken.jpg" in skipped[0]
+        assert counts(ran) == (3, 0, 1)
+        names = sorted(str(file.relative_to(out)) for file in out.rglob(f"*.{kind}"))
+        assert names == [f"{name}.{kind}" for name in NAMES]
+
+    for name in NAMES:
         wanted = slow(rule_backbone, rule_lift, photos / name, None)
         tokens = torch.load(tmp_path / f"pth/{name}.pth")
         torch.testing.assert_close(tokens, map_to_tokens(wanted), rtol=0, atol=1e-4)
+
         arrays = np.load(tmp_path / f"npz/{name}.npz")
         np.testing.assert_allclose(arrays["map"], wanted[0], rtol=0, atol=1e-4)
         assert arrays["grid"].tolist() == list(wanted.shape[2:])
-        assert arrays["image_size"].tolist() == arrays["input_size"].tolist() == [8 * n for n in wanted.shape[2:]]
+        pixels = [8 * cells for cells in wanted.shape[2:]]
+        assert arrays["image_size"].tolist() == pixels
+        assert arrays["input_size"].tolist() == pixels
         assert (float(arrays["first_x"]), float(arrays["step_y"])) == (4, 8)
         assert json.loads(str(arrays["settings"]))["format"] == "npz"
+
         with safe_open(tmp_path / f"safetensors/{name}.safetensors", "pt") as file:
             assert torch.equal(file.get_tensor("map"), torch.from_numpy(arrays["map"]))
             assert json.loads(file.metadata()["grid"]) == arrays["grid"].tolist()
 
 
-def test_resumes_and_overwrites(cli, tmp_path, photos, rule_backbone):
-    out = tmp_path / "out"
-    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone, "--load_size", 32]
-    (out / "sub").mkdir(parents=True)
-    (out / "sub/a.png.pth").write_text("from an earlier run")
-    assert json.loads(cli(*args).out.splitlines()[-1])["written"] == 2
-    assert (out / "sub/a.png.pth").read_text() == "from an earlier run"
-    ran = cli(*args)
-    assert ran.code == 2 and "broken.jpg" in ran.err, "nothing left but what cannot be read"
-    (photos / "broken.jpg").unlink()
-    ran = cli(*args)
-    assert ran.code == 0 and json.loads(ran.out.splitlines()[-1])["written"] == 0
-    assert json.loads(cli(*args, "--overwrite").out.splitlines()[-1])["written"] == 3
-    assert torch.load(out / "sub/a.png.pth").shape == (1, 2 * 3, 192)
-
-
-def test_ranks_share_the_work(cli, tmp_path, photos, rule_backbone, monkeypatch):
-    (photos / "broken.jpg").unlink()
-    written = []
-    for rank in (0, 1):  # into one folder, the second when the first has finished: its share must not depend on that
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        args = ["--image_path", photos, "--output_path", tmp_path / "out", *rule_backbone, "--load_size", 32]
-        written.append(json.loads(cli("lift_extractor", *args).out.splitlines()[-1])["written"])
-    assert written == [2, 1], "no file is written twice"
-    names = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.pth")}
-    assert names == {"a.png.pth", "b.png.pth", "sub/a.png.pth"}
-
-
-def test_patterns_and_workers(cli, tmp_path, photos, rule_backbone):
-    args = ["--image_path", f"{photos}/**/a.png", photos / "b.png", "--output_path", tmp_path / "out", *rule_backbone]
-    ran = cli("lift_extractor", *args, "--load_size", 32, "--workers", 1, "--format", "npz")
-    assert ran.code == 0, ran.err
-    assert {f.name for f in (tmp_path / "out").rglob("*.npz")} == {"a.png.npz", "b.png.npz"}
-    assert len(list((tmp_path / "out").rglob("*.npz"))) == 3
-
-
-def test_batches_are_of_one_size():
-    sizes = [1, 2, 1, 3, 2, 1, 1, 4, 5, 6, 7, 8, 9, 10]
-    items = [(i, None if s == 4 else torch.zeros(3, s, s), None) for i, s in enumerate(sizes)]
-    found = list(batches(items, 2))
-    assert sorted(i for batch in found for i, *_ in batch) == list(range(len(sizes)))
-    for batch in found:
-        assert len(batch) <= 2 and len({item[1] if item[1] is None else item[1].shape for item in batch}) == 1
-    assert [[i for i, *_ in batch] for batch in found][:2] == [[0, 2], [1, 4]]
+def test_a_file_out_of_a_batch_holds_its_own_memory_only(cli, tmp_path, photos, rule_backbone):
+    args = ["--image_path", photos, *rule_backbone, "--load_size", 48]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    assert cli("lift_extractor", *args, "--output_path", together, "--batch_size", 2).code == 0
+    assert cli("lift_extractor", *args, "--output_path", alone, "--batch_size", 1).code == 0
+    for name in NAMES:
+        size = (together / f"{name}.pth").stat().st_size
+        assert size == (alone / f"{name}.pth").stat().st_size
 
 
 def test_picture(cli, tmp_path, rule_backbone, rule_lift):
-    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone, "--load_size", 64]
-    assert cli("lift_extractor", *args, "--lift_path", rule_lift, "--picture", tmp_path / "x.png").code == 0
+    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
+    args += ["--load_size", 64, "--lift_path", rule_lift, "--picture", tmp_path / "x.png"]
+    assert cli("lift_extractor", *args).code == 0
     sheet = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
     width = round(336 * 96 / 64)
     assert sheet.shape == (336 + 28 + 8, 8 + 3 * (width + 8), 3), "photo, backbone, LiFT"
+
     photo = sheet[28 : 28 + 336, 8 : 8 + width]
-    real = Image.open(SAMPLE).resize((96, 64), Image.Resampling.LANCZOS).resize((width, 336), Image.Resampling.LANCZOS)
+    fitted = Image.open(SAMPLE).resize((96, 64), Image.Resampling.LANCZOS)
+    real = fitted.resize((width, 336), Image.Resampling.LANCZOS)
     assert np.abs(photo - np.asarray(real)).mean() < 2
     coarse = sheet[28 : 28 + 336, 16 + width : 16 + 2 * width]
     assert (coarse[:80, :80] == coarse[40, 40]).all(), "one colour a cell"
-    assert (sheet[:, -8:] == 255).all() and (sheet[-8:] == 255).all()
+    assert (sheet[:, -8:] == 255).all()
+    assert (sheet[-8:] == 255).all()
 
 
 def test_out_size_stride_and_placement(cli, tmp_path, rule_backbone, rule_lift):
     base = ["--image_path", SAMPLE, *rule_backbone, "--load_size", 64]
-    assert cli("lift_extractor", *base, "--output_path", tmp_path / "s.npz", "--stride", 8).code == 0
+    strided = [*base, "--stride", 8]
+    assert cli("lift_extractor", *strided, "--output_path", tmp_path / "s.npz").code == 0
     fine = np.load(tmp_path / "s.npz")
     assert fine["map"].shape == (192, 7, 11)
     sized = [*base, "--lift_path", rule_lift, "--out_size", 30, 40]
     assert cli("lift_extractor", *sized, "--output_path", tmp_path / "o.npz").code == 0
     assert np.load(tmp_path / "o.npz")["map"].shape == (192, 30, 40)
-    vit = SimpleNamespace(patch=16, stride=8, grid=lambda h, w: (1 + (h - 16) // 8, 1 + (w - 16) // 8))
+
+    def half_stride_grid(height, width):
+        return 1 + (height - 16) // 8, 1 + (width - 16) // 8
+
+    vit = SimpleNamespace(patch=16, step=8, grid=half_stride_grid)
     place = placement(vit, (64, 96), (300, 451), (7, 11))
-    assert place["first_y"] == pytest.approx(8 * 300 / 64), "the first patch is centred on pixel 8 of the resized photo"
+    assert place["first_y"] == pytest.approx(8 * 300 / 64), "the first patch's centre is pixel 8"
     assert place["step_x"] == pytest.approx(8 * 451 / 96)
-    vit = SimpleNamespace(patch=16, stride=16, grid=lambda h, w: (h // 16, w // 16))
+
+    def patch_grid(height, width):
+        return height // 16, width // 16
+
+    vit = SimpleNamespace(patch=16, step=16, grid=patch_grid)
     place = placement(vit, (64, 96), (64, 96), (16, 24))
     assert (place["first_x"], place["step_x"]) == (2, 4), "LiFT twice: cells of 4 pixels"
 
 
+# ---- going on -----------------------------------------------------------------------------------
+
+
+def test_resumes_and_overwrites(cli, tmp_path, photos, rule_backbone):
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
+    args += ["--load_size", 32]
+    assert counts(cli(*args)) == (3, 0, 1)
+    (out / "sub/a.png.pth").write_text("from an earlier run")
+    (out / "a.png.pth").unlink()
+    assert counts(cli(*args)) == (1, 2, 1)
+    assert (out / "sub/a.png.pth").read_text() == "from an earlier run"
+    ran = cli(*args)
+    assert ran.code == 2, "nothing left but what cannot be read"
+    assert "broken.jpg" in ran.err
+    (photos / "broken.jpg").unlink()
+    ran = cli(*args)
+    assert ran.code == 0
+    assert counts(ran) == (0, 3, 0)
+    assert counts(cli(*args, "--overwrite")) == (3, 0, 0)
+    assert torch.load(out / "sub/a.png.pth").shape == (1, 2 * 3, 192)
+
+
+def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_lift):
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
+    args += ["--load_size", 32]
+    lifted = [*args, "--lift_path", rule_lift]
+    assert cli(*lifted).code == 0
+    before = (out / "a.png.pth").read_bytes()
+
+    other = {
+        "lift_iter 1, not 2": [*lifted, "--lift_iter", 2],
+        "upsample lift, not none": args,
+        "facet key, not value": [*lifted, "--facet", "value"],
+    }
+    for difference, again in other.items():
+        ran = cli(*again)
+        assert ran.code == 2
+        assert f"was made with {difference}: pass --overwrite" in ran.err
+    assert (out / "a.png.pth").read_bytes() == before
+    assert cli(*lifted, "--lift_iter", 2, "--overwrite").code == 0
+    assert torch.load(out / "a.png.pth").shape == (1, 16 * 2 * 3, 192)
+
+
+def test_another_module_of_the_same_name_is_refused(cli, tmp_path, photos, rule_backbone):
+    torch.manual_seed(0)
+    path = tmp_path / "lift.pth"
+    args = ["lift_extractor", "--image_path", photos, "--output_path", tmp_path / "out"]
+    args += [*rule_backbone, "--load_size", 32, "--lift_path", path]
+    torch.save(LiFT(192).state_dict(), path)
+    assert cli(*args).code == 0
+    torch.save(LiFT(192).state_dict(), path)
+    ran = cli(*args)
+    assert ran.code == 2
+    assert "was made with lift_digest" in ran.err
+
+
+def test_features_that_nobody_knows_are_kept(cli, tmp_path, photos, rule_backbone):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png.pth").write_text("of somebody else")
+    ran = cli("lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone)
+    assert ran.code == 2
+    assert f"no {RECORD} says how it was made: pass --overwrite" in ran.err
+    assert (out / "a.png.pth").read_text() == "of somebody else"
+
+
+def test_pictures_asked_for_later_are_made(cli, tmp_path, photos, rule_backbone):
+    args = ["lift_extractor", "--image_path", photos, "--output_path", tmp_path / "out"]
+    args += [*rule_backbone, "--load_size", 32]
+    assert cli(*args).code == 0
+    assert counts(cli(*args, "--picture", tmp_path / "pictures")) == (3, 0, 1)
+    for name in NAMES:
+        assert (tmp_path / "pictures" / f"{name}.png").is_file()
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def test_ranks_share_the_work(photos, tmp_path, monkeypatch):
+    """The second looks when the first has finished: its share must not depend on that."""
+    out = tmp_path / "out"
+    args = Namespace(
+        image_path=[str(photos)], output_path=str(out), format="pth", picture=None
+    )
+    shares = []
+    for number in (0, 1):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        jobs = find_jobs(args)
+        shares.append({job.output for job in jobs})
+        for job in jobs:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            job.output.touch()
+    assert not shares[0] & shares[1], "no file is written twice"
+    names = {str(output.relative_to(out)) for output in shares[0] | shares[1]}
+    assert names == {"a.png.pth", "b.png.pth", "broken.jpg.pth", "sub/a.png.pth"}
+
+
+def torchrun(*args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "0", "--standalone", str(ROOT / "lift_extractor.py")]
+    command += [str(value) for value in args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_rank_with_broken_photos_only_has_not_failed(tmp_path, photos, rule_backbone):
+    """The ranks get a.png and broken.jpg; one line of JSON holds the sum."""
+    for name in ("b.png", "sub/a.png"):
+        (photos / name).unlink()
+    out = tmp_path / "out"
+    args = ["--image_path", photos, "--output_path", out, *rule_backbone, "--load_size", 32]
+    ran = torchrun(*args)
+    assert ran.returncode == 0, ran.stderr
+    assert [file.name for file in out.glob("*.pth")] == ["a.png.pth"]
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1
+    assert (lines[0]["written"], lines[0]["unreadable"]) == (1, 1)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_patterns_and_workers(cli, tmp_path, photos, rule_backbone):
+    out = tmp_path / "out"
+    args = ["--image_path", f"{photos}/**/a.png", photos / "b.png", "--output_path", out]
+    args += [*rule_backbone, "--load_size", 32, "--workers", 1, "--format", "npz"]
+    ran = cli("lift_extractor", *args)
+    assert ran.code == 0, ran.err
+    files = list(out.rglob("*.npz"))
+    assert {file.name for file in files} == {"a.png.npz", "b.png.npz"}
+    assert len(files) == 3
+
+
+def test_two_photos_of_one_name_are_named(cli, tmp_path, photos, rule_backbone):
+    args = ["--image_path", photos / "a.png", photos / "sub/a.png", "--output_path", tmp_path / "o"]
+    ran = cli("lift_extractor", *args, *rule_backbone)
+    assert ran.code == 2
+    assert f"{photos / 'a.png'} and {photos / 'sub/a.png'} would get one output file" in ran.err
+
+
+def test_batches_are_of_one_size():
+    sizes = [1, 2, 1, 3, 2, 1, 1, 4, 5, 6, 7, 8, 9, 10]
+    items = []
+    for index, size in enumerate(sizes):
+        image = torch.zeros(3, size, size)
+        if size == 4:
+            image = None  # cannot be read
+        items.append((index, image, None))
+    found = list(batches(items, 2))
+
+    indices = []
+    everything = []
+    for batch in found:
+        assert len(batch) <= 2
+        shapes = {None if image is None else image.shape for _, image, _ in batch}
+        assert len(shapes) == 1
+        indices.append([index for index, _, _ in batch])
+        everything += indices[-1]
+    assert sorted(everything) == list(range(len(sizes)))
+    assert indices[:2] == [[0, 2], [1, 4]]
+
+
+def test_what_takes_more_than_the_memory_is_refused_before_it_is_taken(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
+    index, image, reason = Photos([tmp_path / "x.png"], 16, 100_000, 100.0)[0]
+    assert (index, image) == (0, None)
+    assert "GB, and this machine has" in reason
+    assert reason.endswith("pass a smaller --load_size or --lift_iter")
+
+
+def test_a_strip_is_refused(cli, tmp_path, rule_backbone):
+    Image.new("RGB", (5000, 20)).save(tmp_path / "x.png")
+    args = ["--image_path", tmp_path / "x.png", "--output_path", tmp_path / "x.pth"]
+    ran = cli("lift_extractor", *args, *rule_backbone)
+    assert ran.code == 2
+    assert "5000x20 pixels, a strip: cut it, or pass --load_size 0" in ran.err
+
+
+def test_many_iterations_are_refused_where_the_memory_is_not_there(
+    cli, tmp_path, rule_backbone, rule_lift
+):
+    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
+    ran = cli("lift_extractor", *args, "--lift_path", rule_lift, "--lift_iter", 12)
+    assert ran.code == 2
+    assert "GB, and this machine has" in ran.err
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+
+def test_features_that_are_not_finite_are_refused(cli, tmp_path, rule_backbone, monkeypatch):
+    state = load_file(rule_backbone[3])
+    state["blocks.11.attn.qkv.bias"] = torch.full_like(state["blocks.11.attn.qkv.bias"], 1e5)
+    save_file(state, tmp_path / "loud.safetensors")  # 1e5 is more than float16 can hold
+    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", "--load_size", 32]
+    args += [rule_backbone[0], rule_backbone[1], "--backbone_path", tmp_path / "loud.safetensors"]
+    assert cli("lift_extractor", *args).code == 0
+    (tmp_path / "x.pth").unlink()
+    ran = cli("lift_extractor", *args, "--dtype", "float16", "--picture", tmp_path / "x.png")
+    assert ran.code == 2
+    assert "are not finite in float16: pass --dtype float32" in ran.err
+    assert not (tmp_path / "x.pth").exists()
+    assert not (tmp_path / "x.png").exists()
+
+
+# ---- in Python ----------------------------------------------------------------------------------
+
+
 def test_reference_api(rule_backbone, rule_lift):
     name, path = rule_backbone[1], rule_backbone[3]
-    vit = ViTLiFTExtractor(name, rule_lift, 192, 16, device="cpu", silent=True, backbone_path=path)
-    images, _ = vit.preprocess(SAMPLE, 64)
-    once, twice = slow(rule_backbone, rule_lift, SAMPLE, 64), slow(rule_backbone, rule_lift, SAMPLE, 64, 2)
-    torch.testing.assert_close(vit(images), once, rtol=0, atol=1e-4)
-    torch.testing.assert_close(vit.extract_descriptors(images), map_to_tokens(once), rtol=0, atol=1e-4)
-    torch.testing.assert_close(vit.extract_descriptors_iterative_lift(images, 2), map_to_tokens(twice), rtol=0, atol=1e-4)
-    steps = vit.extract_descriptors_iterative_lift(images, 2, return_inter=True)
-    assert [step.shape[1] for step in steps] == [4 * 24, 16 * 24]
-    torch.testing.assert_close(steps[1], map_to_tokens(twice), rtol=0, atol=1e-4)
+    model = ViTLiFTExtractor(
+        name, rule_lift, 192, 16, device="cpu", silent=True, backbone_path=path
+    )
+    assert isinstance(model, torch.nn.Module)
+    assert not model.train().training, "a frozen module stays in eval mode"
+    assert model.to("cpu").eval() is model
+    assert (model.channel, model.patch, model.stride, model.layer) == (192, 16, 16, 11)
+    assert (model.facet, model.model_type, model.lift_path) == ("key", name, rule_lift)
+    assert model.model is model.extractor.model
+    assert model.device.type == "cpu"
+
+    images, _ = model.preprocess(SAMPLE, 64)
+    assert torch.equal(model.preprocess(Image.open(SAMPLE), 64)[0], images)
+    once = slow(rule_backbone, rule_lift, SAMPLE, 64)
+    twice = slow(rule_backbone, rule_lift, SAMPLE, 64, 2)
+    near = {"rtol": 0, "atol": 1e-4}
+    torch.testing.assert_close(model(images), once, **near)
+    torch.testing.assert_close(model.extract_descriptors(images), map_to_tokens(once), **near)
+    found = model.extract_descriptors_iterative_lift(images, 2)
+    torch.testing.assert_close(found, map_to_tokens(twice), **near)
+    steps = model.extract_descriptors_iterative_lift(images, 2, return_inter=True)
+    assert list(steps) == ["back", "lift_1", "lift_2"]
+    assert [step.shape[1] for step in steps.values()] == [24, 4 * 24, 16 * 24]
+    torch.testing.assert_close(steps["lift_1"], map_to_tokens(once), **near)
+    torch.testing.assert_close(steps["lift_2"], map_to_tokens(twice), **near)
+
     bare = ViTLiFTExtractor(name, device="cpu", backbone_path=path)
+    assert bare.lift is None
     assert bare.extract_descriptors(images).shape == (1, 24, 192)
     with pytest.raises(ValueError, match="pass lift_path"):
         bare.extract_descriptors_iterative_lift(images)
@@ -176,39 +419,74 @@ def test_reference_api(rule_backbone, rule_lift):
 
 @pytest.mark.parametrize("size", [(224, 224), (298, 224), (16, 16), (37, 500), (320, 240)])
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_real_weights_on_real_photos(shared, vit_tiny, golden_lift, tmp_path, cli, size, iterations):
-    photo = Image.open(sorted((shared / "data/coco20k").rglob("*.jpg"))[0]).convert("RGB").resize(size)
-    photo.save(tmp_path / "x.png")
-    args = ["--image_path", tmp_path / "x.png", "--output_path", tmp_path / "x.npz", *vit_tiny, "--load_size", 0]
-    assert cli("lift_extractor", *args, "--lift_path", golden_lift, "--lift_iter", iterations).code == 0
+def test_real_weights_on_real_photos(
+    shared, vit_tiny, golden_lift, tmp_path, cli, size, iterations
+):
+    first = sorted((shared / "data/coco20k").rglob("*.jpg"))[0]
+    Image.open(first).convert("RGB").resize(size).save(tmp_path / "x.png")
+    args = ["--image_path", tmp_path / "x.png", "--output_path", tmp_path / "x.npz", *vit_tiny]
+    args += ["--load_size", 0, "--lift_path", golden_lift, "--lift_iter", iterations]
+    assert cli("lift_extractor", *args).code == 0
     feats = np.load(tmp_path / "x.npz")["map"]
     grid = [max(1, int(side / 16 + 0.5)) * 2**iterations for side in reversed(size)]
-    assert list(feats.shape) == [192, *grid] and np.isfinite(feats).all() and feats.std() > 0.01
+    assert list(feats.shape) == [192, *grid]
+    assert np.isfinite(feats).all()
+    assert feats.std() > 0.01
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+OWN = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(3, 192, 16, stride=16)
+"""
+
+
+def test_ones_own_backbone(cli, tmp_path, monkeypatch, rule_lift):
+    (tmp_path / "own_network.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    args = ["--image_path", SAMPLE, "--output_path", "x.npz", "--load_size", 64]
+    args += ["--my_extractor", "own_network:build", "--lift_path", rule_lift]
+    ran = cli("lift_extractor", *args)
+    assert ran.code == 0, ran.err
+    assert np.load("x.npz")["map"].shape == (192, 8, 12)
+
+
+# ---- bad input ----------------------------------------------------------------------------------
 
 BAD = {
     "missing photo": (["--image_path", "none.jpg"], "no images at none.jpg"),
     "no image": (["--image_path", "text.jpg"], "text.jpg is not a readable image"),
     "truncated": (["--image_path", "cut.jpg"], "cut.jpg is not a readable image"),
-    "tiny photo": (["--image_path", "tiny.png", "--load_size", "0"], "less than one patch (16): pass a larger --load_size"),
+    "tiny photo": (
+        ["--image_path", "tiny.png", "--load_size", "0"],
+        "less than one patch (16): pass a larger --load_size",
+    ),
     "empty folder": (["--image_path", "."], "no images at"),
     "model": (["--model_type", "vit_foo"], "unknown model vit_foo: pass one of dino_vits16"),
     "facet": (["--facet", "keys"], "invalid choice"),
     "layer": (["--layer", "12"], "layer 12 is out of range"),
     "stride": (["--stride", "5"], "stride 5 does not divide the patch"),
-    "stride with LiFT": (["--stride", "8", "--lift_path", "LIFT"], "leave out --stride for LiFT"),
+    "stride with LiFT": (
+        ["--stride", "8", "--lift_path", "LIFT"],
+        "leave out --stride for LiFT",
+    ),
     "channel": (["--channel", "384"], "leave --channel out"),
     "no LiFT": (["--upsample", "lift"], "pass --lift_path"),
     "lift_iter": (["--lift_iter", "-1"], "pass 0 or more"),
+    "lift_iter without LiFT": (["--lift_iter", "3"], "has nothing to repeat"),
     "out_size": (["--out_size", "0", "4"], "pass H W"),
     "width": (["--lift_path", "wide.pth"], "384 channels"),
     "missing LiFT": (["--lift_path", "none.pth"], "no LiFT checkpoint at none.pth"),
     "missing weights": (["--backbone_path", "none.pth"], "no weights at none.pth"),
     "device": (["--device", "cuda:77"], "pass --device cpu"),
     "unwritable": (["--output_path", "text.jpg/x/y.pth"], "cannot write text.jpg/x/y.pth"),
-    "output is a file": (["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"], "pass another --output_path"),
+    "output is a file": (
+        ["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"],
+        "pass another --output_path",
+    ),
+    "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
     "unknown flag": (["--lift_itre", "2"], "unrecognized arguments"),
 }
 
@@ -216,22 +494,49 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(cli, tmp_path, monkeypatch, rule_backbone, rule_lift, case):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.jpg").write_text("hello") if case != "empty folder" else None
     if case != "empty folder":
+        (tmp_path / "text.jpg").write_text("hello")
         (tmp_path / "cut.jpg").write_bytes(SAMPLE.read_bytes()[:5000])
         Image.new("RGB", (200, 15)).save(tmp_path / "tiny.png")
         torch.save({"outc.weight": torch.zeros(384, 192, 1, 1)}, tmp_path / "wide.pth")
     before = sorted(tmp_path.rglob("*"))
-    args = ["--image_path", SAMPLE, "--output_path", "out/x.pth", *rule_backbone]
+
     flags, message = BAD[case]
-    ran = cli("lift_extractor", *args, *[str(rule_lift) if flag == "LIFT" else flag for flag in flags])
+    flags = [str(rule_lift) if flag == "LIFT" else flag for flag in flags]
+    args = ["--image_path", SAMPLE, "--output_path", "out/x.pth", *rule_backbone, *flags]
+    ran = cli("lift_extractor", *args)
     errors = [line for line in ran.err.splitlines() if not line.startswith("note: ")]
-    assert ran.code == 2 and len(errors) == 1 and message in errors[0]
+    assert ran.code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
 
 
+CHEAP = ("missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter")
+
+
+@pytest.mark.parametrize("case", CHEAP)
+def test_what_is_cheap_is_checked_before_a_backbone_is_built(
+    cli, tmp_path, monkeypatch, rule_backbone, case
+):
+    def build(args):
+        raise AssertionError("a backbone was built")
+
+    monkeypatch.setattr(script, "build_extractor", build)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jpg").write_text("hello")
+    flags, message = BAD[case]
+    args = ["--image_path", SAMPLE, "--output_path", "out/x.pth", *rule_backbone, *flags]
+    ran = cli("lift_extractor", *args)
+    assert ran.code == 2
+    assert message in ran.err
+
+
 def test_as_a_process(tmp_path):
-    args = [sys.executable, "lift_extractor.py", "--image_path", "none.jpg", "--output_path", str(tmp_path / "x.pth")]
+    args = [sys.executable, "lift_extractor.py", "--image_path", "none.jpg"]
+    args += ["--output_path", str(tmp_path / "x.pth")]
     ran = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr == "lift_extractor.py: no images at none.jpg: pass an image, a folder of images or a quoted pattern\n"
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    message = "no images at none.jpg: pass an image, a folder of images or a quoted pattern"
+    assert ran.stderr == f"lift_extractor.py: {message}\n"
