@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything
 
 
 def rule_state(module):
-    """A state_dict for `module` that depends on nothing but its names and shapes (the rule of golden/README.md)."""
+    """A state_dict that depends on nothing but a module's names and shapes (golden/README.md)."""
     state = {}
     for name, value in module.state_dict().items():
         random = np.random.RandomState(zlib.crc32(name.encode()))
@@ -102,7 +102,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def cli(capfd):
-    """cli("eval_spair", "--flag", value...) runs that script's command line in this process -> Ran(code, out, err)."""
+    """cli("eval_spair", "--flag", value...) runs a script's command line in this process: Ran."""
 
     def run(script, *args):
         module = importlib.import_module(script)

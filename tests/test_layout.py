@@ -53,6 +53,7 @@ OFFERED = {
     "my_extractor",
     "lift_module",
     "dependencies",
+    "denormalize",
 }
 
 
@@ -294,12 +295,17 @@ def mentioned(tree):
 MENTIONED = {path: mentioned(tree) for path, tree in TREES.items()}
 
 
+def requested(tree):
+    """Names of all arguments of a tree's functions: this is how tests ask for fixtures."""
+    return {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+
+
 def unused(names, *readers):
     """Those of {name: node} that are in none of the sets `readers`, dunders and tests apart."""
     known = set().union(*readers)
     found = {}
     for name, node in names.items():
-        if name not in known and not name.startswith(("__", "test_", "pytest_")):
+        if name not in known and not name.startswith(("__", "test_", "pytest")):
             found[name] = node
     return found
 
@@ -313,7 +319,12 @@ def test_every_name_is_used(path):
     names = top_level(TREES[path])
     if path in CODE:
         names.update(methods(TREES[path]))
-    found = unused(names, *[MENTIONED[reader] for reader in readers])
+    known = [MENTIONED[reader] for reader in readers]
+    if path in TESTS:
+        known.append(requested(TREES[path]))
+    if path.stem == "hubconf":  # torch.hub offers whatever has no underscore
+        known.append({name for name in names if not name.startswith("_")})
+    found = unused(names, *known)
     assert not [f"{label(path, found[name])} {name}" for name in found if name not in OFFERED]
 
 
