@@ -1,93 +1,309 @@
 """torch.hub entry points: photos in, dense features out.
 
     features = torch.hub.load("/path/to/this/clone", "lift", source="local", backbone="vit_mini16")
-    dense = features(images)                       # [B, 3, H, W] in 0..1 -> [B, C, 2h, 2w], h = H/p, w = W/p
+    dense = features(images)              # [B, 3, H, W] in 0..1 -> [B, C, 2h, 2w], h = H/p, w = W/p
     dense, coarse = features(images, iterations=2, out_size=(480, 640), return_backbone=True)
 
-    lift = torch.hub.load("/path/to/this/clone", "lift_module", source="local", backbone="vit_mini16")
-    dense = lift(normalised_images, feats)         # [B, 3, H, W], [B, C, h, w] -> [B, C, 2h, 2w]
+    lift = torch.hub.load("/path/to/this/clone", "lift_module", source="local")
+    dense = lift(normalised_images, feats)           # [B, 3, H, W], [B, C, h, w] -> [B, C, 2h, 2w]
 
-With a GitHub repository's name instead of the path, and without `source`, torch.hub fetches it first. The files of this
-repository are read by their place, under private names: the caller's own `extractor.py` or `lift.py` stays what it is.
+`lift_vit_mini16`, `lift_dino_vits8` and so on are `lift` with that backbone. With a GitHub
+repository's name instead of the path, and without `source`, torch.hub fetches it first.
+
+The files of this repository are read by their place, under private names: the caller's own
+`extractor.py` or `lift.py` stays what it is.
 """
 
+import copy
+import functools
 import importlib.util
 import pathlib
+import sys
+import types
+import typing
 
 import torch
-from torch import nn
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
+_NOUNS = ("command", "photos", "extractor", "lift")  # each imports only from those before it
 
 
-def _noun(name):
-    """The module in this repository's file NAME.py, whatever the caller has imported under that name; not in sys.modules."""
-    spec = importlib.util.spec_from_file_location(f"_lift_hub_{name}", _ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# ---- files of this repository -------------------------------------------------------------------
 
 
-def _lift_file(backbone):
-    """The LiFT checkpoint of a backbone that this repository holds, the residual variant first; FileNotFoundError if none."""
-    files = [_ROOT / "pretrained" / f"lift_{backbone}{variant}.pth" for variant in ("_residual", "")]
-    found = [file for file in files if file.is_file()]
-    if not found:
-        raise FileNotFoundError(f"pretrained/ has no LiFT for {backbone}: train one with train_lift.py and pass lift_path=FILE")
-    return found[0]
+def _read_nouns() -> dict[str, types.ModuleType]:
+    """The modules in this repository's own files, whatever the caller has under their names.
+
+    Each file imports those before it by their public names. While the files are executed these
+    names mean ours; afterwards they mean what they meant to the caller.
+    """
+    before = {name: sys.modules[name] for name in _NOUNS if name in sys.modules}
+    nouns = {}
+    try:
+        for name in _NOUNS:
+            spec: typing.Any = importlib.util.spec_from_file_location(
+                f"_lift_hub_{name}", _ROOT / f"{name}.py"
+            )
+            nouns[name] = importlib.util.module_from_spec(spec)
+            sys.modules[name] = nouns[name]
+            spec.loader.exec_module(nouns[name])
+    finally:
+        for name in _NOUNS:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+    return nouns
 
 
-class _Features(nn.Module):
-    """Images [B, 3, H, W] in 0..1, sides multiples of the patch -> features [B, C, 2^n h, 2^n w] float32, without gradients."""
+def _lift_file(backbone: str) -> pathlib.Path:
+    """The LiFT checkpoint of a backbone in this repository, the best variant first.
 
-    def __init__(self, extractor, lift, upsample, **options):
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    # the authors' files of supervised ViTs have no size in their names
+    for name in (backbone, backbone.removesuffix("_224")):
+        for variant in ("_attend", "_residual", ""):
+            file = _ROOT / "pretrained" / f"lift_{name}{variant}.pth"
+            if file.is_file():
+                return file
+    remedy = "train one with train_lift.py and pass lift_path=FILE"
+    raise FileNotFoundError(f"pretrained/ has no LiFT for {backbone}: {remedy}")
+
+
+def _absolute(path: str | pathlib.Path | None) -> str | None:
+    """A path that also holds in another folder; None stays."""
+    if path is None:
+        return None
+    return str(pathlib.Path(path).absolute())
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check_iterations(iterations: int) -> None:
+    """Raise ValueError for a negative number."""
+    if iterations < 0:
+        raise ValueError(f"iterations={iterations} is negative: pass 0 or more")
+
+
+def _check_values(images: torch.Tensor) -> None:
+    """Raise ValueError for images that are not in 0..1: normalised ones, or 0..255.
+
+    A hundredth too much on either side is taken, as rounding may give it. Compiled code does not
+    look, because a decision on values would break its graph.
+    """
+    if torch.compiler.is_compiling() or images.numel() == 0:
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: pass images / 255, in 0..1")
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if low < -0.01:
+        remedy = "pass them in 0..1, without normalisation: the model normalises them itself"
+        raise ValueError(f"images in {low:.3g}..{high:.3g} look normalised already: {remedy}")
+    if high > 1.01:
+        raise ValueError(f"images in {low:.3g}..{high:.3g}: pass images / 255, in 0..1")
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class _Features(torch.nn.Module):
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32, without gradients.
+
+    Sides are multiples of the patch.
+
+    Args:
+        upsample: lift.upsample of this repository.
+        options: `iterations`, `out_size` and `return_backbone` of a call that leaves them out.
+        arguments: those of `lift` that make the same model again, in another process too.
+    """
+
+    def __init__(self, extractor, lift, upsample, options, arguments):
         super().__init__()
-        self.extractor, self.lift, self.upsample, self.options = extractor, lift, upsample, options
+        self.extractor = extractor
+        self.lift = lift
+        self.upsample = upsample
+        self.options = options
+        self.arguments = arguments
         self.eval()
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "_Features":
         """Keep both frozen networks in eval mode, also inside a model that trains."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images, **options):
-        """`iterations`, `out_size` and `return_backbone`, where given, hold for this call."""
-        return self._features(images, **self.options | options)
+    def forward(self, images: torch.Tensor, **options: typing.Any) -> typing.Any:
+        """Dense features; `iterations`, `out_size`, `return_backbone` hold for this call.
+
+        Raises:
+            ValueError: the images are not in 0..1 or off the patch grid, or an option is wrong.
+        """
+        return self._features(images, **{**self.options, **options})
 
     def _features(self, images, iterations, out_size, return_backbone):
+        _check_iterations(iterations)
+        _check_values(images)
+
         images = self.extractor.normalize(images)
-        feats = self.extractor(images)
-        dense = self.upsample(self.lift, images, feats, iterations)
+        feats = self.extractor(images)                                  # [B, C, h, w]
+        dense = self.upsample(self.lift, images, feats, iterations)     # [B, C, 2^n h, 2^n w]
         if out_size is not None:
-            dense = nn.functional.interpolate(dense, size=out_size, mode="bilinear", align_corners=False)
-        return (dense, feats) if return_backbone else dense
+            dense = torch.nn.functional.interpolate(
+                dense, size=out_size, mode="bilinear", align_corners=False
+            )
+        if return_backbone:
+            return dense, feats
+        return dense
+
+    # The classes of these files are known under no name that another process could import. A
+    # pickle therefore holds the call of torch.hub that makes the model, and its weights.
+
+    def __reduce__(self):
+        load = functools.partial(torch.hub.load, source="local", **self.arguments, **self.options)
+        return load, (str(_ROOT), "lift"), self.state_dict()
+
+    def __setstate__(self, state):
+        """Take over the weights, and where and how precise they were."""
+        weight = state["lift.outc.weight"]
+        self.to(weight.device, weight.dtype)
+        self.load_state_dict(state)
+
+    def __deepcopy__(self, memo):
+        """Copy what is there, without reading files again."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+# ---- entry points -------------------------------------------------------------------------------
 
 
 def lift(
-    backbone="vit_mini16", lift_path=None, backbone_path=None, iterations=1, out_size=None, return_backbone=False,
-    layer=None, facet="key", device="cpu", dtype="float32",
-):  # fmt: skip
-    """A frozen ViT with LiFT: images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32; it normalises itself.
+    backbone: str = "vit_mini16",
+    lift_path: str | pathlib.Path | None = None,
+    backbone_path: str | pathlib.Path | None = None,
+    iterations: int = 1,
+    out_size: int | tuple[int, int] | None = None,
+    return_backbone: bool = False,
+    layer: int | None = None,
+    facet: str = "key",
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> torch.nn.Module:
+    """A frozen ViT with LiFT: images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32.
 
-    `iterations` is n; `out_size`, an int or (H, W), resizes the result bilinearly; with `return_backbone` a call gives (features,
-    the backbone's own [B, C, h, w]). These three can be given to a call too. `lift_path` defaults to this repository's module
-    for the backbone, `backbone_path` to its weights here or to timm's download; `layer`, `facet` and `dtype` are ViTExtractor's.
-    Raises ValueError or FileNotFoundError, in one line, for what does not exist or does not fit together.
+    The model normalises the images itself. `iterations`, `out_size` and `return_backbone` can be
+    given to a call too.
+
+    Args:
+        backbone: a name of the README, or a ViT of timm.
+        lift_path: a LiFT checkpoint; this repository's module for the backbone where left out.
+        backbone_path: its weights; those in this repository, or timm's download, where left out.
+        iterations: n, how often LiFT doubles the resolution.
+        out_size: resize the result bilinearly to this size, an int or (H, W).
+        return_backbone: return (features, the backbone's own [B, C, h, w]).
+        layer, facet, device: ViTExtractor's.
+        dtype: precision inside: float32, bfloat16 or float16.
+    Raises:
+        ValueError, FileNotFoundError: in one line, for what does not exist or fit together.
     """
-    path = _lift_file(backbone) if lift_path is None else lift_path
-    extractor = _noun("extractor").ViTExtractor(
-        backbone, device=device, backbone_path=backbone_path, layer=layer, facet=facet, dtype=dtype
+    _check_iterations(iterations)
+    nouns = _read_nouns()
+    precisions = nouns["command"].PRECISIONS
+    if dtype not in precisions:
+        raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(precisions)}")
+    if lift_path is None:
+        lift_path = _lift_file(backbone)
+
+    extractor = nouns["extractor"].ViTExtractor(
+        backbone,
+        stride=None,
+        device=device,
+        backbone_path=backbone_path,
+        layer=layer,
+        facet=facet,
+        dtype=dtype,
     )
-    noun, options = _noun("lift"), {"iterations": iterations, "out_size": out_size, "return_backbone": return_backbone}
-    return _Features(extractor, noun.load_lift(path, extractor), noun.upsample, **options)
+    module = nouns["lift"].load_lift(lift_path, extractor)
+
+    options = {
+        "iterations": iterations,
+        "out_size": out_size,
+        "return_backbone": return_backbone,
+    }
+    arguments = {
+        "backbone": backbone,
+        "lift_path": _absolute(lift_path),
+        "backbone_path": _absolute(backbone_path),
+        "layer": layer,
+        "facet": facet,
+        "device": device,
+        "dtype": dtype,
+    }
+    return _Features(extractor, module, nouns["lift"].upsample, options, arguments)
 
 
-def lift_module(backbone="vit_mini16", lift_path=None, patch_size=16):
-    """LiFT alone, frozen: lift(normalised images [B, 3, H, W], features [B, C, H/p, W/p]) -> [B, C, 2H/p, 2W/p].
+def lift_module(
+    backbone: str = "vit_mini16",
+    lift_path: str | pathlib.Path | None = None,
+    patch_size: int = 16,
+) -> torch.nn.Module:
+    """LiFT alone, frozen: normalised images [B, 3, H, W], feats [B, C, h, w] -> [B, C, 2h, 2w].
 
-    `lift_path` defaults to this repository's module for `backbone`; `patch_size` is p where no JSON beside the file tells it.
-    Raises ValueError or FileNotFoundError, in one line, for a file that is missing or no LiFT checkpoint.
+    Args:
+        lift_path: a LiFT checkpoint; this repository's module for the backbone where left out.
+        patch_size: p, where neither the file nor a JSON beside it tells it.
+    Raises:
+        ValueError, FileNotFoundError: in one line, for a file that is missing or no checkpoint.
     """
-    return _noun("lift").load_lift(_lift_file(backbone) if lift_path is None else lift_path, patch_size=patch_size)
+    if lift_path is None:
+        lift_path = _lift_file(backbone)
+    return _read_nouns()["lift"].load_lift(lift_path, patch_size=patch_size)
+
+
+def lift_vit_mini16(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on vit_mini16, 16 pixels a patch, which lies in this repository."""
+    return lift("vit_mini16", **options)
+
+
+def lift_vit_tiny_patch16_224(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on the supervised ViT-Ti, 16 pixels a patch."""
+    return lift("vit_tiny_patch16_224", **options)
+
+
+def lift_dino_vits16(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on DINO's ViT-S, 16 pixels a patch."""
+    return lift("dino_vits16", **options)
+
+
+def lift_dino_vits8(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on DINO's ViT-S, 8 pixels a patch."""
+    return lift("dino_vits8", **options)
+
+
+def lift_dino_vitb16(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on DINO's ViT-B, 16 pixels a patch."""
+    return lift("dino_vitb16", **options)
+
+
+def lift_dino_vitb8(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on DINO's ViT-B, 8 pixels a patch."""
+    return lift("dino_vitb8", **options)
+
+
+def lift_vit_small_patch16(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on the supervised ViT-S, 16 pixels a patch."""
+    return lift("vit_small_patch16_224", **options)
+
+
+def lift_vit_base_patch16(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on the supervised ViT-B, 16 pixels a patch."""
+    return lift("vit_base_patch16_224", **options)
+
+
+def lift_vit_base_patch8(**options: typing.Any) -> torch.nn.Module:
+    """`lift` on the supervised ViT-B, 8 pixels a patch."""
+    return lift("vit_base_patch8_224", **options)

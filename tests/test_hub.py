@@ -1,9 +1,13 @@
-"""hubconf.py: the module equals extractor and LiFT put together by hand, and meets any caller's own files in peace."""
+"""hubconf.py: the model equals extractor and LiFT put together by hand, and meets any caller's own
+files in peace."""
 
 import ast
 import copy
+import inspect
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,14 +18,30 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from extractor import ViTExtractor, resolve
-from lift import load_lift, upsample
+from lift import LiFT, load_lift, upsample
 
 NAME = "vit_tiny_patch16_224"
 IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+NOUNS = ("command", "photos", "extractor", "lift")
+BACKBONE_OF = {
+    "lift_vit_mini16": "vit_mini16",
+    "lift_vit_tiny_patch16_224": "vit_tiny_patch16_224",
+    "lift_dino_vits16": "dino_vits16",
+    "lift_dino_vits8": "dino_vits8",
+    "lift_dino_vitb16": "dino_vitb16",
+    "lift_dino_vitb8": "dino_vitb8",
+    "lift_vit_small_patch16": "vit_small_patch16_224",
+    "lift_vit_base_patch16": "vit_base_patch16_224",
+    "lift_vit_base_patch8": "vit_base_patch8_224",
+}
 
 
-def hub(entry, **kwargs):
-    return torch.hub.load(str(ROOT), entry, source="local", **kwargs)
+def hub(entry, **arguments):
+    return torch.hub.load(str(ROOT), entry, source="local", **arguments)
+
+
+def hubconf():
+    return torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +57,8 @@ def features(files):
 @pytest.fixture(scope="module")
 def by_hand(files):
     """(images in 0..1, iterations) -> (the backbone's features, LiFT's), without hubconf."""
-    extractor = ViTExtractor(NAME, device="cpu", backbone_path=files["backbone_path"])
+    path = files["backbone_path"]
+    extractor = ViTExtractor(NAME, stride=None, device="cpu", backbone_path=path)
     lift = load_lift(files["lift_path"], extractor)
 
     @torch.no_grad()
@@ -49,10 +70,14 @@ def by_hand(files):
     return run
 
 
+# ---- what it computes ---------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_equals_extractor_and_lift(features, by_hand, iterations):
     dense = features(IMAGES, iterations=iterations)
-    assert dense.shape == (2, 192, 4 * 2**iterations, 6 * 2**iterations) and not dense.requires_grad
+    assert dense.shape == (2, 192, 4 * 2**iterations, 6 * 2**iterations)
+    assert not dense.requires_grad
     torch.testing.assert_close(dense, by_hand(IMAGES, iterations)[1])
 
 
@@ -60,8 +85,11 @@ def test_options_of_a_call_and_of_the_load(features, files, by_hand):
     options = {"iterations": 2, "out_size": (50, 70), "return_backbone": True}
     feats, dense = by_hand(IMAGES, 2)
     wanted = F.interpolate(dense, size=(50, 70), mode="bilinear", align_corners=False)
-    for pair in (features(IMAGES, **options), hub("lift", **files, **options)(IMAGES)):
-        torch.testing.assert_close(pair, (wanted, feats))
+    of_the_call = features(IMAGES, **options)
+    of_the_load = hub("lift", **files, **options)(IMAGES)
+    torch.testing.assert_close(of_the_call, (wanted, feats))
+    torch.testing.assert_close(of_the_load, (wanted, feats))
+
     assert features(IMAGES, out_size=33).shape == (2, 192, 33, 33)
     assert features(IMAGES).shape == (2, 192, 8, 12)  # a call's options hold for that call
 
@@ -69,7 +97,8 @@ def test_options_of_a_call_and_of_the_load(features, files, by_hand):
 def test_layer_and_facet(files):
     pair = {"layer": 4, "facet": "token"}
     _, feats = hub("lift", **files, **pair)(IMAGES, return_backbone=True)
-    extractor = ViTExtractor(NAME, device="cpu", backbone_path=files["backbone_path"], **pair)
+    path = files["backbone_path"]
+    extractor = ViTExtractor(NAME, stride=None, device="cpu", backbone_path=path, **pair)
     torch.testing.assert_close(feats, extractor((IMAGES - 0.5) / 0.5))
 
 
@@ -86,80 +115,225 @@ def test_follows_where_it_is_put(features):
     assert half[0].extractor.dtype == torch.bfloat16
     got = half(IMAGES)
     assert got.dtype == torch.float32 and F.cosine_similarity(got, wanted).min() > 0.99
-    torch.testing.assert_close(features(IMAGES), wanted, rtol=0, atol=0)  # the original has not moved
+    torch.testing.assert_close(features(IMAGES), wanted, rtol=0, atol=0)  # it has not moved
 
 
 def test_lift_alone(files):
-    lift, direct = hub("lift_module", lift_path=files["lift_path"]), load_lift(files["lift_path"])
+    lift = hub("lift_module", lift_path=files["lift_path"])
+    direct = load_lift(files["lift_path"])
     feats = torch.randn(2, 192, 4, 6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(lift(IMAGES, feats), direct(IMAGES, feats))
+    for_8 = hub("lift_module", lift_path=files["lift_path"], patch_size=8)
     with pytest.raises(ValueError, match=r"grid is 4x6 but .* 8x12"):
-        hub("lift_module", lift_path=files["lift_path"], patch_size=8)(IMAGES, feats)
+        for_8(IMAGES, feats)
 
 
-@pytest.mark.parametrize("variants", [("",), ("", "_residual")])
-def test_default_module_is_the_residual_one_if_there(tmp_path, monkeypatch, files, variants):
-    """A clone with other modules, named by a relative path."""
-    (tmp_path / "clone/pretrained").mkdir(parents=True)
-    for name in ("hubconf.py", "extractor.py", "lift.py"):
-        shutil.copy(ROOT / name, tmp_path / "clone")
-    for variant in variants:
-        path = tmp_path / f"clone/pretrained/lift_{NAME}{variant}.pth"
-        shutil.copy(files["lift_path"], path)
-        origin = {"backbone": resolve(NAME).tag, "layer": 11, "facet": "key", "patch": 16, "residual": bool(variant)}
-        path.with_suffix(".json").write_text(json.dumps(origin))
+# ---- copies, pickles, compilers -----------------------------------------------------------------
+
+
+def changed_copy(features):
+    """A deep copy whose last bias is another than the file's."""
+    changed = copy.deepcopy(features)
+    changed.lift.outc.bias.add_(1)
+    return changed
+
+
+def test_a_deep_copy_has_weights_of_its_own(features):
+    before = features(IMAGES)
+    changed = changed_copy(features)
+    torch.testing.assert_close(features(IMAGES), before, rtol=0, atol=0)
+    torch.testing.assert_close(changed(IMAGES), before + 1)
+
+
+def test_a_pickle_is_the_same_model(files, tmp_path, monkeypatch):
+    """Also from another folder, where it was loaded by relative paths, and with its options."""
+    relative = dict(files)
+    for key in ("backbone_path", "lift_path"):
+        relative[key] = os.path.relpath(files[key])
+    model = changed_copy(hub("lift", **relative, iterations=2, out_size=20))
+    pickled = pickle.dumps(model)
     monkeypatch.chdir(tmp_path)
-    flags = {"backbone": NAME, "backbone_path": files["backbone_path"]}
-    assert torch.hub.load("clone", "lift", source="local", **flags).lift.residual == ("_residual" in variants)
-    assert torch.hub.load("clone", "lift_module", source="local", backbone=NAME).residual == ("_residual" in variants)
+    wanted = model(IMAGES)
+    torch.testing.assert_close(pickle.loads(pickled)(IMAGES), wanted, rtol=0, atol=0)
+
+    torch.save(model.to(torch.bfloat16), "model.pth")
+    half = torch.load("model.pth", weights_only=False)
+    assert half.extractor.dtype == half.lift.outc.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(half(IMAGES), model(IMAGES), rtol=0, atol=0)
+
+
+def test_works_in_a_spawned_worker(features):
+    """The worker gets the pickled model as the function to call."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        got = pool.apply(features, (IMAGES,)).clone()
+    torch.testing.assert_close(got, features(IMAGES))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the code generator needs a C++ compiler")
+def test_compiles_on_a_cpu(files):
+    model = hub("lift", **files, layer=0)  # one block: compiling twelve takes minutes
+    images = IMAGES[:1, :, :32, :32]
+    torch.testing.assert_close(torch.compile(model)(images), model(images), rtol=0, atol=1e-4)
+
+
+# ---- its own modules ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A clone without modules, named by a relative path."""
+    (tmp_path / "clone/pretrained").mkdir(parents=True)
+    for name in ("hubconf", *NOUNS):
+        shutil.copy(ROOT / f"{name}.py", tmp_path / "clone")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "clone"
+
+
+def put_module(clone, name, backbone, residual=False, attend=0):
+    """A module in the clone, with its JSON."""
+    path = clone / f"pretrained/lift_{name}.pth"
+    lift = LiFT(192, 16, residual=residual, attend=attend)
+    torch.save(lift.state_dict(), path)
+    origin = {"backbone": resolve(backbone).tag, "layer": 11, "facet": "key", "patch": 16}
+    path.with_suffix(".json").write_text(json.dumps({**origin, "residual": residual}))
+
+
+@pytest.mark.parametrize("best", ["", "_residual", "_attend"])
+def test_default_module_is_the_best_variant(clone, files, best):
+    put_module(clone, NAME, NAME)
+    if best:
+        put_module(clone, f"{NAME}_residual", NAME, residual=True)
+    if best == "_attend":
+        put_module(clone, f"{NAME}_attend", NAME, attend=1)
+
+    path = files["backbone_path"]
+    model = torch.hub.load("clone", "lift", source="local", backbone=NAME, backbone_path=path)
+    alone = torch.hub.load("clone", "lift_module", source="local", backbone=NAME)
+    for lift in (model.lift, alone):
+        assert lift.residual == (best == "_residual")
+        assert lift.radius == int(best == "_attend")
+
+
+def test_default_module_under_the_authors_name(clone):
+    """Their files of supervised ViTs leave the image size out."""
+    put_module(clone, "vit_small_patch16", "vit_small_patch16_224", attend=1)
+    name = "vit_small_patch16_224"
+    assert torch.hub.load("clone", "lift_module", source="local", backbone=name).radius == 1
 
 
 def test_out_of_the_box():
-    """Without any path: the residual module and the backbone that lie in pretrained/."""
-    extractor = ViTExtractor("vit_mini16", device="cpu")
-    lift, normalised = load_lift(ROOT / "pretrained/lift_vit_mini16_residual.pth", extractor), (IMAGES - 0.5) / 0.5
-    wanted = upsample(lift, normalised, extractor(normalised))
+    """Without any path: the best module and the backbone that lie in pretrained/."""
+    extractor = ViTExtractor("vit_mini16", stride=None, device="cpu")
+    paths = [ROOT / f"pretrained/lift_vit_mini16{end}.pth" for end in ("_attend", "_residual", "")]
+    best = next(path for path in paths if path.is_file())
+    lift = load_lift(best, extractor)
+    normalised = (IMAGES - 0.5) / 0.5
+    feats = extractor(normalised)
+    wanted = upsample(lift, normalised, feats)
     torch.testing.assert_close(hub("lift")(IMAGES), wanted)
-    torch.testing.assert_close(hub("lift_module")(normalised, extractor(normalised)), wanted)
+    torch.testing.assert_close(hub("lift_vit_mini16")(IMAGES), wanted)
+    alone = hub("lift_module")(normalised, feats)
+    torch.testing.assert_close(alone, lift(normalised, feats), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("entry", BACKBONE_OF)
+def test_an_entry_for_each_backbone(monkeypatch, entry):
+    """Each calls `lift` with its backbone, and passes the options on."""
+    module = hubconf()
+    monkeypatch.setattr(module, "lift", lambda backbone, **options: (backbone, options))
+    options = {"iterations": 2, "device": "cpu"}
+    assert getattr(module, entry)(**options) == (BACKBONE_OF[entry], options)
+
+
+def test_the_entry_of_a_backbone_gives_what_lift_gives(files, features):
+    paths = {key: files[key] for key in ("backbone_path", "lift_path")}
+    model = hub("lift_vit_tiny_patch16_224", **paths, return_backbone=True)
+    wanted = features(IMAGES, return_backbone=True)
+    torch.testing.assert_close(model(IMAGES), wanted, rtol=0, atol=0)
+
+
+# ---- what is wrong is said ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"backbone": "dino_vits16", "lift_path": None}, r"pretrained/ has no LiFT for dino_vits16: train .* pass lift_path"),
+        (
+            {"backbone": "dino_vits16", "lift_path": None},
+            r"pretrained/ has no LiFT for dino_vits16: train .* pass lift_path",
+        ),
         ({"lift_path": "missing.pth"}, r"no LiFT checkpoint at missing.pth"),
         ({"backbone": "no_such_vit"}, r"unknown model no_such_vit: pass one of"),
         ({"layer": 12}, r"layer 12 is out of range"),
+        ({"dtype": "int8"}, r"unknown dtype int8: pass one of float32, bfloat16, float16"),
+        ({"iterations": -1}, r"iterations=-1 is negative: pass 0 or more"),
     ],
 )
 def test_what_does_not_exist_is_said_in_one_line(files, change, remedy):
     with pytest.raises((ValueError, OSError), match=remedy) as error:
-        hub("lift", **files | change)
+        hub("lift", **{**files, **change})
     assert "\n" not in str(error.value)
 
 
 def test_images_off_the_patch_grid(features):
-    with pytest.raises(ValueError, match=r"60x96 pixels: resize it to a multiple of the patch"):
+    message = r"60x96 .*: resize the image to a multiple of the patch"
+    with pytest.raises(ValueError, match=message):
         features(IMAGES[:, :, :60])
 
 
+def test_a_negative_number_of_iterations_of_a_call(features):
+    with pytest.raises(ValueError, match=r"iterations=-1 is negative: pass 0 or more"):
+        features(IMAGES, iterations=-1)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ((IMAGES - 0.5) / 0.5, r"look normalised already: pass them in 0..1, without normalis"),
+        (IMAGES * 255, r"images in 0.* pass images / 255"),
+        ((IMAGES * 255).to(torch.uint8), r"images of torch.uint8: pass images / 255"),
+    ],
+    ids=["normalised", "0..255", "uint8"],
+)
+def test_images_that_are_not_in_0_to_1(features, images, message):
+    with pytest.raises(ValueError, match=message):
+        features(images)
+
+
+def test_the_ends_of_the_range_and_rounding_are_taken(features):
+    images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32) + 1e-6])
+    assert features(images).isfinite().all()
+    assert features(images.half()).isfinite().all()
+
+
+# ---- in somebody else's program -----------------------------------------------------------------
+
+
 def test_entry_points_and_dependencies():
-    """Only the two entries are listed; `dependencies` is what hubconf and the nouns import beyond Python itself."""
-    module = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
-    assert [name for name in dir(module) if callable(getattr(module, name)) and name[0] != "_"] == ["lift", "lift_module"]
+    """Only the entries are listed; `dependencies` is what hubconf and the nouns import beyond
+    Python itself."""
+    module = hubconf()
+    public = [name for name in dir(module) if not name.startswith("_")]
+    entries = [name for name in public if callable(getattr(module, name))]
+    assert sorted(entries) == sorted(["lift", "lift_module", *BACKBONE_OF])
     assert "[B, 3, H, W] in 0..1" in module.lift.__doc__  # what torch.hub.help prints
+    assert all(inspect.getdoc(getattr(module, entry)) for entry in entries)
+
     imported = set()
-    for name in ("hubconf", "extractor", "lift"):
-        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
-        imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == set(module.dependencies)
+    for name in ("hubconf", *NOUNS):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+    packages = {name.split(".")[0] for name in imported}
+    assert packages - sys.stdlib_module_names - set(NOUNS) == set(module.dependencies)
 
 
 HOST = """
 import json, socket, sys
 
-import extractor, utils  # the host's own, before the hub
+import command, extractor, utils  # the host's own, before the hub
 import torch
 
 def refuse(*args, **kwargs):
@@ -168,25 +342,69 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 
 clone, kwargs, image, output = sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]
+path = list(sys.path)
 features = torch.hub.load(clone, "lift", source="local", **kwargs)
 torch.save(features(torch.load(image)), output)
+assert sys.path == path
+assert sys.modules["command"] is command and sys.modules["extractor"] is extractor
 
-import datasets, lift    # the host's own, after the hub
-assert clone not in sys.path and {m.WHOSE for m in (extractor, utils, datasets, lift)} == {"host"}
+import datasets, lift, photos    # the host's own, after the hub
+own = (command, photos, extractor, lift, utils, datasets)
+assert clone not in sys.path and {m.WHOSE for m in own} == {"host"}
+"""
+
+RAISING_HOST = """
+import json, sys
+
+import torch
+
+clone, kwargs, image, output = sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]
+path = list(sys.path)
+features = torch.hub.load(clone, "lift", source="local", **kwargs)
+torch.save(features(torch.load(image)), output)
+assert sys.path == path
+
+try:
+    torch.hub.load(clone, "lift", source="local", backbone="no_such_vit")
+except (ValueError, OSError):
+    pass
+for name, module in list(sys.modules.items()):
+    file = getattr(module, "__file__", None) or ""
+    assert not file.startswith(clone), (name, file)
+    assert name not in ("command", "photos", "extractor", "lift"), name
 """
 
 
-def test_from_a_host_project_with_files_of_the_same_names(tmp_path, files, by_hand):
-    """A real process, offline, in another folder, whose own modules have our names, some imported before and some after."""
+@pytest.mark.parametrize(
+    ("script", "content"),
+    [(HOST, "WHOSE = 'host'\n"), (RAISING_HOST, "raise RuntimeError('the host was imported')\n")],
+    ids=["importable", "raising"],
+)
+def test_from_a_host_project_with_files_of_the_same_names(
+    tmp_path, files, by_hand, script, content
+):
+    """A real process, offline, in another folder, whose own modules have our names: some imported
+    before and some after, or all such that they cannot be imported."""
     host = tmp_path / "host project"
     host.mkdir()
-    for name in ("extractor", "lift", "utils", "datasets"):
-        (host / f"{name}.py").write_text("WHOSE = 'host'\n")
-    (host / "run.py").write_text(HOST)
+    for name in (*NOUNS, "utils", "datasets"):
+        (host / f"{name}.py").write_text(content)
+    (host / "run.py").write_text(script)
     torch.save(IMAGES, host / "images.pth")
-    kwargs = json.dumps({key: str(value) for key, value in files.items()})
-    command = [sys.executable, "run.py", str(ROOT), kwargs, "images.pth", "dense.pth"]
+    arguments = json.dumps({key: str(value) for key, value in files.items()})
+    command = [sys.executable, "run.py", str(ROOT), arguments, "images.pth", "dense.pth"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=host, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(host / "dense.pth"), by_hand(IMAGES)[1])
+
+
+def test_a_file_that_fails_leaves_the_hosts_modules(clone, monkeypatch):
+    """Also where one of our files raises halfway, the names mean the host's modules again."""
+    (clone / "extractor.py").write_text("raise RuntimeError('halfway')\n")
+    before = {name: sys.modules.get(name) for name in NOUNS}
+    with pytest.raises(RuntimeError, match="halfway"):
+        torch.hub.load("clone", "lift", source="local")
+    assert {name: sys.modules.get(name) for name in NOUNS} == before
