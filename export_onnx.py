@@ -1,0 +1,334 @@
+"""Write a backbone with LiFT, or LiFT alone, as an ONNX file, and check it on the spot.
+
+    python export_onnx.py --model_type vit_mini16 \\
+        --lift_path pretrained/lift_vit_mini16_residual.pth --output features.onnx
+    python export_onnx.py --lift_only --lift_path pretrained/lift_vit_mini16_residual.pth \\
+        --output lift.onnx
+
+The first file takes images [B, 3, H, W] in 0..1, which it normalises itself, to features
+[B, C, h, w] float32. The second takes normalised images [B, 3, H, W] and features [B, C, H/p, W/p]
+to [B, C, 2H/p, 2W/p], or finer with --lift_iter.
+
+The batch is free. So are the sizes, in multiples of the patch, for LiFT and for the backbones of
+the README's table; another backbone's file takes --imsize pixels only. Before a file is put in
+place, onnxruntime must give PyTorch's numbers at two batches and, where sizes are free, two sizes.
+
+Prints one line of JSON: inputs, outputs, the largest difference, all settings. About half a minute
+on two cores. Needs the packages of requirements-dev.txt.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from command import (
+    Command,
+    add_backbone_args,
+    add_lift_args,
+    check_range,
+    replacing,
+    report,
+    settings,
+)
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+TOLERANCE = 1e-3  # of the largest feature
+
+
+def parser() -> Command:
+    """The command line."""
+    command = Command(__doc__)
+    add = command.add_argument
+    add("--output", required=True, help="the .onnx to write")
+    add("--lift_only", action="store_true", help="the module without its backbone")
+    add("--imsize", type=int, default=224, help="side where sizes are not free (default: 224)")
+    add_backbone_args(command, device="cpu")
+    add_lift_args(command)
+    return command
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help is answered before the imports that take seconds
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from extractor import BACKBONES, ViTExtractor, build_extractor
+from lift import LiFT, Upsampler, load_lift, read_origin, upsample, upsampler
+
+# ---- positions for any size ---------------------------------------------------------------------
+
+
+def cubic_weights(count: int, native: int, offset: Tensor) -> Tensor:
+    """Bicubic interpolation along one axis, from `native` to `count` cells, as a matrix.
+
+    F.interpolate with the scale factor (count + offset) / native, in operations that ONNX keeps
+    free in size.
+
+    Returns:
+        [count, native].
+    """
+    cells = torch.arange(count, dtype=torch.float32)
+    scale = (cells[-1] + 1 + offset) / native  # cells[-1] + 1 stays free where `count` would not
+    place = (cells + 0.5) / scale - 0.5
+    first = place.floor()
+    past = place - first                       # [count], 0..1
+
+    weights = torch.zeros(count, native)
+    for step in (-1, 0, 1, 2):
+        distance = (past - step).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1                     # up to 1 cell away
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3       # 1 to 2 cells away
+        share = torch.where(distance <= 1, near, far)
+        source = (first + step).clamp(0, native - 1)  # the border is repeated
+        weights = weights + share[:, None] * (source[:, None] == torch.arange(native))
+    return weights
+
+
+def any_size_positions(
+    native: tuple[int, int], patches: Tensor, prefix: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Learned positions for any grid, as extractor.interpolate_positions gives them.
+
+    That function decides by the size whether and how to interpolate. A file whose sizes are free
+    must do with one formula.
+
+    Args:
+        native: the grid (h0, w0) of the learned positions.
+        patches, prefix: those of the patches [1, h0*w0, D] and of the tokens before them [1, n, D].
+        grid: (h, w).
+    Returns:
+        [1, h*w, D], and prefix.
+    """
+    height, width = grid
+    rows = torch.arange(height)[-1] + 1
+    columns = torch.arange(width)[-1] + 1
+    is_native = (rows == native[0]) & (columns == native[1])
+    offset = 0.1 * (~is_native).float()  # the scale factor of DINO's own code
+
+    square = patches.unflatten(1, native)                                 # [1, h0, w0, D]
+    vertical = cubic_weights(height, native[0], offset)                   # [h, h0]
+    horizontal = cubic_weights(width, native[1], offset)                  # [w, w0]
+    resized = torch.einsum("hy,wx,byxd->bhwd", vertical, horizontal, square)
+    return resized.flatten(1, 2), prefix
+
+
+@contextmanager
+def free_positions(extractor: ViTExtractor) -> Iterator[None]:
+    """Let an extractor use any_size_positions meanwhile."""
+    native = tuple(extractor.model.patch_embed.grid_size)
+    patches, prefix = extractor._positions(native)
+    extractor._positions = partial(any_size_positions, native, patches, prefix)
+    try:
+        yield
+    finally:
+        del extractor._positions  # which lets the class's own be found again
+
+
+# ---- what is exported ---------------------------------------------------------------------------
+
+
+class BackboneWithLiFT(nn.Module):
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w]."""
+
+    def __init__(self, extractor: nn.Module, up: Upsampler):
+        super().__init__()
+        self.extractor = extractor
+        self.lift = up.lift
+        self.up = up
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = self.extractor.normalize(images)
+        return self.up(images, self.extractor(images))
+
+
+class LiFTAlone(nn.Module):
+    """Normalised images [B, 3, H, W] and features [B, C, H/p, W/p] -> [B, C, 2^n H/p, 2^n W/p]."""
+
+    def __init__(self, lift: LiFT, iterations: int):
+        super().__init__()
+        self.lift = lift
+        self.iterations = iterations
+
+    def forward(self, images: Tensor, feats: Tensor) -> Tensor:
+        return upsample(self.lift, images, feats, self.iterations)
+
+
+class Plan(NamedTuple):
+    """A module, what may change in its inputs, and inputs to check it with."""
+
+    module: nn.Module
+    batches: list[dict[str, Tensor]]  # inputs by name; the first are those of the export
+    free: dict[str, dict[int, Any]]   # torch.export's dynamic shapes: {input: {axis: Dim}}
+    sizes: str                        # which are free, in words
+    facts: dict[str, Any]             # for the JSON line
+    exporting: Callable = nullcontext  # entered for the export alone
+
+
+def random_images(sizes: list[tuple[int, int, int]]) -> list[dict[str, Tensor]]:
+    """Batches of images in 0..1, of these (B, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for count, height, width in sizes:
+        batches.append({"images": torch.rand(count, 3, height, width, generator=generator)})
+    return batches
+
+
+def sizes_to_check(patch: int) -> list[tuple[int, int, int]]:
+    """(B, H, W) of three batches; the sizes of the export are none at which a model is special."""
+    return [
+        (2, 15 * patch, 17 * patch),
+        (1, 14 * patch, 14 * patch),
+        (3, 9 * patch, 20 * patch),
+    ]
+
+
+def free_axes() -> tuple[Dim, Dim, Dim]:
+    """Batch, and the rows and columns of the patch grid."""
+    return Dim("batch"), Dim("rows", min=2, max=1024), Dim("columns", min=2, max=1024)
+
+
+def plan_lift(args: argparse.Namespace) -> Plan:
+    """LiFT alone."""
+    if not args.lift_path:
+        raise ValueError("--lift_only needs a module: pass --lift_path FILE")
+    lift = load_lift(args.lift_path)
+    patch, channels = lift.patch_size, lift.outc.out_channels
+    batches = random_images(sizes_to_check(patch))
+    generator = torch.Generator().manual_seed(1)
+    for batch in batches:
+        count, _, height, width = batch["images"].shape
+        shape = (count, channels, height // patch, width // patch)
+        batch["feats"] = torch.randn(shape, generator=generator)
+
+    count, rows, columns = free_axes()
+    free = {
+        "images": {0: count, 2: patch * rows, 3: patch * columns},
+        "feats": {0: count, 2: rows, 3: columns},
+    }
+    origin = read_origin(args.lift_path) or {}
+    facts = {"model_type": origin.get("backbone"), "patch": patch, "channel": channels}
+    module = LiFTAlone(lift, args.lift_iter).eval()
+    return Plan(module, batches, free, "any multiples of the patch", facts)
+
+
+def plan_both(args: argparse.Namespace) -> Plan:
+    """A backbone, and LiFT where there is one."""
+    extractor = build_extractor(args)
+    up = upsampler(args, extractor)
+    module = BackboneWithLiFT(extractor, up).eval()
+    patch = extractor.patch
+    facts = {**extractor.facts(), **up.facts(), "patch": patch, "channel": extractor.width}
+
+    count, rows, columns = free_axes()
+    known = args.model_type in BACKBONES and not args.my_extractor
+    if known and extractor.step == patch:
+        batches = random_images(sizes_to_check(patch))
+        free = {"images": {0: count, 2: patch * rows, 3: patch * columns}}
+        sizes = "any multiples of the patch"
+        return Plan(module, batches, free, sizes, facts, partial(free_positions, extractor))
+
+    side = args.imsize
+    if side % patch:
+        raise ValueError(f"--imsize {side} is no multiple of the patch ({patch}): pass one")
+    batches = random_images([(2, side, side), (1, side, side), (3, side, side)])
+    return Plan(module, batches, {"images": {0: count}}, f"{side}x{side}", facts)
+
+
+# ---- export and check ---------------------------------------------------------------------------
+
+
+def require_packages() -> None:
+    """Raise ValueError if a package that is needed for this is missing."""
+    for name in PACKAGES:
+        try:
+            __import__(name)
+        except ImportError as error:
+            remedy = "pip install -r requirements-dev.txt"
+            raise ValueError(f"exporting needs the package {name}: {remedy}") from error
+
+
+@torch.no_grad()
+def write(plan: Plan, path: Path) -> None:
+    """Export a module to an ONNX file."""
+    inputs = plan.batches[0]
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
+    with warnings.catch_warnings(), plan.exporting():
+        warnings.simplefilter("ignore")  # of torch about itself
+        torch.onnx.export(
+            plan.module,
+            tuple(inputs.values()),
+            path,
+            input_names=list(inputs),
+            output_names=["features"],
+            dynamic_shapes=tuple(plan.free.values()),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+@torch.no_grad()
+def check(plan: Plan, path: Path) -> float:
+    """The largest difference of onnxruntime and PyTorch, as a share of the largest feature.
+
+    Raises:
+        ValueError: it is too large, or onnxruntime cannot run the file.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    remedy = "pass another --model_type, or --lift_only"
+    largest = 0.0
+    for inputs in plan.batches:
+        wanted = plan.module(*inputs.values())
+        shape = list(inputs["images"].shape)
+        try:
+            (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        except Exception as error:  # onnxruntime's own, which have no common base
+            what = f"onnxruntime does not run this model on images of shape {shape}"
+            raise ValueError(f"{what}: {remedy}") from error
+        difference = (torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max()
+        largest = max(largest, difference.item())
+        if not largest <= TOLERANCE:  # NaN is none, too
+            what = f"onnxruntime differs by {largest:.1e} on images of shape {shape}"
+            raise ValueError(f"{what}: {remedy}")
+    return largest
+
+
+def main(args: argparse.Namespace) -> None:
+    """Export, check, put the file in place."""
+    check_range(args, imsize=1, lift_iter=1)
+    if Path(args.output).suffix != ".onnx":
+        what = f"--output {args.output} is no ONNX file"
+        raise ValueError(f"{what}: give it a name that ends in .onnx")
+    if args.dtype != "float32" or args.device != "cpu":
+        raise ValueError("files are made in float32 on the CPU: leave --dtype and --device out")
+    require_packages()
+    if args.lift_only:
+        plan = plan_lift(args)
+    else:
+        plan = plan_both(args)
+
+    with replacing(args.output) as temporary:
+        write(plan, temporary)
+        difference = check(plan, temporary)
+
+    line = {
+        "settings": settings(args, **plan.facts),
+        "inputs": list(plan.free),
+        "sizes": plan.sizes,
+        "checked": [list(inputs["images"].shape) for inputs in plan.batches],
+        "difference": difference,
+    }
+    report(line)
+
+
+if __name__ == "__main__":
+    parser().run(main)

@@ -1,0 +1,158 @@
+"""export_onnx.py: files that onnxruntime runs at other sizes, with PyTorch's numbers; refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, rule_image, rule_state
+from safetensors.torch import save_file
+
+import export_onnx
+from extractor import ViTExtractor
+from lift import LiFT, load_lift, upsample
+
+
+@pytest.fixture
+def runtime():
+    """onnxruntime, where the packages of requirements-dev.txt are installed."""
+    for name in export_onnx.PACKAGES:
+        pytest.importorskip(name, reason=f"exporting needs the package {name}")
+    return pytest.importorskip("onnxruntime")
+
+
+def run(runtime, path, **inputs):
+    """What onnxruntime makes of a file."""
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (features,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    return torch.from_numpy(features)
+
+
+def assert_near(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, {"residual": True}, {"attend": 1}])
+@torch.no_grad()
+def test_lift_alone_at_any_size(cli, runtime, tmp_path, variant):
+    lift = LiFT(24, 8, **variant).eval()
+    state = rule_state(lift)
+    if "options" in state:
+        state["options"] = lift.options
+    lift.load_state_dict(state)
+    torch.save(state, tmp_path / "lift.pth")
+    if not variant:  # a bare file says nothing of its patch
+        origin = {"backbone": "another", "layer": 11, "facet": "key", "patch": 8}
+        (tmp_path / "lift.json").write_text(json.dumps(origin))
+
+    output = tmp_path / "lift.onnx"
+    flags = ["--lift_only", "--lift_path", tmp_path / "lift.pth", "--lift_iter", 2]
+    ran = cli("export_onnx", *flags, "--output", output)
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out.splitlines()[-1])
+    assert told["inputs"] == ["images", "feats"]
+    assert told["difference"] < 1e-4
+    assert (told["settings"]["patch"], told["settings"]["channel"]) == (8, 24)
+
+    images = torch.cat([rule_image(40, 56, seed) for seed in range(4)])
+    feats = torch.from_numpy(np.random.RandomState(0).randn(4, 24, 5, 7).astype(np.float32))
+    found = run(runtime, output, images=images, feats=feats)
+    assert_near(found, upsample(lift, images, feats, 2))
+
+
+@torch.no_grad()
+def test_backbone_and_lift_at_any_size(cli, runtime, tmp_path, rule_backbone, rule_lift):
+    output = tmp_path / "features.onnx"
+    flags = [*rule_backbone, "--layer", 1, "--lift_path", rule_lift, "--output", output]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out.splitlines()[-1])
+    assert told["sizes"] == "any multiples of the patch"
+    assert len({tuple(shape[2:]) for shape in told["checked"]}) >= 2
+
+    vit = ViTExtractor(
+        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], layer=1
+    )
+    lift = load_lift(rule_lift, vit, silent=True)
+    for height, width in ((224, 224), (224, 96), (320, 400)):
+        photos = torch.rand(2, 3, height, width)
+        images = vit.normalize(photos)
+        wanted = upsample(lift, images, vit(images))
+        assert_near(run(runtime, output, images=photos), wanted)
+
+
+@torch.no_grad()
+def test_another_backbone_at_one_size(cli, runtime, tmp_path):
+    model = timm.create_model("test_vit", num_classes=0)
+    weights = tmp_path / "test_vit.safetensors"
+    save_file(rule_state(model), weights)
+    output = tmp_path / "features.onnx"
+    flags = ["--model_type", "test_vit", "--backbone_path", weights, "--output", output]
+    ran = cli("export_onnx", *flags, "--imsize", 96)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out.splitlines()[-1])["sizes"] == "96x96"
+
+    vit = ViTExtractor("test_vit", None, device="cpu", backbone_path=weights)
+    photos = torch.rand(5, 3, 96, 96)
+    assert_near(run(runtime, output, images=photos), vit(vit.normalize(photos)))
+
+
+# ---- positions ----------------------------------------------------------------------------------
+
+
+def test_positions_of_any_size_are_the_extractors(rule_backbone):
+    vit = ViTExtractor(
+        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3]
+    )
+    for height in range(1, 41):
+        for width in (height, 14, 20):
+            wanted, prefix = vit._positions((height, width))
+            with export_onnx.free_positions(vit):
+                found, same_prefix = vit._positions((height, width))
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+            assert torch.equal(prefix, same_prefix)
+    assert vit._positions((14, 14))[0].shape == (1, 196, 192)
+    assert "_positions" not in vars(vit)
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+SHIPPED = ROOT / "pretrained/lift_vit_mini16.pth"
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--output", "x.pth"], "a name that ends in .onnx"),
+        (["--output", "x.onnx", "--lift_only"], "pass --lift_path FILE"),
+        (["--output", "x.onnx", "--dtype", "bfloat16"], "leave --dtype"),
+        (["--output", "x.onnx", "--lift_iter", 0], "pass 1 or more"),
+        (["--output", "x.onnx", "--lift_only", "--lift_path", "none.pth"], "correct --lift_path"),
+    ],
+)
+def test_wrong_flags_are_one_line(cli, monkeypatch, flags, remedy):
+    monkeypatch.setattr(export_onnx, "PACKAGES", ())
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 2 and remedy in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_missing_package_is_one_line(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
+    flags = ["--lift_only", "--lift_path", SHIPPED, "--output", tmp_path / "lift.onnx"]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 2
+    assert "pip install -r requirements-dev.txt" in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_a_file_that_differs_is_not_put_in_place(cli, runtime, monkeypatch, tmp_path):
+    monkeypatch.setattr(export_onnx, "TOLERANCE", 0.0)
+    flags = ["--lift_only", "--lift_path", SHIPPED, "--output", tmp_path / "lift.onnx"]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 2 and "onnxruntime differs by" in ran.err
+    assert not list(tmp_path.iterdir())
