@@ -120,9 +120,16 @@ class _Features(torch.nn.Module):
         arguments: those of `lift` that make the same model again, in another process too.
     """
 
-    def __init__(self, extractor, lift, upsample, options, arguments):
+    def __init__(
+        self,
+        extractor: torch.nn.Module,
+        lift: torch.nn.Module,
+        upsample: typing.Callable[..., torch.Tensor],
+        options: dict[str, typing.Any],
+        arguments: dict[str, typing.Any],
+    ):
         super().__init__()
-        self.extractor = extractor
+        self.extractor: typing.Any = extractor
         self.lift = lift
         self.upsample = upsample
         self.options = options
@@ -142,7 +149,13 @@ class _Features(torch.nn.Module):
         """
         return self._features(images, **{**self.options, **options})
 
-    def _features(self, images, iterations, out_size, return_backbone):
+    def _features(
+        self,
+        images: torch.Tensor,
+        iterations: int,
+        out_size: int | tuple[int, int] | None,
+        return_backbone: bool,
+    ) -> typing.Any:
         _check_iterations(iterations)
         _check_values(images)
 
@@ -160,17 +173,17 @@ class _Features(torch.nn.Module):
     # The classes of these files are known under no name that another process could import. A
     # pickle therefore holds the call of torch.hub that makes the model, and its weights.
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[typing.Any, ...]:
         load = functools.partial(torch.hub.load, source="local", **self.arguments, **self.options)
         return load, (str(_ROOT), "lift"), self.state_dict()
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, typing.Any]) -> None:
         """Take over the weights, and where and how precise they were."""
         weight = state["lift.outc.weight"]
         self.to(weight.device, weight.dtype)
         self.load_state_dict(state)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, typing.Any]) -> "_Features":
         """Copy what is there, without reading files again."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
