@@ -31,6 +31,7 @@ from command import (
     add_backbone_args,
     add_lift_args,
     check_range,
+    first_line,
     replacing,
     report,
     settings,
@@ -283,17 +284,17 @@ def check(plan: Plan, path: Path) -> float:
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     remedy = "pass another --model_type, or --lift_only"
     largest = 0.0
     for inputs in plan.batches:
         wanted = plan.module(*inputs.values())
         shape = list(inputs["images"].shape)
         try:
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         except Exception as error:  # onnxruntime's own, which have no common base
             what = f"onnxruntime does not run this model on images of shape {shape}"
-            raise ValueError(f"{what}: {remedy}") from error
+            raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
         difference = (torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max()
         largest = max(largest, difference.item())
         if not largest <= TOLERANCE:  # NaN is none, too
