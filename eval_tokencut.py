@@ -73,6 +73,7 @@ class NoEffect(argparse.Action):
     """Accept a flag that does nothing, and remember it for a note."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        # a new list: the first one is the parser's default, which the next parse starts from
         namespace.no_effect = [*namespace.no_effect, option_string]
 
 
@@ -139,8 +140,8 @@ from extractor import IMAGENET, build_extractor
 from lift import read_state, upsampler
 from photos import list_images, read_image
 
-SMALL = 256  # cells up to which LAPACK is as fast as Lanczos
-MOST = 2**14  # cells of the largest graph: its affinity takes 1 GiB
+SMALL_GRAPH = 256  # cells up to which LAPACK is as fast as Lanczos
+MOST = 2**14  # cells of the largest graph: its N^2 weights in float32 take 1 GiB
 
 
 class Sample(NamedTuple):
@@ -154,7 +155,7 @@ class Sample(NamedTuple):
 class Part(NamedTuple):
     """The object of an image, on its grid."""
 
-    heat: np.ndarray  # what was cut, [h, w]
+    heat: np.ndarray  # what was cut, [h, w]: the eigenvector, or the attention of CLS
     mask: np.ndarray  # the object's cells, [h, w]
     seed: int         # the number of the cell that it grew from
 
@@ -166,7 +167,7 @@ class Found(NamedTuple):
     photo: Image.Image
     feats: torch.Tensor           # its map [C, h, w]
     part: Part
-    extent: tuple[float, float]   # columns and rows of cells that the photo covers
+    extent: tuple[float, float]   # columns and rows of cells that the photo covers, not padding
     entry: dict[str, Any]         # see `discover`
 
 
@@ -216,6 +217,7 @@ def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
             for key in ("xmin", "ymin", "xmax", "ymax"):
                 corners.append(int(float(box.findtext(key))))
             boxes.append(corners)
+    # a tag that is missing gives None, hence AttributeError and TypeError
     except (
         ElementTree.ParseError, ArithmeticError, AttributeError, TypeError, ValueError
     ) as error:  # fmt: skip
@@ -301,10 +303,10 @@ def select(instances: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def coco20k_index(root: Path) -> dict[str, Any]:
-    """The annotations of COCO20k.
+    """The annotations of COCO20k, as a dict of images and annotations.
 
-    They are a selection from COCO's own file, which is large: it is kept beside the list of names,
-    and made again only where that list has changed.
+    They are a selection from COCO's own file. That is large, so the selection is kept beside the
+    list of names, and made again only where that list has changed.
     """
     listed = root / "coco_20k_filenames.txt"
     kept = root / "instances_train2014_sel20k.json"
@@ -336,7 +338,7 @@ def read_coco20k(root: str | Path) -> list[Sample]:
     folder = first_folder(root / "COCO/images/train2014")
     index = coco20k_index(root)
 
-    boxes = defaultdict(list)  # of each image id
+    boxes = defaultdict(list)  # {image id: its boxes}
     for annotation in index["annotations"]:
         if annotation["iscrowd"]:
             continue
@@ -351,22 +353,23 @@ def read_coco20k(root: str | Path) -> list[Sample]:
     for image in index["images"]:
         name = image["file_name"]
         corners = np.array(boxes[image["id"]], dtype=float).reshape(-1, 4)
-        samples.append(Sample(name, inside(folder, name), np.round(corners)))
+        whole_pixels = np.round(corners)
+        samples.append(Sample(name, inside(folder, name), whole_pixels))
     return samples
 
 
 def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
     """Samples without annotation of a photo, a folder or a pattern.
 
-    They are named by their path below what they share. Pictures that an earlier run wrote into
-    `output_dir` are no photos.
+    A Sample is named by the path of its photo below the folder that all photos share. Pictures that
+    an earlier run wrote into `output_dir` are no photos.
 
     Raises:
         ValueError: there are none.
     """
     endings = tuple(f"_{kind}.png" for kind in PICTURES)
     output_dir = Path(abspath(output_dir))
-    files = {}  # by absolute path
+    files = {}  # {absolute path: path as list_images gives it}
     for file in list_images(path):
         place = Path(abspath(file))
         ours = place.is_relative_to(output_dir) and place.name.endswith(endings)
@@ -376,7 +379,11 @@ def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
         raise ValueError(f"no images at {path} but those of an earlier run: pass photos")
 
     shared = commonpath([place.parent for place in files])
-    return [Sample(place.relative_to(shared).as_posix(), file) for place, file in files.items()]
+    samples = []
+    for place, file in files.items():
+        name = place.relative_to(shared).as_posix()
+        samples.append(Sample(name, file))
+    return samples
 
 
 # ---- TokenCut -----------------------------------------------------------------------------------
@@ -387,28 +394,29 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
 
     Args:
         feats: [C, h, w].
-        binary: 1 where the cosine exceeds tau, else eps. Without it, the cosine itself where it
-            reaches tau.
+        binary: a weight is 1 where the cosine exceeds tau, else eps. Without it, a weight is the
+            cosine itself where that reaches tau, else eps, and never less than eps.
     Returns:
-        float64 up to SMALL cells, else float32.
+        float64 up to SMALL_GRAPH cells, else float32.
     Source: TokenCut, section 3.2.
     """
     cells = F.normalize(feats.float().flatten(1).T, dim=1)         # [N, C]
     cosine = (cells @ cells.T).cpu().numpy()                       # [N, N]
     dtype = np.float32
-    if len(cosine) <= SMALL:
+    if len(cosine) <= SMALL_GRAPH:
         dtype = np.float64
     if binary:
         return np.where(cosine > tau, dtype(1), dtype(eps))
-    return np.where(cosine < tau, eps, cosine).astype(dtype).clip(eps)
+    weights = np.where(cosine < tau, eps, cosine).astype(dtype)
+    return weights.clip(eps)  # a tau below eps lets smaller cosines pass
 
 
 def second_eigenvector(graph: np.ndarray) -> np.ndarray:
     """The second smallest eigenvector v [N] of (D - A) v = lambda D v.
 
-    Small graphs go to LAPACK. In them cells often tie for the largest entry, so that rounding
-    chooses the object, and LAPACK's does not depend on threads or machine as far as we saw. Larger
-    ones go to Lanczos in float32.
+    Graphs of up to SMALL_GRAPH cells go to LAPACK. In them cells often tie for the largest entry,
+    so that rounding chooses the object. The rounding of LAPACK depends on neither threads nor
+    machine, as far as we saw. Larger graphs go to Lanczos in float32.
 
     Args:
         graph: A, [N, N]; it may be overwritten. D is the diagonal of its row sums.
@@ -421,17 +429,20 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
         return v
 
     degree = graph.sum(1, dtype=np.float64)
-    if len(graph) <= SMALL:
+    if len(graph) <= SMALL_GRAPH:
+        # the second and third of the eigenvectors, as TokenCut asks for them; the second is wanted
         _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, 2])
         return vectors[:, 0]
 
-    # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda, and the eigenvectors D^1/2 v
-    scale = (1 / np.sqrt(degree)).astype(np.float32)
+    # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda, and the eigenvectors D^1/2 v: what is wanted
+    # becomes the second largest; in place, as a copy may take another GiB
+    scale = (1 / np.sqrt(degree)).astype(np.float32)               # [N]
     graph *= scale[:, None]
     graph *= scale
 
-    # its largest eigenvalue, 1, is known; moved to -1, it leaves the second one as the largest
-    first = np.sqrt(degree / degree.sum()).astype(np.float32)
+    # the largest eigenvalue is 1, and its unit eigenvector is known: taking away twice their outer
+    # product moves it to -1, and the second largest becomes the largest
+    first = np.sqrt(degree / degree.sum()).astype(np.float32)      # [N]
 
     def product(x):
         return graph @ x - 2 * (first @ x) * first
@@ -455,12 +466,13 @@ def tokencut(feats: torch.Tensor, tau: float = 0.2, eps: float = 1e-5, binary: b
     """
     v = second_eigenvector(affinity(feats, tau, eps, binary))
 
-    # the first of the largest entries wins; float32 does not tell a tie from rounding
-    size = np.abs(v)
+    # the first of the largest entries wins; in float32, entries that differ by no more than
+    # rounding count as equal
+    size = np.abs(v)                                               # [N]
     largest = size.max()
     if v.dtype == np.float32:
         largest *= 1 - 1e-5
-    seed = int(np.argmax(size >= largest))
+    seed = int(np.argmax(size >= largest))  # argmax of a mask: its first True
 
     # of the two sides of the cut, the object's is that of the seed
     mask = v > v.mean()
@@ -475,7 +487,7 @@ def cls_attention(extractor: Any, images: torch.Tensor) -> torch.Tensor:
     """How CLS attends to the cells of images [1, 3, H, W]: [1, heads, h, w], of one layer."""
     height, width = extractor.grid(*images.shape[2:])
     attention = extractor.extract_descriptors(images, facet="attn", include_cls=True)
-    of_cls = attention[:, 0, 0]                                # [1, T * heads], head_dim-major
+    of_cls = attention[:, 0, 0]                                # [1, T * heads], heads vary fastest
     by_token = of_cls.unflatten(1, (-1, extractor.heads))      # [1, T, heads]
     cells = by_token[:, -height * width :]                     # without prefix tokens
     return cells.mT.unflatten(2, (height, width))              # [1, heads, h, w]
@@ -496,15 +508,17 @@ def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
     heat = attention[head].cpu().numpy()
 
     # from the weakest cell on, leave out those that together hold the rest
-    order = heat.argsort(axis=None)
-    held = heat.flat[order].cumsum()
+    order = heat.argsort(axis=None)                                # [N], the weakest first
+    held = heat.flat[order].cumsum()                               # by a cell and all weaker ones
     mask = np.zeros(heat.shape, dtype=bool)
     mask.flat[order] = held > (1 - mass) * heat.sum()
 
-    labels, _ = label(mask)
+    labels, _ = label(mask)  # 1, 2, ... for the connected parts, 0 for what is left out
     sizes = np.bincount(labels.ravel())
-    sizes[0] = 0  # what is left out
+    sizes[0] = 0
     largest = labels == sizes.argmax()
+
+    # the strongest cell of that part; attention is never negative
     seed = np.where(largest, heat, -1).argmax()
     return Part(heat, largest, int(seed))
 
@@ -556,9 +570,9 @@ def to_input(
     Args:
         size: side in pixels of the square it is resized to; None leaves its own size, which is
             padded to multiples of the patch, right and below, with zeros.
-        most: pixels.
+        most: how many pixels the photo may have after that.
     Returns:
-        images [1, 3, H, W], and the width and height of the photo in them.
+        images [1, 3, H, W], and the width and height of the photo in them, without padding.
     Raises:
         ValueError: more pixels than `most`.
     """
@@ -571,7 +585,7 @@ def to_input(
             "pass a smaller --imsize or --lift_iter, or leave out --native"
         )
     images = normalize(to_tensor(photo))[None]                    # [1, 3, H, W]
-    if not size:
+    if not size:  # -n % patch is what n lacks to the next multiple
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
     return images, (width, height)
 
@@ -579,8 +593,9 @@ def to_input(
 def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -> Found:
     """Search one Sample.
 
-    The entry of what is found holds `box` in pixels of the input, `photo_box` in those of the
-    photo and `seed`; where there is annotation, `iou`, the largest, and `correct` as well.
+    The entry of what is found holds `box` in pixels of the input, `photo_box` in pixels of the
+    photo, and `seed`. Where there is annotation, it also holds `iou`, the largest with any
+    annotated box, and `correct`, whether that is 0.5 or more.
 
     Args:
         maps, cut, prepare: see `evaluate`.
@@ -588,7 +603,7 @@ def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -
         ValueError, FileNotFoundError: the photo cannot be read, or its features are not finite.
     """
     photo = read_image(sample.path)
-    images, inner = prepare(photo)
+    images, inner = prepare(photo)  # inner: width and height of the photo in the images
     feats = maps(images)[0]                                       # [C, h, w]
     if not torch.isfinite(feats).all():
         what = f"the features of {sample.path} are not finite"
@@ -598,17 +613,17 @@ def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -
     cell_height = images.shape[2] / feats.shape[1]
     extent = (inner[0] / cell_width, inner[1] / cell_height)
 
-    # cells of nothing but padding are dropped
+    # cells of nothing but padding are dropped; 1e-9 keeps rounding from adding one
     columns, rows = np.ceil(np.array(extent) - 1e-9).astype(int)
     part = cut(feats[:, :rows, :columns])
 
     box = bounding_box(part.mask, (cell_width, cell_height), inner)
     scale_x = inner[0] / photo.width
     scale_y = inner[1] / photo.height
-    scale = np.array([scale_x, scale_y, scale_x, scale_y])        # input pixels of a photo's
+    scale = np.array([scale_x, scale_y, scale_x, scale_y])  # input pixels in one of the photo
     entry = {"box": box.tolist(), "photo_box": (box / scale).tolist(), "seed": part.seed}
     if sample.boxes is not None:
-        annotated = np.trunc(sample.boxes * scale)
+        annotated = np.trunc(sample.boxes * scale)                # [n, 4], in the input
         iou = float(box_iou(box, annotated).max(initial=0))
         entry["iou"] = iou
         entry["correct"] = iou >= 0.5
@@ -616,10 +631,10 @@ def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -
 
 
 def corloc(predictions: dict[str, dict]) -> dict[str, Any]:
-    """The result of {name: entry}.
+    """CorLoc of predictions {name: entry}, entries as from `discover`.
 
     Returns:
-        "corloc" in percent, "found" and "images"; without annotation the number of images only.
+        {"corloc" in percent, "found", "images"}; without annotation {"images"} only.
     """
     images = len(predictions)
     verdicts = [entry["correct"] for entry in predictions.values() if "correct" in entry]
@@ -637,7 +652,7 @@ def evaluate(
     done: dict[str, dict] | None = None,
     keep: Callable[[Found], None] | None = None,
 ) -> dict[str, Any]:
-    """Search all Samples.
+    """Search all Samples that are not done, and take CorLoc over all.
 
     Args:
         maps: any callable from images [1, 3, H, W] to maps [1, C, h, w].
@@ -650,13 +665,15 @@ def evaluate(
     """
     done = done or {}
     predictions = {}
+    left = []
     for sample in samples:
         if sample.name in done:
             predictions[sample.name] = done[sample.name]
+        else:
+            left.append(sample)
 
-    left = [sample for sample in samples if sample.name not in done]
-    first = len(samples) - len(left)
-    bar = tqdm(left, initial=first, total=len(samples), unit="image", disable=None)
+    searched_before = len(samples) - len(left)
+    bar = tqdm(left, initial=searched_before, total=len(samples), unit="image", disable=None)
     for sample in bar:
         found = discover(sample, maps, cut, prepare)
         if keep:
@@ -672,9 +689,9 @@ def evaluate(
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON objects in the lines of a file; lines that are none are left out.
+    """The JSON objects in the lines of a file; [] if there is no file.
 
-    A killed run, or a failing disk, cuts lines off. [] if there is no file.
+    Lines that are no object are left out: a killed run, or a failing disk, cuts lines off.
     """
     if not path.is_file():
         return []
@@ -693,6 +710,7 @@ def is_box(value: Any) -> bool:
     """Whether a value out of a file is a box: four finite numbers."""
     if not isinstance(value, list) or len(value) != 4:
         return False
+    # `discover` writes every side as a float, so whatever else is damage
     return all(type(side) is float and np.isfinite(side) for side in value)
 
 
@@ -707,7 +725,9 @@ def is_whole(line: dict, annotated: bool) -> bool:
         return False
     if not annotated:
         return True
-    return type(line["iou"]) is float and line["correct"] is (line["iou"] >= 0.5)
+    if type(line["iou"]) is not float:
+        return False
+    return line["correct"] is (line["iou"] >= 0.5)
 
 
 def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, dict]:
@@ -743,6 +763,7 @@ def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, di
         note = f"note: {len(entries)} images are taken from {path}: remove it to begin again"
         print(note, file=sys.stderr)
 
+    # write back what was whole, so that new lines follow whole ones
     text = json.dumps({"settings": made_by}) + "\n"
     for name, entry in entries.items():
         text += json.dumps({"name": name, **entry}) + "\n"
@@ -763,14 +784,17 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def over(values: np.ndarray, photo: Image.Image, extent: tuple[float, float]) -> Image.Image:
+def enlarge_cells(
+    values: np.ndarray, photo: Image.Image, extent: tuple[float, float]
+) -> Image.Image:
     """Cells as a picture of a photo's size.
 
     Args:
         values: uint8, [h, w] or [h, w, 3].
-        extent: columns and rows of them that the photo covers.
+        extent: columns and rows of cells that the photo covers; the rest is padding.
     """
     rows, columns = values.shape[:2]
+    # rounding may put the extent a little beyond the last cell, which Pillow refuses
     covered = (0, 0, min(extent[0], columns), min(extent[1], rows))
     return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=covered)
 
@@ -780,15 +804,17 @@ def draw_heat(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Im
     # the four corner cells of many ViTs are far from all others, and 2 % of a 14x14 grid: without
     # the outermost 3 % they would leave one colour to the rest
     low, high = np.percentile(part.heat, (3, 97))
+    # a flat map has low = high, and np.interp wants them to rise
     scaled = np.interp(part.heat, (low, high + 1e-12), (0, 255)).astype(np.uint8)
-    colours = cv2.cvtColor(cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
-    return Image.blend(photo, over(colours, photo, extent), 0.65)
+    bgr = cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS)          # [h, w, 3]
+    colours = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    return Image.blend(photo, enlarge_cells(colours, photo, extent), 0.65)
 
 
 def draw_mask(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Image.Image:
     """The photo, dark outside of the object."""
     dark = photo.point(lambda value: value // 4)
-    mask = over(part.mask.astype(np.uint8) * 255, photo, extent)
+    mask = enlarge_cells(part.mask.astype(np.uint8) * 255, photo, extent)
     return Image.composite(photo, dark, mask)
 
 
@@ -798,18 +824,21 @@ def draw_box(photo: Image.Image, box: list[float], annotated: np.ndarray | None)
     pen = ImageDraw.Draw(picture)
     boxes = []
     if annotated is not None:
-        boxes += [(corners, "lime") for corners in annotated]
-    boxes.append((box, "red"))
+        for corners in annotated:
+            boxes.append((corners, "lime"))
+    boxes.append((box, "red"))  # last: over the others
 
     width = max(2, min(photo.size) // 100)
     for (x0, y0, x1, y1), colour in boxes:
-        last = (max(x0, x1 - 1), max(y0, y1 - 1))
-        pen.rectangle((x0, y0, *last), outline=colour, width=width)
+        # Pillow draws the corner it is given, and a box ends before x1 and y1
+        last_x = max(x0, x1 - 1)
+        last_y = max(y0, y1 - 1)
+        pen.rectangle((x0, y0, last_x, last_y), outline=colour, width=width)
     return picture
 
 
 def save_pictures(folder: str | Path, what: str, found: Found) -> None:
-    """Write NAME_attn.png, NAME_mask.png and NAME_pred.png, or the one that `what` names."""
+    """Write NAME_attn.png, NAME_mask.png and NAME_pred.png for "all", else the one named."""
     kinds = (what,)
     if what == "all":
         kinds = PICTURES
@@ -833,13 +862,13 @@ def save_map(folder: str | Path, found: Found) -> None:
 def corners_stand_apart(feats: torch.Tensor) -> bool:
     """Whether the four corner cells of a map [C, h, w] are unlike all others.
 
-    Their cosine to the mean descriptor is then less than half of the median one. So it is in many
-    ViTs, and TokenCut takes the corners for the object.
+    Unlike means: their cosines to the mean descriptor are all less than half of the median cell's.
+    So it is in many ViTs, and TokenCut takes the corners for the object.
     """
     unit = F.normalize(feats.float(), dim=0)                       # [C, h, w]
-    mean = F.normalize(unit.mean((1, 2)), dim=0)
+    mean = F.normalize(unit.mean((1, 2)), dim=0)                   # [C]
     cosine = torch.einsum("chw,c->hw", unit, mean)
-    corners = cosine[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = cosine[[0, 0, -1, -1], [0, -1, 0, -1]]               # [4]
     return bool(corners.max() < 0.5 * cosine.median())
 
 
@@ -911,6 +940,7 @@ def table(results: dict[str, Any], predictions: dict[str, dict]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Search every image; write predictions and pictures; print CorLoc and, as JSON, settings."""
     drop_flags_without_effect(args)
     check(args)
     samples = read_samples(args)
@@ -938,10 +968,13 @@ def main(args: argparse.Namespace) -> None:
     normalize = extractor.normalize
     if args.imagenet_norm:
         normalize = Normalize(*IMAGENET)
+
+    # a cell of the map takes step / factor pixels a side, so MOST cells are this many pixels
     most = MOST * (extractor.step / up.factor) ** 2
     prepare = partial(to_input, size=size, normalize=normalize, patch=extractor.patch, most=most)
 
-    # channel and patch are only checked; all else but the output's place decides what is found
+    # left out: --channel and --patch, which are only checked, and where the output goes; all other
+    # flags decide what is found
     facts = {**extractor.facts(), **up.facts()}
     made_by = record(
         args,
@@ -954,20 +987,20 @@ def main(args: argparse.Namespace) -> None:
     if args.save_predictions:
         done = resume(file, made_by, annotated=samples[0].boxes is not None)
 
-    what = args.visualize
-    if args.image_path and not what:
-        what = "all"
+    pictures = args.visualize
+    if args.image_path and not pictures:
+        pictures = "all"
     apart = []  # names of the photos whose corners stand apart
 
     def keep(found):
         if args.save_feat_dir:
             save_map(args.save_feat_dir, found)
-        if what:
-            save_pictures(args.output_dir, what, found)
+        if pictures:
+            save_pictures(args.output_dir, pictures, found)
             rows, columns = found.part.mask.shape
             if not args.dinoseg and corners_stand_apart(found.feats[:, :rows, :columns]):
                 apart.append(found.sample.name)
-        if args.save_predictions:  # last: whoever has a line has all pictures, too
+        if args.save_predictions:  # last: an image that has a line has its map and pictures, too
             append_line(file, {"name": found.sample.name, **found.entry})
 
     results = evaluate(samples, maps, cut, prepare, done, keep)

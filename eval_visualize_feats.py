@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 from command import (
     Command,
     add_backbone_args,
+    check_memory,
     check_range,
     replacing,
     report,
@@ -55,6 +56,8 @@ PANEL = 280  # pixels of the longer side of a panel; more where the backbone see
 GAP = 12  # white between panels, in pixels
 COMPONENTS = 128  # numbers a cell that the page keeps
 LONGEST = 16  # how many times its shorter side a photo's longer side may be
+
+LESS_MEMORY = "pass a smaller --imsize or --lift_iter, or a coarser --stride"
 
 
 def point(text: str) -> tuple[float, float]:
@@ -110,7 +113,7 @@ from photos import IMAGES, list_images, pca_rgb, read_image
 
 # viridis, from dark to bright: [256, RGB]
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)
-COLOURS = COLOURS[:, 0, ::-1]
+COLOURS = COLOURS[:, 0, ::-1]  # OpenCV gives [256, 1, BGR]
 
 
 # ---- maps ---------------------------------------------------------------------------------------
@@ -132,15 +135,16 @@ def compute_maps(
     Raises:
         ValueError: a map holds NaN or infinity.
     """
-    images = prepare(extractor, photo, size)
-    feats = extractor(images)
-    large = prepare(extractor, photo, (2 * size[0], 2 * size[1]))
+    images = prepare(extractor, photo, size)                       # [1, 3, H, W]
+    feats = extractor(images)                                      # [1, C, h, w]
+    large = prepare(extractor, photo, (2 * size[0], 2 * size[1]))  # [1, 3, 2H, 2W]
     maps = {
         "backbone": feats,
         "bilinear": double(feats),
         "backbone, photo at 2x": extractor(large),
     }
     if lift is not None:
+        # steps[0] is feats itself
         steps = upsample(lift, images, feats, iterations, return_all=True)
         for number in range(1, iterations + 1):
             title = f"LiFT, {number} times"
@@ -188,10 +192,10 @@ def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
     indices = [row * width + column for row, column in cells]
     queries = F.normalize(x[:, indices], dim=0)                    # [C, Q]
 
-    # in blocks of channels: x.norm(dim=0) takes five times as long
-    squares = torch.zeros_like(x[0])
-    for rows in x.split(64):
-        squares += rows.square().sum(0)
+    # the norms of all cells, 64 channels at a time: x.norm(dim=0) takes five times as long
+    squares = torch.zeros_like(x[0])                               # [h*w]
+    for channels in x.split(64):
+        squares += channels.square().sum(0)
     norms = squares.sqrt().clamp(min=1e-8)                         # [h*w]
 
     cosines = queries.T @ x / norms                                # [Q, h*w]
@@ -212,21 +216,24 @@ def shown_similarity(
         [Q, h, w] in 0..1.
     """
     values = self_similarity(feats, cells)
-    counted = ~corners(feats.shape[1:], coarse).to(values.device)
-    if not counted.any():
+    counted = ~corners(feats.shape[1:], coarse).to(values.device)  # [h, w]
+    if not counted.any():  # a grid of corners only
         return values
+
+    # the most similar cell stays at 1; corners below the new 0 are cut off there
     low = values[:, counted].amin(1)[:, None, None]                # [Q, 1, 1]
     return ((values - low) / (1 - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def corners(grid: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
     """Which cells of a grid (h, w) lie in the four corner cells of a coarse grid: a mask [h, w]."""
-    rows = max(1, grid[0] // coarse[0])
-    columns = max(1, grid[1] // coarse[1])
+    height, width = grid
+    rows = max(1, height // coarse[0])    # of the grid in one coarse cell
+    columns = max(1, width // coarse[1])
     mask = torch.zeros(grid, dtype=torch.bool)
-    for row in (slice(0, rows), slice(grid[0] - rows, None)):
-        for column in (slice(0, columns), slice(grid[1] - columns, None)):
-            mask[row, column] = True
+    for vertical in (slice(0, rows), slice(height - rows, None)):
+        for horizontal in (slice(0, columns), slice(width - columns, None)):
+            mask[vertical, horizontal] = True
     return mask
 
 
@@ -254,7 +261,8 @@ def panel_size(photo: Image.Image, longer: int) -> tuple[int, int]:
 
 def enlarge(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A picture at `size` (W, H) with sharp cells of equal size."""
-    # nearest neighbour makes cells of equal size for whole factors only: beyond, and back by area
+    # nearest neighbour makes cells of equal size for whole factors only: enlarge by the next whole
+    # factor, beyond `size`, and shrink that to `size` by averaging areas
     columns, rows = picture.size
     width = columns * math.ceil(size[0] / columns)
     height = rows * math.ceil(size[1] / rows)
@@ -290,7 +298,9 @@ def similarity_rows(
         size: of the panels, (W, H).
         marker: draw a ring around the point, and in a map around the centre of its cell.
     """
-    coarse = next(iter(maps.values())).shape[1:]
+    coarse = next(iter(maps.values())).shape[1:]  # the backbone's grid
+
+    # each row begins with the photo, and every map adds a panel to every row
     rows = []
     for x, y in points:
         picture = photo.resize(size)
@@ -329,9 +339,10 @@ def make_sheets(
 ) -> dict[str, list[list[Panel]]]:
     """The sheets of one photo, {name of SHEETS: rows of panels}; arguments as similarity_rows."""
     rows = similarity_rows(photo, maps, points, size, marker)
-    # in a row: the photo, backbone, bilinear, backbone at 2x, LiFT once, LiFT twice, ...
+    # a row: 0 the photo, 1 backbone, 2 bilinear, 3 backbone at 2x, 4 LiFT once, 5 LiFT twice, ...
     sheets = {"alternatives": [row[:5] for row in rows]}
-    if len(maps) > 3:
+    with_lift = len(maps) > 3
+    if with_lift:
         sheets["iterations"] = [row[:2] + row[4:] for row in rows]
     if pca:
         sheets["pca"] = [pca_row(photo, maps, size)]
@@ -348,9 +359,9 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     width, height = rows[0][0].picture.size
 
-    # a column is as wide as its widest title, and all headings are as high as the highest
-    columns = [width] * len(rows[0])
-    heading = 0
+    # a column is as wide as its widest title or picture, all headings are as high as the highest
+    columns = [width] * len(rows[0])  # widths
+    heading = 0                       # height
     for row in rows:
         for number, panel in enumerate(row):
             _, _, right, bottom = measure.multiline_textbbox((0, 0), panel.title, font)
@@ -367,7 +378,9 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
         left = GAP
         for panel, column in zip(row, columns):
             middle = left + column // 2
-            draw.multiline_text((middle, top), panel.title, "black", font, "ma", align="center")
+            draw.multiline_text(
+                (middle, top), panel.title, "black", font, anchor="ma", align="center"
+            )
             sheet.paste(panel.picture, (middle - width // 2, top + heading))
             left += column + GAP
         top += heading + height + GAP
@@ -380,17 +393,19 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
 def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
     """A map [C, h, w] small enough for a page: each cell as numbers of 8 bits.
 
-    They are its coordinates, L2-normalised, along the first principal directions. These are not
-    centred, so that dot products of the numbers are the cosines, to about 0.01.
+    They are the coordinates of the L2-normalised cell along the K principal directions in which the
+    map is largest. The mean is not taken off, so that dot products of the coordinates are the
+    cosines, to about 0.01.
 
     Returns:
-        grid (h, w); codes, the numbers of all cells in base64; scale, what each is multiplied by.
+        grid (h, w); codes, int8 [h*w, K] in base64; scale [K], by which the codes are multiplied.
     """
     x = F.normalize(feats.cpu().flatten(1), dim=0)                             # [C, h*w]
+    # eigh sorts from the smallest eigenvalue to the largest
     directions = torch.linalg.eigh(x @ x.T).eigenvectors[:, -components:]      # [C, K]
     coordinates = directions.T @ x                                             # [K, h*w]
-    scale = coordinates.abs().amax(1).clamp(min=1e-9) / 127
-    codes = (coordinates / scale[:, None]).round().to(torch.int8)
+    scale = coordinates.abs().amax(1).clamp(min=1e-9) / 127                    # [K]
+    codes = (coordinates / scale[:, None]).round().to(torch.int8)              # [K, h*w]
     packed = base64.b64encode(codes.T.contiguous().numpy())
     return {"grid": list(feats.shape[1:]), "scale": scale.tolist(), "codes": packed.decode()}
 
@@ -405,7 +420,7 @@ def page_entry(
     """One photo of the page, for JSON: name, a JPEG of `size` (W, H), the first point, the maps."""
     jpeg = io.BytesIO()
     photo.resize(size).save(jpeg, "JPEG", quality=90)
-    x, y = point
+    x, y = point  # in pixels; the page takes it in 0..1 of the photo
     return {
         "name": name,
         "jpeg": base64.b64encode(jpeg.getvalue()).decode(),
@@ -559,10 +574,13 @@ def write_page(path: str | Path, entries: list[dict[str, Any]]) -> None:
 
 
 def find_photos(dataroot: str, limit: int, seed: int) -> tuple[list[Path], Path]:
-    """`limit` photos (0: all) below `dataroot`, drawn by the seed, in their order; and their root.
+    """Draw `limit` photos (0: all) below `dataroot` at random.
 
     Sheets of an earlier run are left out, for OUTPUT_DIR may lie in DATAROOT.
 
+    Returns:
+        The photos, in the order in which they were listed or, where drawn, sorted; and the folder
+        that all photos share, drawn or not.
     Raises:
         ValueError: there is no photo.
     """
@@ -610,38 +628,33 @@ def input_size(
 
 
 def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: int) -> int:
-    """About how many bytes compute_maps takes for a photo at `size` (W, H); 0 iterations: no LiFT.
+    """About how many bytes compute_maps takes for a photo at `size` (W, H).
 
     Every map is kept. The last step of LiFT works on about three times its own result, and on the
-    enlarged image and its convolutions: about p^2 numbers for each cell.
+    enlarged image and its convolutions: about p^2 numbers for each cell of a patch of p pixels.
+
+    Args:
+        iterations: of LiFT; 0 is no LiFT.
     """
     width, height = size
     rows, columns = extractor.grid(height, width)
     cells = rows * columns
-    channels, channels_2x = extractor.width, extractor.width
-    if extractor.width is None:  # the facet attn: a channel for each cell and head
-        channels, channels_2x = cells, 4 * cells
+    channels = extractor.width     # of a map of the photo
+    channels_2x = extractor.width  # of a map of the photo at double size
+    if extractor.width is None:  # the facet attn: a channel for each cell, heads not counted
+        channels = cells
+        channels_2x = 4 * cells
 
-    numbers = cells * (channels + 4 * channels + 4 * channels_2x)
-    numbers += 15 * width * height  # both photos
+    numbers = cells * channels            # backbone
+    numbers += 4 * cells * channels       # the same, doubled bilinearly
+    numbers += 4 * cells * channels_2x    # backbone on the photo at double size
+    numbers += 3 * width * height         # the photo
+    numbers += 3 * 4 * width * height     # the photo at double size
     for step in range(1, iterations + 1):
         numbers += 4**step * cells * channels
     if iterations:
         numbers += 4**iterations * cells * (3 * channels + extractor.patch**2)
-    return 4 * numbers
-
-
-def check_memory(needed: int) -> None:
-    """Raise ValueError if this machine has less memory than `needed` bytes.
-
-    A GPU that is too small says so itself; the system's way is to end the process.
-    """
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        what = f"the maps take {needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
-        raise ValueError(f"{what}: pass a smaller --imsize or --lift_iter, or a coarser --stride")
+    return 4 * numbers  # float32
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -678,7 +691,9 @@ def main(args: argparse.Namespace) -> None:
         lift = load_lift(args.lift_path, extractor)
         iterations = args.lift_iter
     if not args.keep_aspect:
-        check_memory(memory_needed(extractor, (args.imsize, args.imsize), iterations))
+        # every photo is read at one size, so that one check now tells before the first photo
+        needed = memory_needed(extractor, (args.imsize, args.imsize), iterations)
+        check_memory(needed, "the maps", LESS_MEMORY)
 
     files = []
     entries = []
@@ -687,7 +702,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             photo = read_image(path)
             size = input_size(extractor, photo, path, args.imsize, args.keep_aspect)
-            check_memory(memory_needed(extractor, size, iterations))
+            check_memory(memory_needed(extractor, size, iterations), "the maps", LESS_MEMORY)
         except (ValueError, OSError) as error:
             skipped[str(path)] = str(error)
             continue
@@ -697,8 +712,9 @@ def main(args: argparse.Namespace) -> None:
         shown = panel_size(photo, max(PANEL, *size))
         sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
         for name, rows in sheets.items():
-            below = path.relative_to(root).with_name(f"{path.name}_{name}.png")
-            file = Path(args.output_dir) / below
+            # in the subfolder that the photo has below the root
+            sheet = path.relative_to(root).with_name(f"{path.name}_{name}.png")
+            file = Path(args.output_dir) / sheet
             with replacing(file) as temporary:
                 draw_sheet(rows, args.fontsize).save(temporary)
             files.append(str(file))
@@ -707,11 +723,11 @@ def main(args: argparse.Namespace) -> None:
             source = extractor.name
             if extractor.layer is not None:
                 source += f", layer {extractor.layer}, {extractor.facet}"
-            first_four = dict(list(maps.items())[:4])
+            first_four = dict(list(maps.items())[:4])  # the page shows LiFT applied once, no more
             title = f"{path.relative_to(root)} ({source})"
             entries.append(page_entry(title, photo, first_four, points[0], shown))
 
-    if not files:
+    if not files:  # then all were skipped, and the first reason speaks for all
         raise ValueError(next(iter(skipped.values())))
     if args.html:
         write_page(args.html, entries)

@@ -67,11 +67,12 @@ from extractor import BACKBONES, ViTExtractor, pick_device
 from lift import LiFT, upsample
 
 STEPS = range(5)  # how often LiFT is applied
-SIZES = (224, 448)
+SIZES = (224, 448)  # pixels a side, of every backbone
 
-GROWING = "dino_vits16"
-GROWTH = (112, 160, 224, 320, 448, 640)
+GROWING = "dino_vits16"  # the backbone that shows the growth with the tokens
+GROWTH = (112, 160, 224, 320, 448, 640)  # its pixels a side
 
+# of the tables, and of the panels of the picture
 TITLES = {"gmacs": "GMACs", "ms": "Milliseconds an image", "peak_mb": "Peak memory, MB"}
 AXES = {"gmacs": "GMACs", "ms": "milliseconds", "peak_mb": "peak memory, MB"}
 COLOURS = ("#444444", "#1b7fbd", "#2a9d5c", "#e08a1e", "#c8373f")  # one for each of STEPS
@@ -81,7 +82,7 @@ COLOURS = ("#444444", "#1b7fbd", "#2a9d5c", "#e08a1e", "#c8373f")  # one for eac
 
 
 def build(name: str, device: str, dtype: str) -> tuple[ViTExtractor, LiFT]:
-    """The extractor of a row of BACKBONES and its LiFT module, with random weights."""
+    """The extractor of the named row of BACKBONES and its LiFT module, with random weights."""
     tag = BACKBONES[name].tag
     model = timm.create_model(tag, num_classes=0, dynamic_img_size=True)
     device = pick_device(device, dtype)
@@ -93,9 +94,9 @@ def build(name: str, device: str, dtype: str) -> tuple[ViTExtractor, LiFT]:
 
 def without_storage(extractor: ViTExtractor, lift: LiFT) -> tuple[ViTExtractor, LiFT]:
     """Copies of both on the meta device, where everything has a shape and nothing a value."""
-    extractor = copy.deepcopy(extractor).to("meta")
-    lift = copy.deepcopy(lift).to("meta")
-    return extractor, lift
+    meta_extractor = copy.deepcopy(extractor).to("meta")
+    meta_lift = copy.deepcopy(lift).to("meta")
+    return meta_extractor, meta_lift
 
 
 def dense_features(extractor: ViTExtractor, lift: LiFT, image: Tensor, steps: int) -> Tensor:
@@ -112,7 +113,10 @@ def parameters(module: nn.Module) -> int:
 
 
 def start_peak(device: torch.device) -> float | None:
-    """Forget the peak of memory and return what is in use, in MB; None where nobody counts."""
+    """Forget the peak of memory and return what is in use, in MB.
+
+    None where nobody counts: on other devices than CUDA and the CPU, and off Linux on the CPU.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
@@ -134,8 +138,10 @@ def read_peak(device: torch.device) -> float:
 def measure(run: Callable[[], Tensor], device: torch.device) -> dict[str, float | None]:
     """Time and memory of run().
 
+    It runs 2 to 10 times; from the second time on, no more once 2 s have passed.
+
     Returns:
-        ms: milliseconds of the fastest of 2 to 10 runs; slow ones are not repeated beyond 2 s.
+        ms: milliseconds of the fastest run.
         peak_mb: MB that a run adds to what is in use; None where nobody counts.
     """
     clock = time.perf_counter
@@ -166,13 +172,13 @@ def cost_records(
         that were run, up to --max_gmacs, have ms and peak_mb too.
     """
     extractor, lift = build(name, args.device, args.dtype)
-    shapes = without_storage(extractor, lift)
+    meta_extractor, meta_lift = without_storage(extractor, lift)
     records = []
     for size in sizes:
-        image = torch.zeros(1, 3, size, size)
+        image = torch.zeros(1, 3, size, size)  # the extractor takes it to its own device
         rows, columns = extractor.grid(size, size)
         for steps in STEPS:
-            macs = count_macs(partial(dense_features, *shapes, image, steps))
+            macs = count_macs(partial(dense_features, meta_extractor, meta_lift, image, steps))
             record = {
                 "backbone": name,
                 "size": size,
@@ -197,7 +203,7 @@ def paper_facts() -> dict[str, float]:
     """
     extractor, lift = without_storage(*build("dino_vits16", "cpu", "float32"))
     image = torch.empty(1, 3, 224, 224, device="meta")
-    feats = torch.empty(1, 384, 14, 14, device="meta")
+    feats = torch.empty(1, 384, 14, 14, device="meta")  # ViT-S/16's map of that image
 
     added = count_macs(partial(lift, image, feats))
     whole = count_macs(partial(extractor.model.forward_features, image))
@@ -205,7 +211,7 @@ def paper_facts() -> dict[str, float]:
         "parameters": 100 * parameters(lift) / parameters(extractor),
         "macs of the whole ViT": 100 * added / whole,
     }
-    for layer in (11, 9):
+    for layer in (11, 9):  # the last, which runs here, and an earlier one for comparison
         up_to_keys = count_macs(partial(extractor, image, layer=layer))
         facts[f"macs up to the keys of layer {layer}"] = 100 * added / up_to_keys
     return facts
@@ -235,12 +241,14 @@ def markdown_line(cells: list[str]) -> str:
 
 def figure_table(records: list[dict[str, Any]], key: str) -> str:
     """One figure as Markdown: a line a backbone and size, a column a number of steps."""
-    lines: dict[tuple[str, int], list[str]] = {}
+    lines: dict[tuple[str, int], list[str]] = {}  # {(backbone, size): cells of its line}
     for record in records:
-        # the first record of a backbone and size begins their line
-        facts = [record["backbone"], str(record["size"]), f"{record['tokens']:,}"]
-        cells = lines.setdefault((record["backbone"], record["size"]), facts)
+        line = (record["backbone"], record["size"])
+        if line not in lines:
+            lines[line] = [record["backbone"], str(record["size"]), f"{record['tokens']:,}"]
+        cells = lines[line]
 
+        # records come in the order of STEPS, so that each value has its column
         value = figure(record, key)
         if value is None:
             cells.append("-")
@@ -264,7 +272,7 @@ def figure_tables(records: list[dict[str, Any]]) -> str:
 
 def parameter_table(records: list[dict[str, Any]]) -> str:
     """Parameters of each backbone and of its LiFT module, as Markdown."""
-    lines: dict[str, str] = {}
+    lines: dict[str, str] = {}  # {backbone: its line}
     for record in records:
         share = record["lift_parameters"] / record["parameters"]
         millions = f"{record['parameters'] / 1e6:.2f}"
@@ -277,7 +285,7 @@ def parameter_table(records: list[dict[str, Any]]) -> str:
 
 
 def exponent(records: list[dict[str, Any]], steps: int) -> float:
-    """b of the power law macs ~ tokens^b, through the first and the last record of these steps."""
+    """b of the power law macs ~ tokens^b, through the first and last record with this `steps`."""
     chosen = [record for record in records if record["steps"] == steps]
     first, last = chosen[0], chosen[-1]
     growth = math.log(last["macs"] / first["macs"])
@@ -306,8 +314,7 @@ def document(
         about: the settings of the run.
     """
     share = {key: f"{value:+.1f} %" for key, value in facts.items()}
-    alone = f"{exponent(growth, 0):.2f} alone"
-    powers = [alone]
+    powers = [f"{exponent(growth, 0):.2f} alone"]
     for steps in STEPS[1:]:
         powers.append(f"{exponent(growth, steps):.2f} with {steps_name(steps)}")
 
@@ -356,7 +363,11 @@ def ticks(values: list[float]) -> range:
 
 
 def position(exponent_of_ten: float, axis: range, start: int, end: int) -> float:
-    """The pixel of 10^exponent on a logarithmic axis whose ticks run from start to end."""
+    """The pixel of 10^exponent on a logarithmic axis from pixel `start` to pixel `end`.
+
+    Args:
+        axis: the `ticks`; the first lies at `start`, the last at `end`.
+    """
     share = (exponent_of_ten - axis[0]) / (axis[-1] - axis[0])
     return start + (end - start) * share
 
@@ -412,20 +423,26 @@ def draw_panel(
 
 def picture(growth: list[dict[str, Any]]) -> Image.Image:
     """MACs, latency and memory over the tokens, side by side, as far as they are known."""
-    known = {}
+    known = {}  # {figure: the records that have it}
     for key in AXES:
-        some = [record for record in growth if (figure(record, key) or 0) > 0]
-        if some:
-            known[key] = some
+        shown = []
+        for record in growth:
+            value = figure(record, key)
+            if value is not None and value > 0:  # 0 has no place on a logarithmic axis
+                shown.append(record)
+        if shown:
+            known[key] = shown
 
     # drawn at twice its size, for smooth lines
     width, height = 860, 800
     font = ImageFont.load_default(28)
     sheet = Image.new("RGB", (width * len(known), height), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (key, some) in enumerate(known.items()):
-        box = (number * width + 150, 80, (number + 1) * width - 70, 690)
-        draw_panel(draw, box, some, key, font)
+    for number, (key, shown) in enumerate(known.items()):
+        # the margins hold the numbers and titles of the axes
+        left = number * width + 150
+        right = (number + 1) * width - 70
+        draw_panel(draw, (left, 80, right, 690), shown, key, font)
     return sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
 
 
@@ -433,7 +450,7 @@ def picture(growth: list[dict[str, Any]]) -> Image.Image:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, measure, write."""
+    """Count and measure every backbone, and write tables, figures and picture."""
     names = args.backbones or list(BACKBONES)
     for name in names:
         if name not in BACKBONES:

@@ -22,14 +22,18 @@ import eval_tokencut
 
 
 def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
-    """Second smallest v [N] of (D - A) v = lambda D v for the graph A of a map [C, h, w]."""
-    cells = F.normalize(feats.flatten(1).T, dim=1)
-    cosine = (cells @ cells.T).numpy()
+    """The eigenvector v [N] of the second smallest lambda in (D - A) v = lambda D v.
+
+    A is the graph of a map [C, h, w], and D the diagonal of its row sums.
+    """
+    cells = F.normalize(feats.flatten(1).T, dim=1)  # [N, C]
+    cosine = (cells @ cells.T).numpy()              # [N, N]
     if binary:
         graph = np.where(cosine > tau, 1.0, eps)
     else:
         graph = np.where(cosine < tau, eps, cosine).astype(float)
     degree = np.diag(graph.sum(axis=1))
+    # the second and third eigenvectors; the second is wanted
     _, vectors = eigh(degree - graph, degree, subset_by_index=[1, 2])
     return vectors[:, 0]
 
@@ -52,7 +56,7 @@ def plain_tokencut(feats, tau, eps=1e-5, binary=True):
     height, width = feats.shape[1:]
     v = plain_eigenvector(feats, tau, eps, binary)
     seed = int(np.argmax(np.abs(v)))
-    inside = v > v.mean()
+    inside = v > v.mean()  # one side of the cut; the object's is that of the seed
     if not inside[seed]:
         v = -v
         inside = ~inside
@@ -62,17 +66,19 @@ def plain_tokencut(feats, tau, eps=1e-5, binary=True):
 
 
 def plain_dinoseg(attention, mass=0.6):
-    """DINO-seg of one head's attention [h, w]: a mask [h, w].
+    """The object in one head's attention [h, w], by DINO-seg, as a mask [h, w].
 
-    It is the largest connected part of the strongest cells that together hold `mass` of it.
+    It is the largest connected part of the strongest cells that together hold `mass` of the
+    attention.
     """
     height, width = attention.shape
     cells = []
     for y in range(height):
         for x in range(width):
             cells.append((float(attention[y, x]), y, x))
-    cells.sort()
+    cells.sort()  # the weakest first
 
+    # leave out the weakest cells, as long as they hold no more than the rest
     left = (1 - mass) * sum(value for value, _, _ in cells)
     inside = np.ones((height, width), dtype=bool)
     for value, y, x in cells:
@@ -100,7 +106,7 @@ def plain_box(mask, size):
 
 
 def plain_iou(a, b):
-    """IoU of two boxes x0, y0, x1, y1."""
+    """IoU of two boxes x0, y0, x1, y1, with 1e-7 on heights and union as in YOLOv5."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     overlap = width * height
@@ -128,11 +134,12 @@ def plain_select(instances, names):
 def todays_tokencut(feats, tau, eps=1e-5):
     """plain_tokencut with scipy's Lanczos and labels, in double precision."""
     height, width = feats.shape[1:]
-    cells = F.normalize(feats.flatten(1).T, dim=1)
-    cosine = (cells @ cells.T).numpy()
+    cells = F.normalize(feats.flatten(1).T, dim=1)  # [N, C]
+    cosine = (cells @ cells.T).numpy()              # [N, N]
     graph = np.where(cosine > tau, 1.0, eps)
 
-    # the largest eigenvalues of D^-1/2 A D^-1/2 are the smallest of the cut
+    # the largest eigenvalues of D^-1/2 A D^-1/2 are the smallest of the cut; eigsh sorts the two
+    # upwards, so the first of them is the second largest
     scale = 1 / np.sqrt(graph.sum(axis=1))
     _, vectors = eigsh(graph * scale[:, None] * scale, k=2, which="LA")
     v = scale * vectors[:, 0]
@@ -168,11 +175,11 @@ def todays_select(instances, names):
 def blobs(side, channels=384, seed=0):
     """A map [C, side, side] as of a photo.
 
-    Regions of a few kinds fade into each other, with some noise.
+    Regions of six kinds, each with a descriptor of its own, fade into each other, with some noise.
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(1, 6, 4, 4, generator=generator)
-    kinds = F.interpolate(coarse, size=(side, side), mode="bicubic")[0]
+    kinds = F.interpolate(coarse, size=(side, side), mode="bicubic")[0]  # [6, side, side]
     descriptors = torch.randn(channels, 6, generator=generator)
     mixed = torch.einsum("ck,khw->chw", descriptors, kinds)
     return mixed + 0.5 * torch.randn(channels, side, side, generator=generator)
@@ -182,26 +189,28 @@ def coco_instances(images, boxes, seed=0):
     """Annotations as large as COCO's: every box comes with an outline of 40 numbers.
 
     Args:
-        images, boxes: how many.
+        images: how many images.
+        boxes: how many boxes; each belongs to an image at random.
     """
     random = np.random.RandomState(seed)
-    owners = random.randint(images, size=boxes).tolist()
-    sides = random.rand(boxes, 4).round(2).tolist()
+    owners = random.randint(images, size=boxes).tolist()  # the number of each box's image
+    corners = random.rand(boxes, 4).round(2).tolist()
 
+    # as in COCO, the id of an image is not its place in the list
     listed = []
     for number in range(images):
         name = f"COCO_train2014_{number:012}.jpg"
         listed.append({"id": 7 * number, "file_name": name, "height": 480, "width": 640})
     annotations = []
-    for number, (owner, box) in enumerate(zip(owners, sides)):
+    for number, (owner, box) in enumerate(zip(owners, corners)):
         annotation = {"id": number, "image_id": 7 * owner, "bbox": box, "iscrowd": 0}
-        annotation["segmentation"] = [box * 10]
+        annotation["segmentation"] = [box * 10]  # a list of 4, ten times over
         annotations.append(annotation)
     return {"images": listed, "annotations": annotations}
 
 
 def eigen_case(side, target, memory=None):
-    """The whole cut of a map of side x side cells."""
+    """A Case for the whole cut of a map of side x side cells."""
 
     def setup():
         feats = blobs(side)
@@ -215,6 +224,7 @@ def eigen_case(side, target, memory=None):
         heat, mask, seed = plain
         assert seed == ours.seed
         assert (mask == ours.mask).all()
+        # an eigenvector has no length of its own, and each way scales it differently
         np.testing.assert_allclose(ours.heat / ours.heat.max(), heat / heat.max(), atol=1e-3)
 
     name = f"tokencut: cut of {side}x{side} cells against dense eigh"
@@ -222,7 +232,7 @@ def eigen_case(side, target, memory=None):
 
 
 def select_setup():
-    """A quarter of 4000 images, selected by all."""
+    """The three ways to select every fourth of 4000 images."""
     instances = coco_instances(images=4000, boxes=30000)
     names = [image["file_name"] for image in instances["images"][::4]]
     return (
@@ -233,7 +243,10 @@ def select_setup():
 
 
 def same_selection(plain, ours):
-    """Assert that two selections hold the same images and annotations; ours are in order."""
+    """Assert that two selections hold the same images and annotations.
+
+    The annotations of ours are in the order of their ids, as in the file; the other's go by image.
+    """
     assert plain["images"] == ours["images"]
     plain_ids = [annotation["id"] for annotation in plain["annotations"]]
     our_ids = [annotation["id"] for annotation in ours["annotations"]]
