@@ -114,7 +114,7 @@ FPS = 24
 CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
 METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
-# flags that have a part in scores alone
+# what --score_only uses: the rest of the settings is about propagation, and left out of its output
 SCORING = (
     "dataroot", "sequences", "binary", "score_only", "workers", "output_dir", "overlay", "video",
     "json", "versions",
@@ -156,6 +156,7 @@ def find_sequences(
         names = val.read_text(errors="replace").split()
 
     names = list(dict.fromkeys(names))  # each once
+    # file systems take no name of more than 255 characters: a wrong file was read as the list
     if not names or max(len(name) for name in names) > 255:
         remedy = "restore it, or name sequences with --sequences"
         raise ValueError(f"{val} names no sequence, or what can be none: {remedy}")
@@ -334,6 +335,7 @@ def batches(
     for start in range(0, len(paths), BATCH):
         chunks.append(paths[start : start + BATCH])
 
+    # each round begins to read the next chunk before it yields; in the last one that is empty
     reading = pool.map(read, chunks[0])
     for following in [*chunks[1:], []]:
         frames = list(reading)
@@ -416,8 +418,9 @@ def transfer(
     height, width, _ = cells.shape
     if radius == 0:
         radius = max(height, width)
-    labels = context[0][1].shape[2]
-    out = cells.new_empty(height, width, labels)
+    _, first_segmentation = context[0]
+    label_count = first_segmentation.shape[2]
+    out = cells.new_empty(height, width, label_count)
 
     for top, left in product(range(0, height, TILE), range(0, width, TILE)):
         target_rows = slice(top, min(top + TILE, height))
@@ -425,13 +428,14 @@ def transfer(
         source_rows = slice(max(top - radius, 0), min(target_rows.stop + radius, height))
         source_columns = slice(max(left - radius, 0), min(target_columns.stop + radius, width))
 
+        # the block has a = a_h * a_w targets, and in each context frame b = b_h * b_w sources
         source_cells = []
-        source_labels = []
+        source_votes = []
         for frame_cells, segmentation in context:
             source_cells.append(frame_cells[source_rows, source_columns])   # [b_h, b_w, C]
-            source_labels.append(segmentation[source_rows, source_columns])
+            source_votes.append(segmentation[source_rows, source_columns])  # [b_h, b_w, n]
         sources = torch.cat(source_cells).flatten(0, 1)               # [T*b, C]
-        votes = torch.cat(source_labels).flatten(0, 1)                # [T*b, n]
+        votes = torch.cat(source_votes).flatten(0, 1)                 # [T*b, n]
 
         targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
         cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
@@ -439,7 +443,8 @@ def transfer(
             (height, width), target_rows, target_columns, source_rows, source_columns, radius,
             cells.device,
         )  # fmt: skip
-        by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b], the same memory
+        # a view: the sources that are filled with -inf here are so in `cosine`
+        by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b]
         by_frame.masked_fill_(outside[:, None], -math.inf)
 
         values, indices = most_similar(cosine, topk)                  # [a, k]
@@ -489,8 +494,8 @@ def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     Args:
         cosine: [a, N], -inf for what is no candidate.
     Returns:
-        values (-inf for entries that only fill the row) and indices, both [a, k] with k >= topk
-        where there are ties.
+        values and indices, both [a, k]. k is large enough for the row with the most entries. In the
+        others the values of what is too small are -inf.
     """
     count = cosine.shape[1]
     k = topk
@@ -498,8 +503,10 @@ def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         # one more than is needed shows whether there are ties with the last one
         k = min(k + 1, count)
         values, indices = cosine.topk(k)
-        least = values[:, min(topk, k) - 1, None]
+        least = values[:, min(topk, k) - 1, None]                     # [a, 1]
         least = least.clamp(min=-2)  # below all cosines, and above -inf
+
+        # done if the last value of every row is too small: then no tie lies beyond it
         if k == count or (values[:, -1:] < least).all():
             return values.masked_fill(values < least, -math.inf), indices
         k *= 2
@@ -529,10 +536,10 @@ def write_masks(
     sequence: Sequence, folder: Path, labels: Iterable[np.ndarray], pool: ThreadPoolExecutor,
     bar: tqdm, binary: bool,
 ) -> None:  # fmt: skip
-    """Write the masks of a sequence to a folder: `labels` as they come, then the given one.
+    """Write the masks of a sequence to a folder: `labels` as they come, then the first annotation.
 
-    The threads of `pool` write while the next ones are computed. The given one is the last, so that
-    a run which fails at its first features leaves no mask.
+    The threads of `pool` write while the next ones are computed. The annotation is written last, so
+    that a run which fails at its first features leaves no mask.
 
     Args:
         labels: [H, W] uint8 of every frame but the first.
@@ -656,7 +663,8 @@ def check_frame_size(size: tuple[int, int], patch: int) -> None:
 def boundary(mask: np.ndarray) -> np.ndarray:
     """The boundary of a mask, both [H, W] bool.
 
-    Those are the pixels that differ from their right, lower or lower-right neighbour.
+    Those are the pixels that differ from their right, lower or lower-right neighbour. A map of
+    labels, uint8, may be passed as well: the boundary is then what is not 0 in the result.
     """
     padded = np.pad(mask, (0, 1), mode="edge")
     right = mask ^ padded[:-1, 1:]
@@ -711,7 +719,8 @@ def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
 
 def crop(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The part of two label maps that holds all objects and boundaries; the rest adds nothing."""
-    x, y, width, height = cv2.boundingRect(labels | truth)
+    anything = labels | truth  # not 0 where either has an object
+    x, y, width, height = cv2.boundingRect(anything)
     rows = slice(max(y - 1, 0), y + height + 1)
     columns = slice(max(x - 1, 0), x + width + 1)
     return labels[rows, columns], truth[rows, columns]
@@ -754,7 +763,8 @@ def score_sequence(sequence: Sequence, folder: Path, binary: bool = False) -> np
     if has_void and not binary:
         what = f"{folder} has label {VOID}, which counts as background"
         print(f"note: {what} (--binary: as the object)", file=sys.stderr)
-    return np.reshape(scores, (-1, count, 2)).transpose(1, 2, 0)
+    by_frame = np.reshape(scores, (-1, count, 2))  # [frames, objects, 2], also for no frame
+    return by_frame.transpose(1, 2, 0)
 
 
 def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) -> None:
@@ -770,15 +780,16 @@ def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) 
 
 
 def summary(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, recall and decay of one object's J or F over its frames [frames]; NaN for no frame.
+    """Mean, recall and decay of one object's J or F, given for its frames: [frames].
 
-    Recall is the share above 0.5; decay is the mean of the first quarter minus that of the last.
+    Recall is the share above 0.5. Decay is the mean of the first quarter of the frames minus that
+    of the last. All three are NaN if there is no frame.
     """
     if len(values) == 0:
         return math.nan, math.nan, math.nan
-    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
 
-    # quarters share the frame at their edge, as in davis2017-evaluation
+    # as in davis2017-evaluation: halves are rounded up, and quarters share the frame at their edge
+    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first = values[edges[0] : edges[1] + 1].mean()
     last = values[edges[3] : edges[4] + 1].mean()
     return values.mean(), (values > 0.5).mean(), first - last
@@ -808,7 +819,7 @@ def evaluate(
         print(f"note: {what}: {names}", file=sys.stderr)
 
     per_object = {}
-    scored = []  # rows of the objects that have a scored frame
+    scored = []  # for each object with a scored frame: mean, recall and decay of J, then of F
     for sequence, found in zip(sequences, scores):
         for number, (region, edge) in enumerate(found, 1):
             j = summary(region)
@@ -821,7 +832,8 @@ def evaluate(
     means = np.full(6, math.nan)
     if scored:
         means = np.mean(scored, axis=0)
-    results: dict[str, Any] = {METRICS[0]: number_or_none((means[0] + means[3]) / 2)}
+    j_and_f = (means[0] + means[3]) / 2
+    results: dict[str, Any] = {METRICS[0]: number_or_none(j_and_f)}
     for metric, mean in zip(METRICS[1:], means):
         results[metric] = number_or_none(mean)
     results["per_object"] = per_object

@@ -60,9 +60,11 @@ def images_and_features(
 
 
 class Cached(Dataset):
-    """What Photos gives, with features f1, f2 and f3 in place of the full image, from one file.
+    """A data set that reads from one file what Photos gives, with features for the full image.
 
-    The file holds a record of fixed size for each photo, `views` times over.
+    The items are those of Photos without "full", and with "f1", "f2" and "f3": the features at S,
+    S/2 and S/4. The file holds records of one size. First come those of all photos in the first
+    view, then in the second, and so on; epoch e reads view e % views.
     """
 
     def __init__(self, path: Path, record: np.dtype, views: int, paths: list[Path]):
@@ -78,18 +80,24 @@ class Cached(Dataset):
         epoch, index = key
         # opened anew for each photo, since a mapped file cannot be handed to a loader's worker
         records = np.memmap(self.path, self.record, "r")
-        row = records[epoch % self.views * len(self) + index]
+        view = epoch % self.views
+        row = records[view * len(self) + index]
         return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
 
 
 def record_type(extractor: DenseExtractor, imsize: int) -> np.dtype:
-    """The type of one photo's record: the two smaller images, three maps, and the broken mark."""
-    half, quarter = imsize // 2, imsize // 4
+    """The type of one photo's record: the two smaller images, three maps, and the broken mark.
+
+    Images are uint8, feature maps float16, and the mark int64 (see train_lift.Photos).
+    """
+    half = imsize // 2
+    quarter = imsize // 4
     fields = [("half", "u1", (3, half, half)), ("quarter", "u1", (3, quarter, quarter))]
     for features, size in zip(FEATURES, (imsize, half, quarter)):
         side = size // extractor.patch
         fields.append((features, "f2", (extractor.width, side, side)))
-    return np.dtype([*fields, ("broken", "i8")])
+    fields.append(("broken", "i8", ()))
+    return np.dtype(fields)
 
 
 def cache_key(photos, extractor: DenseExtractor) -> str:
@@ -100,7 +108,7 @@ def cache_key(photos, extractor: DenseExtractor) -> str:
     for path in photos.paths:
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    augment = None
+    augment = None  # without jitter the seed changes nothing
     if photos.jitter:
         augment = photos.seed
 
@@ -127,7 +135,7 @@ def cached(
     if path.exists():
         return dataset
 
-    keys = []
+    keys = []  # in the order of the file: see Cached
     for view in range(views):
         keys += [(view, index) for index in range(len(photos))]
 
@@ -136,6 +144,7 @@ def cached(
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
             wait_for_lock(file)
+            # whoever had the lock before may have finished the file
             if not path.exists():
                 fill(file, record, photos, extractor, keys, batch_size, workers)
                 part.rename(path)
@@ -164,14 +173,14 @@ def fill(
 ) -> None:
     """Append the records of `keys` (view, index) that `file` lacks.
 
-    It goes on at the start of a batch: the batches, and so the last bits of the features, are
-    those of a run that was never stopped.
+    A batch that a stopped run left incomplete is computed anew. So the batches, and with them the
+    last bits of the features, are those of a run that was never stopped.
 
     Raises:
         OSError: there is less room on the disk than they take.
     """
     complete = file.tell() // record.itemsize
-    done = complete // batch_size * batch_size
+    done = complete // batch_size * batch_size  # records, of whole batches
     file.truncate(done * record.itemsize)
 
     needed = (len(keys) - done) * record.itemsize

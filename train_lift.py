@@ -163,11 +163,12 @@ Key = tuple[int, int]  # (epoch, index): a photo, and the seed of its jitter
 
 
 class Photos(Dataset):
-    """Photos as pyramids of uint8 squares.
+    """Photos as squares of three sizes, uint8.
 
-    photos[epoch, index] is a dict: "full" [3, S, S], "half" and "quarter", and "broken". A photo
-    that cannot be read is replaced by the next one that can, and its index given as "broken", else
-    -1. With `augment` the colours are jittered, by a seed made of (seed, epoch, index).
+    photos[epoch, index] is a dict of "full" [3, S, S], "half" [3, S/2, S/2], "quarter" [3, S/4,
+    S/4] and "broken". A photo that cannot be read is replaced by the next one that can, and
+    "broken" is then its index. Otherwise "broken" is -1. With `augment` the colours are jittered,
+    by a seed made of (seed, epoch, index).
 
     It holds paths and numbers only, so that it is cheap to send to a loader's workers.
 
@@ -196,6 +197,7 @@ class Photos(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
+        # this photo, those behind it, and then those from the first one on
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             try:
                 image = read_image(self.paths[candidate])
@@ -249,7 +251,13 @@ def split(args) -> tuple[list[Path], list[Path]]:
 def stream(
     n: int, batch_size: int, epochs: int, rank: int, world: int, seed: int, skip: int
 ) -> Iterator[list[Key]]:
-    """Yield this process's batches of n photos over all epochs, the first `skip` left out."""
+    """Yield this process's batches of keys, epoch after epoch, each in an order of its own.
+
+    Args:
+        n: how many photos there are. Where they cannot be dealt out evenly, some come twice in an
+            epoch, so that every process has as many batches.
+        skip: leave out so many batches at the start, as they were seen before a stop.
+    """
     sampler = DistributedSampler(range(n), world, rank, seed=seed)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -270,7 +278,10 @@ def in_order(photos: Dataset, batch_size: int, rank: int = 0, world: int = 1) ->
 def make_loader(
     dataset: Dataset, keys: Iterable[list[Key]], args, extractor: DenseExtractor
 ) -> DataLoader:
-    """A DataLoader over batches of keys, whose workers stay and leave signals to this process."""
+    """A DataLoader over batches of keys.
+
+    Its workers live as long as it does, and ignore signals: those are for this process.
+    """
     return DataLoader(
         dataset,
         batch_sampler=keys,
@@ -366,7 +377,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what is made of smaller photos against the backbone's own features at S.
 
-    Over the processes of a torchrun the photos are added up.
+    Each process of a torchrun measures its own batches, and all return the result over all photos.
 
     Args:
         loader: gives batches of Photos or Cached.
@@ -380,28 +391,29 @@ def evaluate(
     names = ["lift", "bilinear", "nearest", "lift_twice", "bilinear_twice"]
     if levels == 2:
         names = names[:3]
+    # sums over photos, two for each name: of the raw cosine, and of the centred one
     totals = torch.zeros(2 * len(names), dtype=torch.float64)
     photos = 0
-    broken = set()
+    broken = set()  # paths
 
     for batch in loader:
         images, feats = images_and_features(batch, extractor, levels)
         target = feats[0]  # [B, C, h, w], and so is all that is made
 
-        # in the order of `names`
+        made = {}
         with precision():
-            made = [upsample(lift, images[1], feats[1])]
-        made.append(double(feats[1]))
-        made.append(F.interpolate(feats[1], scale_factor=2))
+            made["lift"] = upsample(lift, images[1], feats[1])
+        made["bilinear"] = double(feats[1])
+        made["nearest"] = F.interpolate(feats[1], scale_factor=2)
         if levels == 3:
             with precision():
-                made.append(upsample(lift, images[2], feats[2], iterations=2))
-            made.append(F.interpolate(feats[2], scale_factor=4, mode="bilinear"))
+                made["lift_twice"] = upsample(lift, images[2], feats[2], iterations=2)
+            made["bilinear_twice"] = F.interpolate(feats[2], scale_factor=4, mode="bilinear")
 
         cosines = []  # of every position, [B, h, w] each
-        for x in made:
-            cosines.append(F.cosine_similarity(x, target))
-            cosines.append(F.cosine_similarity(x - centre, target - centre))
+        for name in names:
+            cosines.append(F.cosine_similarity(made[name], target))
+            cosines.append(F.cosine_similarity(made[name] - centre, target - centre))
         per_photo = torch.stack(cosines).mean((2, 3)).cpu().double()  # [2 * names, B]
 
         # what stands in for a photo that cannot be read is not counted twice
@@ -410,13 +422,16 @@ def evaluate(
         photos += int(read.sum())
         broken.update(str(loader.dataset.paths[index]) for index in batch["broken"][~read].tolist())
 
-    told = gather((photos, totals, broken))
-    photos = sum(of_one for of_one, _, _ in told)
-    totals = sum(of_one for _, of_one, _ in told)
-    unreadable = set().union(*[of_one for _, _, of_one in told])
+    all_photos = 0
+    all_totals = torch.zeros_like(totals)
+    unreadable: set[str] = set()
+    for process_photos, process_totals, process_broken in gather((photos, totals, broken)):
+        all_photos += process_photos
+        all_totals += process_totals
+        unreadable |= process_broken
 
-    means = (totals / max(photos, 1)).tolist()
-    results: dict[str, Any] = {"photos": photos}
+    means = (all_totals / max(all_photos, 1)).tolist()
+    results: dict[str, Any] = {"photos": all_photos}
     for name, raw, centred in zip(names, means[::2], means[1::2]):
         results[name] = round(raw, 5)
         results[f"{name}_centred"] = round(centred, 5)
@@ -435,7 +450,10 @@ def note_below_bilinear(results: dict[str, Any]) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes."""
+    """The values that all processes passed, by rank: each process must call it, and each gets all.
+
+    Without a torchrun it is the one value alone.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -449,12 +467,20 @@ def gather(value: Any) -> list[Any]:
 class Run:
     """All that changes while training, and the folder it is written to.
 
-    Attributes: lift, ema (its average, or None), optimizer, schedule, centre (the mean feature, or
-    None before it is known), step, losses (of this epoch), metrics (a dict an epoch), broken (paths
-    of photos that could not be read).
+    Attributes:
+        lift, optimizer, schedule: what is trained, and what trains it.
+        ema: the running average of lift, or None.
+        centre: the mean feature [C, 1, 1], or None before it is known.
+        sample: an image at S/2 and its features, a batch of one; for `check_output`.
+        step: optimizer steps done.
+        losses: a number for each step of this epoch.
+        metrics: a dict for each epoch done.
+        broken: paths of photos that could not be read.
+        settings: the flags and what they came to, for the output.
+        record: what decides the weights; --resume compares it.
 
     Args:
-        folder: of its files.
+        folder: where its files go.
         total: optimizer steps of all epochs.
         photos: how many there are to train on.
     """
@@ -475,7 +501,8 @@ class Run:
             attend=args.attend,
         )
         self.lift = lift.to(extractor.device)
-        if dist.is_initialized() and extractor.device.type == "cuda":  # gloo has none
+        # synchronised batch norm is for GPUs only
+        if dist.is_initialized() and extractor.device.type == "cuda":
             self.lift = nn.SyncBatchNorm.convert_sync_batchnorm(self.lift)
 
         # buffers are averaged too: they are the statistics of the batch norms
@@ -484,8 +511,10 @@ class Run:
             average = get_ema_multi_avg_fn(args.ema)
             self.ema = AveragedModel(self.lift, multi_avg_fn=average, use_buffers=True)
 
-        optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = optimizer(
+        optimizer_class = torch.optim.Adam
+        if args.optimizer == "adamw":
+            optimizer_class = torch.optim.AdamW
+        self.optimizer = optimizer_class(
             self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
         )
         factor = partial(lr_factor, total=total, schedule=args.schedule, warmup=args.warmup)
@@ -533,12 +562,12 @@ class Run:
         self.step += 1
 
     def read(self, losses: list[Tensor], broken: set[str], stop: int) -> int:
-        """Take in what the last steps told all processes.
+        """Put together what the processes have seen since the last call, and keep it.
 
         Args:
-            losses: a scalar a step.
-            broken: paths of photos that could not be read.
-            stop: a signal, or 0.
+            losses: of this process, a scalar for each step since then, at least one.
+            broken: paths of photos that this process could not read.
+            stop: the signal that this process has got, or 0.
         Returns:
             A signal that any process has got, or 0.
         Raises:
@@ -547,21 +576,30 @@ class Run:
         # a weight may be spoilt by the last step, whose own loss was finite
         weights = self.lift.state_dict().values()
         finite = bool(torch.stack([value.isfinite().all() for value in weights]).all())
-        told = gather((torch.stack(losses).tolist(), broken, stop, finite))
+
+        all_losses = []  # [processes, steps]
+        all_broken = set()
+        all_finite = True
+        signal_of_any = 0
+        mine = (torch.stack(losses).tolist(), broken, stop, finite)
+        for process_losses, process_broken, process_stop, process_finite in gather(mine):
+            all_losses.append(process_losses)
+            all_broken |= process_broken
+            signal_of_any = max(signal_of_any, process_stop)
+            all_finite = all_finite and process_finite
 
         # the loss of a step is the mean of what the processes had
-        means = np.mean([of_one for of_one, _, _, _ in told], axis=0).tolist()
+        means = np.mean(all_losses, axis=0).tolist()
         first = self.step - len(means) + 1
         for step, loss in enumerate(means, first):
             if not math.isfinite(loss):
                 raise self.diverged(f"the loss is {loss} at step {step}")
-        if not all(finite for _, _, _, finite in told):
+        if not all_finite:
             raise self.diverged(f"the weights are not finite after step {self.step}")
 
         self.losses += means
-        for _, paths, _, _ in told:
-            self.broken |= paths
-        return max(stop for _, _, stop, _ in told)
+        self.broken |= all_broken
+        return signal_of_any
 
     def diverged(self, what: str) -> ValueError:
         """The error of a run that has come to numbers that are not finite."""
@@ -597,6 +635,7 @@ class Run:
             lift = self.best().eval()
             val = evaluate(self.extractor, lift, val_loader, self.centre, precision)
             self.lift.train()
+            # the sum is finite only if both are
             if not math.isfinite(val["lift"] + val["lift_twice"]):
                 raise self.diverged(f"the features are not finite after step {self.step}")
             results["val"] = val
@@ -640,7 +679,10 @@ class Run:
         write_text(self.folder / "lift.json", text + "\n")
 
     def save(self) -> None:
-        """Write last.pth, all that --resume needs: the step is the sampler's position too."""
+        """Write last.pth, all that --resume needs.
+
+        The position in the stream of photos is not in it, because it follows from the step.
+        """
         if rank() > 0:
             return
         state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -671,11 +713,12 @@ class Run:
             remedy = "remove it, and start again"
             raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
 
+        if not changed:
+            return
         remedy = "pass the same"
         if changed.startswith("processes"):
             remedy = f"start it by torchrun --nproc_per_node {last['record']['processes']}"
-        if changed:
-            raise ValueError(f"{path} was made with {changed}: {remedy}, or another --output_dir")
+        raise ValueError(f"{path} was made with {changed}: {remedy}, or another --output_dir")
 
     def restore(self, last: dict[str, Any]) -> None:
         """Take over what `save` wrote."""
@@ -691,15 +734,17 @@ class Run:
 
 
 def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
-    """The share of --lr at an optimizer step.
+    """The share of --lr at an optimizer step: the product of a warmup and a decay.
 
-    It grows linearly over `warmup` steps, then is constant or falls as half a cosine down to 0.
+    The warmup grows linearly to 1 over `warmup` steps. The decay is 1, or with the schedule cosine
+    it falls from the first step on, as half a cosine, to 0 at step `total`.
     """
     decay = 1.0
     if schedule == "cosine":
         progress = min(step / total, 1)
         decay = 0.5 * (1 + math.cos(math.pi * progress))
-    return decay * min(1.0, (step + 1) / (warmup + 1))
+    growth = min(1.0, (step + 1) / (warmup + 1))
+    return decay * growth
 
 
 # ---- the folder of a run ------------------------------------------------------------------------
@@ -786,10 +831,11 @@ def start_processes(args) -> None:
 
 
 class Stop:
-    """A context that remembers SIGINT or SIGTERM until the step is done; a later one acts at once.
+    """A context in which SIGINT and SIGTERM do not end the process at once.
 
-    Not one that comes within a second: torchrun passes on what a terminal has sent to all processes
-    already.
+    The first one is kept in `signal`, for the training loop to look at after the step. A second one
+    acts at once, unless it comes within a second of the first: Ctrl-C in a terminal reaches all
+    processes, and torchrun then sends them the same signal again.
     """
 
     def __enter__(self) -> "Stop":
@@ -810,6 +856,7 @@ class Stop:
             self.signal = number
             self.caught_at = time.monotonic()
         elif time.monotonic() - self.caught_at > 1:
+            # put the handlers of before back, and let them have it
             self.__exit__()
             os.kill(os.getpid(), number)
 
@@ -838,7 +885,7 @@ def train_step(
             alone = model.no_sync()
         with alone:
             with precision():
-                loss = model(images[1:], feats) / count
+                loss = model(images[1:], feats) / count  # LiFT needs no image at S
             loss.backward()
         total += loss.detach()
         broken += [index for index in batch["broken"].tolist() if index >= 0]
@@ -862,18 +909,18 @@ def train(
     Args:
         batches: of an epoch, in each process.
     Raises:
-        ValueError: a loss is not finite.
+        ValueError: losses, weights or features are not finite.
         SystemExit: after a signal; last.pth is saved.
     """
     args = run.args
     paths = loader.dataset.paths
     steps = math.ceil(batches / args.accumulate)  # of an epoch
-    photos_a_step = len(paths) / steps
+    photos_a_step = len(paths) / steps  # of all processes together
     levels = 2 if args.single_scale else 3
     read_every = 1 if run.extractor.device.type == "cpu" else 10
     tensorboard = open_tensorboard(args, run.folder)
 
-    # what was not read yet
+    # of the steps since the last run.read
     losses: list[Tensor] = []
     broken: set[str] = set()
     bar = tqdm(
@@ -892,12 +939,12 @@ def train(
             batches_done = run.step % steps * args.accumulate
             count = min(args.accumulate, batches - batches_done)
             group = itertools.islice(coming, count)
-            loss, unread = train_step(
+            loss, unreadable = train_step(
                 model, group, count, run.extractor, run.optimizer, precision, levels
             )
             run.advance()
             losses.append(loss)
-            broken.update(str(paths[index]) for index in unread)
+            broken.update(str(paths[index]) for index in unreadable)
             bar.update(photos_a_step)
 
             # reading the losses waits for the GPU, and for the other processes
@@ -963,7 +1010,12 @@ def tell(results: dict[str, Any], tensorboard) -> None:
 def prepare(
     lift: nn.Module, args, extractor: DenseExtractor, centre: Tensor | None = None
 ) -> tuple[nn.Module, Callable]:
-    """The loss as a module, distributed and compiled as asked, and the precision it runs in."""
+    """The loss as a module, distributed and compiled as asked, and the precision it runs in.
+
+    Returns:
+        An Objective (or its DistributedDataParallel), and a function that makes the context to call
+        it in: autocast to bfloat16, or none.
+    """
     torch.backends.cudnn.benchmark = True  # sizes stay the same
     model: nn.Module = Objective(lift.to(memory_format=torch.channels_last), args.loss, centre)
     if args.compile:
@@ -1127,8 +1179,11 @@ def train_into(
     share = math.ceil(len(photos) / world)
     batches = math.ceil(share / args.batch_size)  # of an epoch, in each process
     steps = math.ceil(batches / args.accumulate)
-    # S/4 is then one patch: LiFT's deepest batch norm needs more than one value
-    if args.imsize == 4 * extractor.patch and (share - 1) % args.batch_size == 0:
+    # LiFT's deepest batch norm needs more than one value. It gets one alone where S/4 is a single
+    # patch and the last batch of an epoch a single photo.
+    one_patch = args.imsize == 4 * extractor.patch
+    one_photo = share % args.batch_size == 1 or args.batch_size == 1
+    if one_patch and one_photo:
         raise ValueError(
             "a batch of one photo of 4 patches is too little for batch norm: pass a larger "
             "--imsize or --batch_size"
@@ -1156,8 +1211,10 @@ def train_into(
     images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)
     run.sample = (images[1], feats[1])
 
-    # the run's step says how many batches have been seen
-    skip = run.step // steps * batches + run.step % steps * args.accumulate
+    # how many batches have been seen; the last step of an epoch may have taken fewer than the rest
+    epochs_done = run.step // steps
+    steps_since = run.step % steps
+    skip = epochs_done * batches + steps_since * args.accumulate
     keys = stream(len(photos), args.batch_size, args.epochs, rank(), world, args.seed, skip)
     val_keys = in_order(val_photos, args.batch_size, rank(), world)
     loader = make_loader(photos, keys, args, extractor)

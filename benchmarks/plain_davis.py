@@ -2,12 +2,14 @@
 
 eval_davis.py must equal both; `python benchmarks/speed.py davis` times them.
 
-The reference, `transfer` and so on: a dense affinity of all cells of all context frames, and scores
-mask by mask. The propagation follows DINO's evaluation (arXiv 2104.14294), the scores the
-definitions in Perazzi et al. 2016 and the way davis2017-evaluation computes them.
+The reference is `transfer`, `score_stack` and what they call. It has a dense affinity of all cells
+of all context frames, and scores mask by mask. The propagation follows DINO's evaluation (arXiv
+2104.14294), the scores the definitions in Perazzi et al. 2016 and the way davis2017-evaluation
+computes them.
 
-Of today, `todays_*`: one matrix product with the window added to it, top-k and a gather, without
-any exponential of what does not vote; and scores by a pool of threads.
+The version of today is `todays_transfer`. It has one matrix product with the window added to it,
+top-k and a gather, and takes exponentials of those that vote only. Its scores are the reference's,
+by a pool of threads.
 
 Notation: h w the grid of features, N = h*w cells, C channels, n labels, T context frames.
 """
@@ -88,7 +90,8 @@ def todays_transfer(target, context, far, topk):
     sources = torch.cat([feats.flatten(1) for feats, _ in context], dim=1)      # [C, T*N]
     votes = torch.cat([segmentation.flatten(1) for _, segmentation in context], dim=1)
     cosine = target.T @ F.normalize(sources, dim=0)                             # [N, T*N]
-    cosine.unflatten(1, (len(context), -1)).add_(far[:, None])
+    by_frame = cosine.unflatten(1, (len(context), -1))                          # [N, T, N], a view
+    by_frame.add_(far[:, None])  # changes cosine too
     values, indices = cosine.topk(topk)                                         # [N, topk]
     weights = (values / 0.1).softmax(1)
     carried = (votes.T[indices] * weights[..., None]).sum(1)                    # [N, n]
@@ -129,7 +132,7 @@ def harden(segmentation, patch, size):
     large = F.interpolate(
         segmentation[None], scale_factor=patch, mode="bilinear", align_corners=False
     )[0]
-    for channel in large:
+    for channel in large:  # views: `large` itself is stretched
         if channel.max() > 0:
             channel -= channel.min()
             channel /= channel.max()
@@ -280,7 +283,7 @@ def one_frame(patch: int) -> tuple[Callable[[], Any], ...]:
 
 
 def affinity() -> tuple[Callable[[], Any], ...]:
-    """The affinity alone, 56 x 56 cells of 384 channels."""
+    """The transfer of labels alone, without backbone and LiFT: 56 x 56 cells of 384 channels."""
     torch.manual_seed(0)
     context = random_context(384, 56)
     feats = torch.randn(384, 56, 56)
@@ -346,6 +349,6 @@ def close(baseline, ours):
 CASES = [
     Case("davis: a frame, S/16 + LiFT (28x28)", 1.8, partial(one_frame, 16), same_labels),
     Case("davis: a frame, S/8 + LiFT (56x56)", 4.0, partial(one_frame, 8), same_labels),
-    Case("davis: affinity alone (56x56)", 4.0, affinity, close, 5.0),
+    Case("davis: affinity alone (56x56)", 4.0, affinity, close, memory=5.0),
     Case("davis: J&F of three videos", 5.0, scores, np.testing.assert_allclose),
 ]

@@ -1,8 +1,10 @@
 """The training loop of LiFT (paper, section 3.2) as one writes it first.
 
-This is the slow, obvious version that train_lift.py must equal. Every image is decoded in the loop,
-the backbone runs to its end in float32 with the softmax spelled out, three times a batch, and LiFT
-takes one Adam step. `python benchmarks/speed.py train` times the two beside each other.
+This is the slow, obvious version that train_lift.py must equal. Every image is decoded in the loop.
+The backbone runs three times a batch, at S, S/2 and S/4: all of it, in float32, with attention as
+two products and a softmax. Then LiFT takes one Adam step.
+
+`python benchmarks/speed.py train` times the two beside each other.
 
 Notation: B batch, C channels, h w the patch grid, S pixels of the square photos.
 """
@@ -41,7 +43,7 @@ def plain_vit(name, path=None):
 def plain_features(vit, images):
     """Keys of the last block: images [B, 3, H, W], normalised -> [B, C, h, w].
 
-    Channel = d * heads + head.
+    Channel number = (dimension within the head) * heads + head.
     """
     patch = vit.patch_embed.patch_size[0]
     h = images.shape[2] // patch
@@ -65,7 +67,8 @@ def plain_features(vit, images):
 def plain_positions(pos_embed, h, w):
     """DINO's interpolation of the position embedding [1, 1+N, C] to the grid (h, w).
 
-    By a scale factor, not to a size.
+    DINO passes a scale factor, with 0.1 added against rounding, and not a size. The two give
+    slightly different numbers.
     """
     n = round((pos_embed.shape[1] - 1) ** 0.5)
     if (h, w) == (n, n):
@@ -79,8 +82,11 @@ def plain_positions(pos_embed, h, w):
 def plain_loss(kind, out, target, centre=None):
     """The loss of maps [B, C, h, w].
 
-    cosine: mean over all positions of 1 - cos, as CosineEmbeddingLoss with target 1; l1, l2: mean
-    over all values; centred: cosine less the mean feature `centre` [C, 1, 1]; both: the sum.
+    Args:
+        kind: cosine is the mean over all positions of 1 - cos, as CosineEmbeddingLoss has it for
+            target 1. l1 and l2 are means over all values. centred is cosine after `centre` was
+            subtracted from both sides. both is cosine plus centred.
+        centre: the mean feature [C, 1, 1].
     """
     if kind == "l1":
         return F.l1_loss(out, target)
@@ -186,7 +192,12 @@ def plain_evaluate(files, features, lift, imsize=448, mean=0.5, std=0.5, centre=
 
 
 def setup(dtype="float32", cache=False):
-    """Two steps of batch 4 at 448 on random photos and a random ViT-S/16: both sides of a case."""
+    """Two steps of batch 4 at 448, on random photos and a random ViT-S/16.
+
+    Returns:
+        Two functions, the plain loop and train_lift.py, each of which trains a new LiFT and returns
+        the losses.
+    """
     folder = Path(tempfile.mkdtemp())
     files = []
     for k in range(4):

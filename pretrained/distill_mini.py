@@ -147,12 +147,15 @@ def load_photos(folders: list[str], size: int) -> tuple[Tensor, Tensor, list[str
     broken = []
     with ThreadPoolExecutor() as pool:
         read_photos = pool.map(read, paths)
-        for pixels, info in tqdm(read_photos, "reading photos", len(paths), mininterval=5):
+        for pixels, aspect_or_error in tqdm(
+            read_photos, "reading photos", len(paths), mininterval=5
+        ):
             if pixels is None:
-                broken.append(info)
+                broken.append(aspect_or_error)
             else:
+                # the readable ones lie side by side
                 squares[len(aspects)] = torch.from_numpy(pixels).permute(2, 0, 1)
-                aspects.append(info)
+                aspects.append(aspect_or_error)
     if not aspects:
         what = f"{folders[0]}: none of {len(paths)} images can be read"
         raise ValueError(f"{what}: pass a folder of photos")
@@ -190,8 +193,11 @@ def crops(
 
     cos = angle.cos()
     sin = angle.sin()
-    rows = [width * cos, -width * sin, x, height * sin, height * cos, y]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    # the matrix from places in the crop to places in the photo, both -1..1, row by row
+    entries = [width * cos, -width * sin, x, height * sin, height * cos, y]
+    theta = torch.stack(entries, 1).view(-1, 2, 3)          # [count, 2, 3]
+
+    # sampled at twice the size, and halved below
     grid = F.affine_grid(theta, [count, 3, 2 * size, 2 * size], align_corners=False)
     chosen = photos[index].float() / 255
     twice = F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
@@ -234,14 +240,16 @@ def mix(images: Tensor, rng: torch.Generator) -> Tensor:
     count = len(images)
     size = images.shape[-1]
     random_numbers = torch.rand(6, count, 1, 1, device=images.device, generator=rng)
-    kind, share, left, top, width, height = random_numbers
+    kind, share, x, y, width, height = random_numbers
 
     at = (torch.arange(size, device=images.device) + 0.5) / size
-    columns = (at - left).abs() < width / 2              # [B, 1, S]
-    rows = (at[:, None] - top).abs() < height / 2        # [B, S, 1]
+    # (x, y) is the centre of the rectangle, as shares of the image
+    columns = (at - x).abs() < width / 2                 # [B, 1, S]
+    rows = (at[:, None] - y).abs() < height / 2          # [B, S, 1]
     pasted = (columns & rows).float()                    # [B, S, S]
-    weight = torch.where(kind < 0.5, share / 2, 0.0)
-    weight = torch.where(kind < 0.25, pasted, weight)
+    # how much of the neighbour comes in: none, up to a half everywhere, or all of a rectangle
+    weight = torch.where(kind < 0.5, share / 2, 0.0)     # [B, 1, 1]
+    weight = torch.where(kind < 0.25, pasted, weight)    # [B, S, S]
     return images.lerp(images.roll(1, 0), weight[:, None])
 
 
@@ -290,8 +298,11 @@ def token_error(ours: Tensor, theirs: Tensor) -> Tensor:
 def match_block(
     student: nn.Module, teacher: nn.Module, ours: Tensor, theirs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a block of each on its own input [B, 1+t, C].
+    """Run the student's block on `ours` and the teacher's on `theirs`, and compare.
 
+    Args:
+        student, teacher: the two blocks, at the same depth.
+        ours, theirs: their inputs [B, 1+t, C].
     Returns:
         Their outputs [B, 1+t, C], and the student's error: what it misses of query, key and value,
         of the direction of keys, and of the tokens. 0 is perfect.
@@ -300,7 +311,7 @@ def match_block(
         their_qkv, theirs = run_block(teacher, theirs)
     our_qkv, ours = run_block(student, ours)
 
-    our_parts = our_qkv.float().chunk(3, -1)
+    our_parts = our_qkv.float().chunk(3, -1)  # query, key and value, [B, 1+t, C] each
     their_parts = their_qkv.float().chunk(3, -1)
     missed = sum(unexplained(mine, other) for mine, other in zip(our_parts, their_parts)) / 3
     direction = 1 - F.cosine_similarity(our_parts[1], their_parts[1], dim=-1).mean()
@@ -329,10 +340,10 @@ def errors(
     ours = student.embed(images, grid)
     result = [token_error(ours, theirs)]
 
-    for mine, other in zip(student.model.blocks, teacher.model.blocks):
+    for our_block, their_block in zip(student.model.blocks, teacher.model.blocks):
         own = torch.rand(len(images), 1, 1, device=images.device, generator=rng) < free
-        entering = torch.where(own, ours, theirs)
-        ours, theirs, error = match(mine, other, entering, theirs)
+        entering = torch.where(own, ours, theirs)                   # [B, 1+t, C]
+        ours, theirs, error = match(our_block, their_block, entering, theirs)
         result.append(error)
 
     last = token_error(student.model.norm(ours), teacher.model.norm(theirs))
@@ -345,7 +356,8 @@ def agreement(
     """Mean cosines with the teacher's features in the last layer, over all patches, in -1..1.
 
     Args:
-        photos: [N, 3, ., .] uint8; they are compared at size x size pixels.
+        photos: [N, 3, ., .] uint8.
+        size: the backbones see the photos at size x size pixels.
     Returns:
         That of the student's features, and that of the best constant: the teacher's mean.
     """
@@ -434,6 +446,7 @@ def train(
     started = time.time() - state["seconds"]
 
     def progress():
+        """The share of the run that is done, 0..1."""
         if args.steps:
             return min(1.0, state["step"] / args.steps)
         return min(1.0, state["seconds"] / 60 / args.minutes)
@@ -456,7 +469,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
 
-            if state["step"] == first:  # it may have compiled for a minute: the clock starts now
+            # the first step may have compiled for a minute, which is not counted
+            if state["step"] == first:
                 started = time.time() - state["seconds"]
             state["step"] += 1
             state["seconds"] = time.time() - started
@@ -545,9 +559,9 @@ def main(args) -> None:
         save_tensors(last, {**state, "student": student.model.state_dict()})
 
         held = ", ".join(f"{cosine:.4f} at {size}" for size, cosine in cosines.items())
-        blocks = " ".join(f"{part:.2f}" for part in parts)
+        listed = " ".join(f"{part:.2f}" for part in parts)
         done = f"{progress:4.0%} {minutes:5.1f} min, step {state['step']}"
-        tqdm.write(f"{done}: held-out keys {held}; errors {blocks}")
+        tqdm.write(f"{done}: held-out keys {held}; errors {listed}")
 
     train(student, teacher, photos, aspects, args, state, check)
 
