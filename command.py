@@ -1,4 +1,4 @@
-"""The shell around every script: flags, one-line errors, settings, whole or no files.
+"""What every script shares: flags, errors of one line, settings, and files written whole.
 
 Nothing here needs torch at import, so that a script answers `--help` and wrong flags at once:
 
@@ -54,7 +54,11 @@ class Command(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line}\n")
 
     def run(self, main: Callable[[argparse.Namespace], Any], argv: list[str] | None = None) -> None:
-        """Call main(args); ValueError and OSError are bad input (LIFT_TRACEBACK=1 raises them)."""
+        """Parse the flags, call main(args), and turn the user's errors into one line.
+
+        ValueError and OSError are bad input; LIFT_TRACEBACK=1 raises them with their traceback.
+        Running out of memory is told in one line too. Other errors are bugs, and are raised.
+        """
         args = self.parse_args(argv)
         try:
             main(args)
@@ -71,7 +75,7 @@ class Command(argparse.ArgumentParser):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch says so by a RuntimeError, in other words on every device."""
+    """Whether memory ran out; torch raises a RuntimeError, whose words depend on the device."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
@@ -79,7 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def check_memory(needed: int, what: str, remedy: str) -> None:
     """Raise ValueError if this machine has less memory than `needed` bytes, which `what` take.
 
-    A GPU that is too small says so itself; the system's way is to end the process.
+    This is about main memory: a GPU that is too small raises an error by itself, but where main
+    memory runs out the system ends the process without a word.
     """
     if not hasattr(os, "sysconf"):  # Windows
         return
@@ -194,8 +199,10 @@ def absolute(value: Any) -> Any:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first setting in which two records differ, as "lift_iter 1, not 2"; "" for none."""
     names = sorted({*old, *new})
-    names.sort(key=lambda name: "digest" in name)  # what has a name of its own says more
-    for name in names:
+    # digests come last: where a model's name differs too, that tells the reader more
+    digests = [name for name in names if "digest" in name]
+    others = [name for name in names if "digest" not in name]
+    for name in others + digests:
         if old.get(name) != new.get(name):
             return f"{name} {old.get(name)}, not {new.get(name)}"
     return ""
@@ -204,7 +211,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def claim_folder(
     folder: str | Path, made_by: dict[str, Any], remedy: str, renew: bool = False
 ) -> None:
-    """Write the record of what is made into FOLDER/record.json, or check it against the one there.
+    """Write a record into FOLDER/record.json, or compare it with the one that is there.
 
     Args:
         made_by: a record (see `record`).
@@ -239,7 +246,10 @@ def weights_digest(module: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON: paths become text, tuples lists, and numbers that are not finite null."""
+    """A value as JSON can hold it.
+
+    Paths become text, tuples become lists, and numbers that are not finite become null.
+    """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -272,9 +282,11 @@ def inside(root: str | Path, name: str) -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to it at the end and removed on failure.
+    """Write a file whole or not at all.
 
-    Makes the folder. Links are followed; what is no file (/dev/null, a pipe) is given as it is.
+    Gives a temporary path in the same folder, which is made if need be. At the end that file is
+    renamed to `path`; on failure it is removed. Links are followed. What is no regular file
+    (/dev/null, a pipe) cannot be replaced and is given as it is.
 
     Raises:
         OSError: in one line that names the file, for whatever keeps it from being written.
@@ -316,7 +328,7 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
         if_missing, if_damaged: the remedies at the ends of the messages.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, unsafe, holds no dict, or unpacks to more than a file of tensors.
+        ValueError: it is damaged, unsafe or compressed, or holds no dict with text keys.
     """
     import torch
     from safetensors.torch import load_file
@@ -329,7 +341,7 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
         refuse_packed(path)
         # DINO's checkpoints carry their flags as a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle's protocol: an error says enough
+            warnings.simplefilter("ignore")  # torch warns of foreign pickles, then raises anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise TypeError(f"a {type(state).__name__}, no state_dict")
@@ -341,7 +353,7 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
 
 
 def refuse_packed(path: str | Path) -> None:
-    """Raise ValueError for a zip archive that says itself that it unpacks to twice its size.
+    """Raise ValueError for a zip archive whose index says it unpacks to over twice its size.
 
     torch.save never compresses, and a small file must not fill the memory.
     """

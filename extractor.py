@@ -282,6 +282,7 @@ def pick_device(device: str | torch.device | None, dtype: str = "float32") -> to
     if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        # some devices hold a dtype but cannot multiply in it, so try a product
         one = torch.ones(1, 1, device=device, dtype=DTYPES[dtype])
         (one @ one).item()
         return torch.device(str(device))
@@ -292,7 +293,10 @@ def pick_device(device: str | torch.device | None, dtype: str = "float32") -> to
 
 
 def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> torch.device:
-    """pick_device, where code of earlier releases asks for cuda on a machine without: then auto."""
+    """The device that is asked for, or `auto` with a note if it is cuda and there is no GPU.
+
+    Code of earlier releases asks for cuda on every machine.
+    """
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         chosen = pick_device("auto", dtype)
         print(f"note: no GPU here for device={device!r}, running on {chosen}", file=sys.stderr)
@@ -301,7 +305,10 @@ def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> t
 
 
 def use_full_float32() -> None:
-    """Let float32 mean float32 on CUDA: without this torch runs convolutions in TF32, 10 bits."""
+    """Let float32 mean float32 on CUDA.
+
+    Without this, torch runs convolutions in TF32, whose mantissa has 10 bits instead of 23.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -394,7 +401,10 @@ class DenseExtractor(nn.Module):
 
 
 class Side(int):
-    """A number of pixels for both axes, which serves as an int and as timm's pair alike."""
+    """A number of pixels for both axes, which serves as an int and as a pair.
+
+    timm keeps the patch size as a pair; code written for DINO's own ViT reads it as an int.
+    """
 
     def __getitem__(self, axis: int) -> int:
         return (int(self), int(self))[axis]
@@ -559,12 +569,13 @@ class ViTExtractor(DenseExtractor):
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Learned absolute positions for a grid: [1, t, D], and those of the prefix tokens."""
         table: Any = self.model.pos_embed
-        kept = self._prefix_count()
+        prefix_rows = self._prefix_count()
         if getattr(self.model, "no_embed_class", False):
-            kept = 0
-        prefix = table[:, :kept]
-        patches = table[:, kept:]
+            prefix_rows = 0  # the table has rows for patches only
+        prefix = table[:, :prefix_rows]
+        patches = table[:, prefix_rows:]
 
+        # the grid that the table was trained for; where the model does not tell it, a square one
         side = round(patches.shape[1] ** 0.5)
         native = getattr(self.model.patch_embed, "grid_size", None) or (side, side)
         if tuple(grid) == tuple(native):
@@ -576,13 +587,15 @@ class ViTExtractor(DenseExtractor):
 
     def embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images [B, 3, H, W] -> the tokens that enter the first block [B, T, D], prefix first."""
-        embed: Any = self.model.patch_embed
-        x = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=self.step)  # [B, D, h, w]
+        patch_embed: Any = self.model.patch_embed
+        projection = patch_embed.proj
+        # the projection's own weights at our stride: the model itself stays untouched
+        x = F.conv2d(images, projection.weight, projection.bias, stride=self.step)  # [B, D, h, w]
         x = x.flatten(2).transpose(1, 2)                                            # [B, t, D]
-        if getattr(embed, "norm", None) is not None:
-            x = embed.norm(x)
+        if getattr(patch_embed, "norm", None) is not None:
+            x = patch_embed.norm(x)
 
-        prefix = self._prefix_tokens()
+        prefix = self._prefix_tokens()  # each [1, n, D]
         if getattr(self.model, "pos_embed", None) is not None:
             patch_positions, prefix_positions = self._positions(grid)
             x = x + patch_positions
@@ -604,6 +617,7 @@ class ViTExtractor(DenseExtractor):
         return [{"rope": rope} for _ in range(self.depth)]
 
     def _check_images(self, images: Tensor) -> None:
+        """Raise ValueError unless these are RGB images of at least one patch."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {list(images.shape)}: pass [B, 3, H, W]")
         height, width = images.shape[-2:]
@@ -612,8 +626,10 @@ class ViTExtractor(DenseExtractor):
             raise ValueError(f"{what}: pass a larger one")
 
     def _choose_attention(self, tokens: int) -> None:
-        """On a CPU, torch's fused bfloat16 attention takes twice the time of plain products for
-        few tokens."""
+        """Switch fused attention off where plain products are faster.
+
+        On a CPU, torch's fused attention in bfloat16 takes twice their time for few tokens.
+        """
         if torch.compiler.is_compiling():
             return
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
@@ -621,12 +637,13 @@ class ViTExtractor(DenseExtractor):
                 block.attn.fused_attn = tokens > 512
 
     def _facets(self, images: Tensor, wanted: list[tuple[int, str]]) -> list[Tensor]:
-        """(layer, facet) pairs of one forward pass, for all T tokens, split by head.
+        """Run the ViT once and collect the (layer, facet) pairs that are wanted.
 
-        Stops where the last one is complete: no later block, no unused projection or attention.
+        Only what they need is computed: the pass ends where the last of them is complete.
 
         Returns:
-            A tensor a pair: [B, heads, T, d]; of `token` [B, 1, T, D], of `attn` [B, heads, T, T].
+            One tensor for each pair, over all T tokens: [B, heads, T, d] for query, key and value,
+            [B, 1, T, D] for `token`, [B, heads, T, T] for `attn`.
         """
         self._check_images(images)
         height, width = images.shape[-2:]
@@ -642,6 +659,8 @@ class ViTExtractor(DenseExtractor):
             for number in range(last + 1):
                 block: Any = self.model.blocks[number]  # type: ignore[index]
                 facets = [facet for layer, facet in wanted if layer == number]
+
+                # all facets but `token` are read on the way into the block's attention
                 if any(facet != "token" for facet in facets):
                     entering = attention_input(block, x)
                 for facet in facets:
@@ -649,6 +668,8 @@ class ViTExtractor(DenseExtractor):
                         found[number, facet] = attention(block.attn, entering, **rotary[number])
                     elif facet != "token":
                         found[number, facet] = project(block.attn, entering, facet)
+
+                # the last block itself has to run only for its output
                 if number < last or "token" in facets:
                     x = block(x, **rotary[number])
                 if "token" in facets:
@@ -656,10 +677,10 @@ class ViTExtractor(DenseExtractor):
         return [found[pair] for pair in wanted]
 
     def _wanted(self, layer: Any, facet: Any) -> tuple[list[tuple[int, str]], bool]:
-        """The (layer, facet) pairs that are asked for, and whether as a list.
+        """The (layer, facet) pairs that are asked for, and whether the caller gave a list.
 
-        A list of layers goes with one facet, a list of facets with one layer, and two lists of one
-        length pair by pair. None is the extractor's own.
+        One facet goes with every layer of a list, and one layer with every facet. Two lists of
+        equal length are paired in order. None is the extractor's own.
         """
         several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
         layers = as_list(layer)
@@ -694,10 +715,11 @@ class ViTExtractor(DenseExtractor):
             ValueError: the images have another shape, or layer or facet do not exist.
         """
         pairs, several = self._wanted(layer, facet)
+        found = self._facets(images, pairs)
+        grid = self.grid(*images.shape[-2:])
         maps = []
-        for x in self._facets(images, pairs):
+        for x in found:
             patches = x[:, :, self._prefix_count() :]                             # [B, heads, t, d]
-            grid = self.grid(*images.shape[-2:])
             tokens = join_heads(patches)                                          # [B, t, C]
             maps.append(tokens.transpose(1, 2).unflatten(2, grid))                # [B, C, h, w]
         if several:
@@ -752,7 +774,8 @@ class ViTExtractor(DenseExtractor):
             tokens = join_heads(patches)                           # [B, t, C]
             if bin:
                 grid = self.grid(*batch.shape[-2:])
-                tokens = log_bin(tokens.transpose(1, 2).unflatten(2, grid))
+                feats = tokens.transpose(1, 2).unflatten(2, grid)  # [B, C, h, w]
+                tokens = log_bin(feats)                            # [B, t, 17*C]
             descriptors.append(tokens[:, None])
         if several:
             return descriptors
@@ -769,12 +792,13 @@ class ViTExtractor(DenseExtractor):
         if self.heads < 6 or getattr(self.model, "cls_token", None) is None:
             what = f"saliency needs a CLS token and 6 heads, {self.name} has {self.heads} heads"
             raise ValueError(f"{what}: pass dino_vits8")
-        (attn,) = self._facets(batch, [(self.depth - 1, "attn")])            # [B, heads, T, T]
+        attn = self._facets(batch, [(self.depth - 1, "attn")])[0]            # [B, heads, T, T]
         of_cls = attn[:, [0, 2, 4, 5], 0, self._prefix_count() :]            # [B, 4, t]
         saliency = of_cls.float().mean(1)                                    # [B, t]
         low = saliency.amin(1, keepdim=True)
         high = saliency.amax(1, keepdim=True)
-        return (saliency - low) / (high - low).clamp(min=torch.finfo(saliency.dtype).tiny)
+        span = (high - low).clamp(min=torch.finfo(saliency.dtype).tiny)      # a flat map gives 0
+        return (saliency - low) / span
 
 
 def interpolate_positions(
@@ -884,14 +908,17 @@ def rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
 def log_bin(feats: Tensor, hierarchy: int = 2) -> Tensor:
     """Log-binned descriptors: map [B, C, h, w] -> tokens [B, h*w, 17*C].
 
-    Level k averages windows of 3^k (borders count what is inside) and takes the 8 neighbours at
-    distance 3^k, and the centre for k = 0, in row-major order; neighbours outside are clamped to
-    the border.
+    Level k first averages the map over windows of 3^k x 3^k cells; at the border, over the cells
+    that exist. Each cell then takes its 8 neighbours at distance 3^k, in row-major order, and at
+    level 0 itself in their middle. Where a neighbour lies outside, the nearest border cell stands
+    in. Two levels make 9 + 8 = 17 bins.
 
     Source: Amir et al., section 3.2.
     """
     batch, _, height, width = feats.shape
-    feats = feats.clone(memory_format=torch.channels_last)  # contiguous() would keep odd strides
+    # channels last makes the slices below cheap to stack; contiguous() may return its input, as it
+    # ignores the strides of axes of length 1
+    feats = feats.clone(memory_format=torch.channels_last)
     bins = []
     for level in range(hierarchy):
         step = 3**level
@@ -904,11 +931,11 @@ def log_bin(feats: Tensor, hierarchy: int = 2) -> Tensor:
         padded = padded.permute(0, 2, 3, 1)                 # [B, h + 2*step, w + 2*step, C]
         for top in (0, step, 2 * step):
             for left in (0, step, 2 * step):
-                centre = top == left == step
-                if level > 0 and centre:
+                is_centre = top == step and left == step
+                if level > 0 and is_centre:
                     continue
                 bins.append(padded[:, top : top + height, left : left + width])
-    return torch.stack(bins, 3).view(batch, height * width, -1)
+    return torch.stack(bins, 3).view(batch, height * width, -1)  # from [B, h, w, 17, C]
 
 
 def divisors(n: int) -> str:
@@ -957,10 +984,12 @@ class MyExtractor(DenseExtractor):
         try:
             with torch.no_grad():
                 out = self.module(torch.zeros(1, 3, imsize, imsize).to(self.device, self.dtype))
-            rows = out.shape[2]
-            if out.ndim == 3:
+            if out.ndim == 3:  # tokens [1, T, C]; the prefix is fewer than it takes for a row more
                 rows = math.isqrt(out.shape[1])
-            self.width = out.shape[-1] if out.ndim == 3 else out.shape[1]
+                self.width = out.shape[2]
+            else:  # a map [1, C, h, w]
+                rows = out.shape[2]
+                self.width = out.shape[1]
             self.patch = self.step = imsize // rows
         except (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
             reason = first_line(error)
@@ -989,7 +1018,7 @@ def call_function(name: str, args: argparse.Namespace) -> nn.Module:
         ValueError: there is no such function.
     """
     module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:  # the module is looked for beside the user, too
         sys.path.append(os.getcwd())
     try:
         build = getattr(importlib.import_module(module), function)

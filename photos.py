@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 
+# suffixes of the files that count as images in a folder or pattern
 IMAGES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".bmp", ".gif", ".tif", ".tiff",
     ".webp", ".avif", ".ppm", ".pgm",
 }  # fmt: skip
 
-# Pillow's error, at twice the size, is enough
+# Pillow warns of large images, and refuses those of twice that size: the refusal is enough
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -145,15 +146,15 @@ def walk(root: Path) -> list[Path]:
 def fitted_size(
     width: int, height: int, patch: int, load_size: int | tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """The size (W, H) at which a photo of width x height pixels is read (protocol of section 1).
+    """The size (W, H) at which a photo of width x height pixels is read.
 
-    A size with a side that is no multiple of the patch goes, both sides, to the nearest multiples,
-    so that LiFT and backbone see one grid.
+    First `load_size` sets the size. Then each side is rounded to the nearest multiple of the
+    patch, so that LiFT and backbone see one grid.
 
     Args:
         load_size: pixels of the shorter side, or both sides (H, W); None leaves the photo's own.
     Raises:
-        ValueError: less than one patch.
+        ValueError: a side is less than one patch.
     """
     if isinstance(load_size, int):
         shorter = min(width, height)
@@ -192,7 +193,7 @@ def fit(
 def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     """Show maps of one image in common colours: their first three principal components as RGB.
 
-    One basis is fitted on the L2-normalised cells of all maps, each map weighing the same: a
+    One basis is fitted on the L2-normalised cells of all maps, and each map weighs the same. So a
     colour means the same in every picture. Corner cells that stand far apart from all others, as
     those of some ViTs do, have no part in the basis and in the range of colours.
 
@@ -201,29 +202,35 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     Returns:
         uint8 arrays [h_i, w_i, 3].
     """
-    cells = []    # of every map, [h*w, C]
-    typical = []  # those of them that make basis and range
+    cells = []    # for each map: its unit cells [h*w, C]
+    typical = []  # for each map: those of its cells that decide basis and range of colours
     for feats in maps:
         unit = F.normalize(feats.detach().cpu().float().flatten(1).t(), dim=1)
         cells.append(unit)
         typical.append(unit[is_typical(unit, feats.shape[1], feats.shape[2])])
 
+    # mean and covariance of each map, averaged over maps and not over cells
     mean = torch.stack([unit.mean(0) for unit in typical]).mean(0)
     covariance = torch.zeros(len(mean), len(mean))
     for unit in typical:
         covariance += (unit - mean).t() @ (unit - mean) / len(unit)
-    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3], strongest first
+    eigenvectors = torch.linalg.eigh(covariance).eigenvectors  # columns, the weakest first
+    basis = eigenvectors[:, -3:].flip(1)                       # [C, 3], the strongest first
 
     # a sign that does not depend on the solver: the largest entry of a component is positive
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     basis = basis * largest.sign()
 
-    # every map's own percentiles: the finest map must not decide alone
-    spans = []
+    # the range of each colour spans every map's own percentiles: the finest must not decide alone
+    lows = []
+    highs = []
     for unit in typical:
-        spans.append(np.percentile(((unit - mean) @ basis).numpy(), (1, 99), axis=0))
-    low = np.min([span[0] for span in spans], axis=0)
-    high = np.max([span[1] for span in spans], axis=0)
+        colours = ((unit - mean) @ basis).numpy()
+        low_and_high = np.percentile(colours, (1, 99), axis=0)  # [2, 3]
+        lows.append(low_and_high[0])
+        highs.append(low_and_high[1])
+    low = np.min(lows, axis=0)
+    high = np.max(highs, axis=0)
 
     pictures = []
     for feats, unit in zip(maps, cells):
@@ -234,10 +241,11 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
 
 
 def is_typical(unit: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Which of the unit cells [h*w, C] are no outlying corner cells: a mask [h*w].
+    """A mask [h*w] of the unit cells [h*w, C]: False for outlying cells in a corner.
 
-    A corner is a fourteenth of each side: one cell of a photo of 224 pixels. Outlying is a cosine
-    to the mean cell that lies more than five median deviations below the median.
+    A corner is a fourteenth of each side, which is one cell for 224 pixels and a patch of 16. A
+    cell is outlying if its cosine to the mean cell is far below the median: by more than five times
+    the median absolute deviation.
     """
     similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [h*w]
     median = similarity.median()
@@ -259,7 +267,9 @@ def titled_sheet(panels: list[tuple[str, Image.Image]], height: int = 336) -> Im
 
     The first panel is enlarged smoothly, as a photo; the others cell by cell, as maps.
     """
-    bar, gap, font = 28, 8, ImageFont.load_default(16)
+    bar = 28  # pixels for the titles
+    gap = 8   # between pictures
+    font = ImageFont.load_default(16)
     photo = panels[0][1]
     width = round(height * photo.width / photo.height)
     sheet = Image.new("RGB", (gap + len(panels) * (width + gap), height + bar + gap), "white")
