@@ -64,7 +64,9 @@ class ConvLayers(nn.Sequential):
         for number, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 x = conv_with_norm(layer, layers[number + 1], x)
-            elif not hasattr(layer, "running_var"):  # the norms are done
+                continue
+            is_norm = hasattr(layer, "running_var")
+            if not is_norm:  # a norm has been applied with the convolution before it
                 x = layer(x)
         return x
 
@@ -112,10 +114,12 @@ class LiFT(nn.Module):
     upsampling of the features, so that training learns the correction:
 
     - `residual`: to the bilinearly doubled features;
-    - `attend` R: to a weighted sum of the (2R+1)^2 coarse features around each fine cell. The
-      weights are those of bilinear upsampling plus what one more 1x1 convolution, of what feeds
-      the last layer, says of each neighbour; that starts at zero too. (UPLiFT's local attender,
-      Walmer et al., arXiv 2601.17950, takes a softmax instead.)
+    - `attend` = R > 0: to a weighted sum of the (2R+1)^2 coarse features around each fine cell.
+      The weights start as those of bilinear upsampling. One more 1x1 convolution, beside the last
+      layer and on the same input, adds a learned change to each; it starts at zero too. (UPLiFT's
+      local attender, Walmer et al., arXiv 2601.17950, takes a softmax instead.)
+
+    `attend` takes precedence where both are given.
 
     The paper's module has the reference's state_dict keys. A variant has one entry more, `options`,
     by which load_lift knows it.
@@ -171,6 +175,7 @@ class LiFT(nn.Module):
             ValueError: not h = H/p and w = W/p.
         """
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        # tokens return as tokens and maps as maps; without pre_shape, post_shape alone decides
         as_tokens = self.post_shape
         if self.pre_shape and feats.ndim == 4:
             as_tokens = False
@@ -185,7 +190,8 @@ class LiFT(nn.Module):
         x = self.up1(torch.cat([feats, image_1x], dim=1), image_2x)  # [B, C//2, 2h, 2w]
         out = self.outc(x)                                           # [B, C, 2h, 2w]
         if self.radius:
-            out = out + attend(feats, self.attend(x), self.radius)
+            change = self.attend(x)                                  # [B, (2R+1)^2, 2h, 2w]
+            out = out + attend(feats, change, self.radius)
         elif self.residual:
             out = out + double(feats)
 
@@ -226,19 +232,21 @@ def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def attend(feats: Tensor, change: Tensor, radius: int) -> Tensor:
-    """Give every fine cell a weighted sum of the coarse features around its parent.
+    """Give every fine cell a weighted sum of the K = (2R+1)^2 coarse features around its parent.
 
-    At the border the outermost features are repeated.
+    The parent is the coarse cell that the fine cell is a quarter of. At the border the outermost
+    features are repeated.
 
     Args:
         feats: the coarse features [B, C, h, w].
-        change: [B, (2R+1)^2, 2h, 2w], what is added to each neighbour's weight in bilinear
+        change: [B, K, 2h, 2w], what is added to each neighbour's weight in bilinear
             upsampling; neighbours are in row-major order.
     Returns:
         [B, C, 2h, 2w]; where `change` is zero, the features bilinearly doubled.
     """
     height, width = feats.shape[2:]
     size = 2 * radius + 1
+    # split each fine axis into the coarse cell and which of its two halves
     change = change.unflatten(3, (width, 2)).unflatten(2, (height, 2))    # [B, K, h, 2, w, 2]
     bilinear = bilinear_weights(radius).to(change.device, change.dtype)   # [K, 2, 2]
     weights = change + bilinear[:, None, :, None, :]
@@ -256,10 +264,11 @@ def attend(feats: Tensor, change: Tensor, radius: int) -> Tensor:
 
 
 def bilinear_weights(radius: int) -> Tensor:
-    """What each neighbour of a coarse cell weighs in its four fine cells: [(2R+1)^2, 2, 2].
+    """The weights by which bilinear upsampling makes a cell's four children from its neighbours.
 
-    A fine cell's centre lies a quarter of a coarse cell from its parent's; a neighbour's weight
-    falls linearly with the distance along each axis, to zero at one cell.
+    [(2R+1)^2, 2, 2]: the neighbours in row-major order, then a child's row and column. A child's
+    centre lies a quarter of a coarse cell from its parent's. A neighbour's weight falls linearly
+    with the distance along each axis, to zero at one cell.
     """
     neighbours = torch.arange(-radius, radius + 1.0)
     centres = torch.tensor([-0.25, 0.25])
@@ -283,14 +292,16 @@ def upsample(
         iterations: n, 0 or more.
         return_all: return the features after every step, as a list that begins with those given.
     Returns:
-        [B, C, 2^n h, 2^n w] float32.
+        [B, C, 2^n h, 2^n w] float32; with `return_all` the list of n + 1 maps.
+    Raises:
+        ValueError: `iterations` is negative, or images and features do not fit.
     """
     if iterations < 0:
         raise ValueError(f"{iterations} iterations: pass 0 or more")
     outc: Any = lift.outc
-    weight = outc.weight
-    current = images.to(feats.device, weight.dtype, memory_format=torch.channels_last)
-    x = feats.to(weight.dtype, memory_format=torch.channels_last)
+    dtype = outc.weight.dtype
+    current = images.to(feats.device, dtype, memory_format=torch.channels_last)
+    x = feats.to(dtype, memory_format=torch.channels_last)
     steps = [x]
     for step in range(iterations):
         if step > 0:
@@ -299,7 +310,7 @@ def upsample(
         if return_all:
             steps.append(x)
     if return_all:
-        return [feats.float() for feats in steps]
+        return [step_feats.float() for step_feats in steps]
     return x.float()
 
 
@@ -329,7 +340,7 @@ def read_origin(path: str | Path) -> dict[str, Any] | None:
         try:
             origin = json.loads(beside.read_text())
             for key in ("backbone", "layer", "facet"):
-                origin[key]
+                origin[key]  # raises where it is missing
             return origin
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"{beside} does not say backbone, layer and facet ({error!r})"
@@ -365,9 +376,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_options(state: dict[str, Tensor], origin: dict[str, Any]) -> Options:
-    """What a checkpoint says of its module's forward; the reference's bare files are plain.
+    """What a checkpoint, or the JSON beside it, says of its module's forward.
 
-    Residual modules of before the `options` entry are known by their JSON alone.
+    A file without an `options` entry holds the paper's module, or one from before that entry
+    existed: such a residual module is known by its JSON alone.
     """
     if "options" in state:
         patch, residual, attend = state["options"].tolist()
@@ -376,7 +388,7 @@ def read_options(state: dict[str, Tensor], origin: dict[str, Any]) -> Options:
 
 
 def check_origin(origin: dict[str, Any], extractor: Any, path: str | Path) -> None:
-    """Compare a module's origin with the extractor that it is to be used with.
+    """Refuse a module that was trained for another extractor than this one.
 
     Other weights under the backbone's name are noted on stderr: fine-tuned ones may be meant.
 
@@ -398,7 +410,7 @@ def check_origin(origin: dict[str, Any], extractor: Any, path: str | Path) -> No
 
 
 def check_width(state: dict[str, Tensor], extractor: Any, path: str | Path) -> None:
-    """Raise ValueError if the module's width or the extractor's stride makes both unusable."""
+    """Raise ValueError unless module and extractor have one width, and the stride is the patch."""
     width = state["outc.weight"].shape[0]
     if width != extractor.width:
         ours = extractor.width or "as many as there are tokens"
@@ -416,17 +428,19 @@ def check_width(state: dict[str, Tensor], extractor: Any, path: str | Path) -> N
 def load_lift(
     path: str | Path, extractor: Any = None, patch_size: int = 16, silent: bool = False
 ) -> LiFT:
-    """Read a LiFT module, frozen and in eval mode, for an extractor, on its device, in its dtype.
+    """Read a LiFT module, frozen and in eval mode, to be used with an extractor.
 
-    If a JSON file beside it tells the module's origin (see read_origin), another backbone, layer or
-    facet is refused; if none does, a line on stderr says so.
+    It goes to the extractor's device and dtype. If a JSON file beside it tells its origin (see
+    read_origin), another backbone, layer or facet is refused; if none does, a line on stderr says
+    so.
 
     Args:
         extractor: a ViTExtractor or MyExtractor; without one only the file is read.
         patch_size: p, where neither extractor nor file tell it.
         silent: keep that line back.
     Raises:
-        ValueError, FileNotFoundError: in one sentence.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no LiFT checkpoint, or does not fit the extractor.
     """
     state = read_state(path)
     origin = read_origin(path)
@@ -448,11 +462,13 @@ def load_lift(
     width = state["outc.weight"].shape[0]
     try:
         lift = LiFT(width, patch, residual=options.residual, attend=options.attend)
-        if (options.residual or options.attend) and "options" not in state:
-            state["options"] = lift.state_dict()["options"]  # a residual module of before
+        if options.residual and "options" not in state:
+            # a residual module from before that entry existed
+            state["options"] = lift.state_dict()["options"]
         lift.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        reason = first_line(" ".join(str(error).split()))
+        one_line = " ".join(str(error).split())  # torch's own first line names no key
+        reason = first_line(one_line)
         raise ValueError(f"{path}: {reason}: pass a lift.pth written by train_lift.py") from error
     if extractor is not None:
         lift = lift.to(extractor.device, extractor.dtype)
@@ -463,7 +479,9 @@ def load_lift(
 
 
 class Upsampler:
-    """(images, feats [B, C, h, w]) -> [B, C, f*h, f*w] by nothing, bilinear upsampling or LiFT.
+    """Upsample features by LiFT, bilinearly, or not at all.
+
+    A call takes (images, feats [B, C, h, w]) to [B, C, f*h, f*w].
 
     Attributes: how (none, bilinear or lift), lift (the module or None), iterations, factor (f).
     """

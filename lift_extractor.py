@@ -218,9 +218,10 @@ class Job(NamedTuple):
 
 
 def find_photos(given: list[str]) -> dict[Path, Path]:
-    """Photos of files, folders and patterns, each with its path below the folder given.
+    """Find the photos, each with the relative path that names its output file.
 
-    Below what a pattern found, it is the path below the folder of all of these.
+    For a folder that path is relative to the folder, for a file or a pattern to the deepest folder
+    that holds everything it found.
 
     Raises:
         ValueError: there are none, or two would get one output file.
@@ -267,7 +268,8 @@ def is_one_file(args: argparse.Namespace, photos: int) -> bool:
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """This process's share of the work, whether done or not.
 
-    It is shared out before looking at what exists: the other processes are writing by now.
+    Under torchrun every process computes the same list and takes its part of it. What exists by
+    now must not count here: the other processes may be writing already, and lists would differ.
     """
     photos = find_photos(args.image_path)
     one_file = is_one_file(args, len(photos))
@@ -286,7 +288,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def claim_output(args: argparse.Namespace, jobs: list[Job], made_by: dict[str, Any]) -> None:
-    """Make the output folder that of these settings.
+    """Record these settings in the output folder, or refuse a folder of other settings.
 
     Raises:
         ValueError: it holds features of other settings, or of settings that nobody knows.
@@ -363,9 +365,9 @@ Item = tuple[int, Tensor | None, Any]
 
 
 def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Batch items of one size; what cannot be read comes alone.
+    """Collect items into batches of one image size each; what cannot be read comes alone.
 
-    At most four batches wait for company, then the fullest goes as it is.
+    At most four batches' worth of photos is kept waiting. Then the fullest batch goes as it is.
     """
     waiting: dict[Any, list[Item]] = {}
     for item in items:
@@ -377,7 +379,10 @@ def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
         queue.append(item)
         if len(queue) == batch_size:
             yield waiting.pop(image.shape)
-        elif sum(len(queue) for queue in waiting.values()) >= 4 * batch_size:
+            continue
+
+        count = sum(len(others) for others in waiting.values())
+        if count >= 4 * batch_size:
             fullest = max(waiting, key=lambda size: len(waiting[size]))
             yield waiting.pop(fullest)
     yield from waiting.values()
@@ -411,10 +416,19 @@ def placement(
 def along_one_axis(
     extractor: DenseExtractor, side: int, photo_side: int, base_cells: int, cells: int
 ) -> tuple[float, float]:
-    """Centre of the first cell and distance of two cells along one axis, in pixels of the photo."""
+    """Centre of the first cell and distance of two cells along one axis, in pixels of the photo.
+
+    Args:
+        side: pixels of the input that the backbone saw.
+        base_cells: cells of the backbone's grid.
+        cells: cells of the final map.
+    """
     scale = photo_side / side
     step = extractor.step * base_cells / cells  # in pixels of the input
-    begin = (extractor.patch - extractor.step) / 2  # of the area that the grid covers
+
+    # the backbone's first cell is centred on patch/2 and reaches step/2 to either side: the grid
+    # begins at the difference
+    begin = (extractor.patch - extractor.step) / 2
     return (begin + step / 2) * scale, step * scale
 
 
@@ -427,7 +441,8 @@ def save(path: Path, feats: Tensor, facts: dict[str, Any]) -> None:
     feats = feats.cpu()
     if path.suffix == ".pth":
         tokens = map_to_tokens(feats[None])
-        save_tensors(path, tokens.clone(memory_format=torch.contiguous_format))  # its own memory
+        # a view would be saved with the memory of the whole batch: copy it
+        save_tensors(path, tokens.clone(memory_format=torch.contiguous_format))
         return
     with replacing(path) as temporary:
         if path.suffix == ".npz":
@@ -480,7 +495,7 @@ def process(
     for number, (index, image, (width, height)) in enumerate(batch):
         job = jobs[index]
         if not final[number].isfinite().all():
-            what = f"the features of {job.photo} are not finite in {extractor.facts()['dtype']}"
+            what = f"the features of {job.photo} are not finite in {run_settings['dtype']}"
             raise ValueError(f"{what}: pass --dtype float32")
         input_size = tuple(image.shape[1:])
         grid = tuple(final.shape[2:])
@@ -510,8 +525,8 @@ def check_flags(args: argparse.Namespace) -> None:
         read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
 
 
-def add_up(counts: list[Any]) -> list[Any]:
-    """The counts of all processes of a torchrun, a list for each."""
+def gather_counts(counts: list[int]) -> list[Any]:
+    """The counts of every process of a torchrun: a list of their lists."""
     if world_size() == 1:
         return [counts]
     dist.init_process_group("gloo")
@@ -522,7 +537,7 @@ def add_up(counts: list[Any]) -> list[Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Extract, batch by batch, and report."""
+    """Extract the features of all photos, batch by batch, and report."""
     check_flags(args)
     jobs = find_jobs(args)
     one_photo = len(jobs) == 1 and world_size() == 1
@@ -533,7 +548,8 @@ def main(args: argparse.Namespace) -> None:
     facts = {**extractor.facts(), **up.facts()}
 
     left = jobs
-    if not jobs or jobs[0].output != Path(args.output_path):  # into a folder
+    into_one_file = bool(jobs) and jobs[0].output == Path(args.output_path)
+    if not into_one_file:
         claim_output(args, jobs, record(args, leave_out=NOT_IN_A_FILE, **facts))
         left = [job for job in jobs if args.overwrite or not job.is_done()]
 
@@ -542,10 +558,14 @@ def main(args: argparse.Namespace) -> None:
     photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, need)
     loader = DataLoader(photos, batch_size=None, num_workers=args.workers)
     unreadable = []
-    with tqdm(total=len(left), unit="photo", disable=len(left) < 2 or None) as bar:
+    disable = None  # tqdm's word for: only where stderr is no terminal
+    if len(left) < 2:
+        disable = True
+    with tqdm(total=len(left), unit="photo", disable=disable) as bar:
         for batch in batches(loader, args.batch_size):
-            if batch[0][1] is None:
-                unreadable.append(batch[0][2])
+            _, image, size_or_error = batch[0]
+            if image is None:
+                unreadable.append(size_or_error)
             else:
                 process(batch, left, extractor, up, args.out_size, run_settings)
             bar.update(len(batch))
@@ -556,7 +576,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"skipped: {line}", file=sys.stderr)
 
     # over all processes: one that met only broken photos has not failed
-    told = add_up([len(left), len(unreadable), len(jobs) - len(left)])
+    told = gather_counts([len(left), len(unreadable), len(jobs) - len(left)])
     wanted = sum(of_one[0] for of_one in told)
     broken = sum(of_one[1] for of_one in told)
     skipped = sum(of_one[2] for of_one in told)
@@ -564,7 +584,7 @@ def main(args: argparse.Namespace) -> None:
         counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
         report({**run_settings, **counts})
     if wanted and broken == wanted:
-        if rank() > 0:
+        if rank() > 0:  # the first process says why
             raise SystemExit(2)
         raise ValueError(f"none of {wanted} photos could be read: replace or remove them")
 
