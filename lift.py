@@ -203,8 +203,11 @@ class LiFT(nn.Module):
         """Raise ValueError unless the features are those of the patches of the images."""
         p = self.patch_size
         height, width = images.shape[2:]
-        if (height, width) == (grid[0] * p, grid[1] * p) and tuple(feats.shape[2:]) == grid:
-            return
+        if tuple(feats.shape[2:]) == grid:
+            if (height, width) == (grid[0] * p, grid[1] * p):
+                return
+            what = f"an image of {height}x{width} has a side that is no multiple of the patch"
+            raise ValueError(f"{what}: resize the image to a multiple of the patch ({p})")
         given = "x".join(str(size) for size in feats.shape[1:])
         if feats.ndim == 4:
             given = f"{feats.shape[2]}x{feats.shape[3]}"
@@ -510,11 +513,11 @@ class Upsampler:
         return facts
 
 
-def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
-    """The Upsampler that --upsample, --lift_path and --lift_iter ask for.
+def check_lift_args(args: argparse.Namespace) -> str:
+    """How --upsample, --lift_path and --lift_iter ask to upsample: one of UPSAMPLE.
 
     Raises:
-        ValueError: they contradict each other, or the module does not fit.
+        ValueError: they contradict each other.
     """
     how = args.upsample
     if how is None and args.lift_path:
@@ -529,6 +532,16 @@ def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
         raise ValueError(f"{what}: pass --lift_path FILE or --upsample bilinear")
     if how == "lift" and not args.lift_path:
         raise ValueError("--upsample lift needs a module: pass --lift_path FILE")
+    return how
+
+
+def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
+    """The Upsampler that --upsample, --lift_path and --lift_iter ask for.
+
+    Raises:
+        ValueError: they contradict each other, or the module does not fit.
+    """
+    how = check_lift_args(args)
     lift = None
     if how == "lift":
         lift = load_lift(args.lift_path, extractor)

@@ -1,8 +1,8 @@
 """Dense features of photos: a frozen ViT's descriptors, doubled in resolution by LiFT.
 
     python lift_extractor.py --image_path assets/sample.jpg --output_path sample.pth \\
-        --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16.pth \\
-        [--lift_iter 4] [--picture sample.png]
+        --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_residual.pth \\
+        [--lift_iter 2] [--picture sample.png]
     python lift_extractor.py --image_path photos/ --output_path features/ --format npz \\
         --model_type dino_vits16
     torchrun --nproc_per_node 4 lift_extractor.py --image_path 'photos/**/*.jpg' \\
@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ from command import (
 )
 
 FORMATS = ("pth", "npz", "safetensors")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
 
 # how the work is done or where it goes, but not what is in a file
@@ -86,7 +88,15 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from tqdm import tqdm
 
 from extractor import DenseExtractor, ViTExtractor, build_extractor, check_facts
-from lift import Upsampler, load_lift, map_to_tokens, read_state, upsample, upsampler
+from lift import (
+    Upsampler,
+    check_lift_args,
+    load_lift,
+    map_to_tokens,
+    read_state,
+    upsample,
+    upsampler,
+)
 from photos import fit, fitted_size, list_images, pca_rgb, read_image, titled_sheet
 
 # ---- in Python ----------------------------------------------------------------------------------
@@ -266,13 +276,20 @@ def is_one_file(args: argparse.Namespace, photos: int) -> bool:
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
-    """This process's share of the work, whether done or not.
+    """All photos, each with the files that are to be written, whether done or not.
 
     Under torchrun every process computes the same list and takes its part of it. What exists by
     now must not count here: the other processes may be writing already, and lists would differ.
+
+    Raises:
+        ValueError: --output_path or --picture are no names for what is to be written.
     """
     photos = find_photos(args.image_path)
     one_file = is_one_file(args, len(photos))
+    if args.picture and one_file and Path(args.picture).suffix.lower() not in PICTURES:
+        formats = ", ".join(PICTURES)
+        what = f"--picture {args.picture} is no picture's name"
+        raise ValueError(f"{what}: let it end in one of {formats}")
     jobs = []
     for photo, name in photos.items():
         output = Path(args.output_path)
@@ -284,23 +301,38 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         elif args.picture:
             picture = Path(args.picture) / f"{name}.png"
         jobs.append(Job(photo, output, picture))
-    return jobs[rank() :: world_size()]
+    return jobs
 
 
-def claim_output(args: argparse.Namespace, jobs: list[Job], made_by: dict[str, Any]) -> None:
+def claim_output(
+    folder: Path, jobs: list[Job], made_by: dict[str, Any], overwrite: bool
+) -> None:
     """Record these settings in the output folder, or refuse a folder of other settings.
+
+    With `overwrite`, features of other settings are removed first: a run that is stopped must not
+    leave them under the new record.
 
     Raises:
         ValueError: it holds features of other settings, or of settings that nobody knows.
     """
-    folder = Path(args.output_path)
     remedy = "pass --overwrite, or another --output_path"
-    if not args.overwrite and not (folder / RECORD).exists():
-        for job in jobs:
-            if job.output.exists():
-                what = f"{job.output} is there, and no {RECORD} says how it was made"
-                raise ValueError(f"{what}: {remedy}")
-    claim_folder(folder, made_by, remedy, renew=args.overwrite)
+    there = [job.output for job in jobs if job.output.exists()]
+    if there and not overwrite and not (folder / RECORD).exists():
+        what = f"{there[0]} is there, and no {RECORD} says how it was made"
+        raise ValueError(f"{what}: {remedy}")
+    try:
+        claim_folder(folder, made_by, remedy)
+    except ValueError as error:
+        if not overwrite:
+            raise
+        ours = {job.output for job in jobs}
+        for file in folder.rglob("*"):
+            if file.suffix[1:] in FORMATS and file not in ours:
+                what = f"{file} was made with other settings and is not to be made again"
+                raise ValueError(f"{what}: pass another --output_path") from error
+        for file in there:
+            file.unlink()
+        claim_folder(folder, made_by, remedy, renew=True)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -523,35 +555,61 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--out_size needs two positive sizes: pass H W")
     if args.lift_path:
         read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    check_lift_args(args)
 
 
-def gather_counts(counts: list[int]) -> list[Any]:
-    """The counts of every process of a torchrun: a list of their lists."""
+def start_processes() -> None:
+    """Join the other processes of a torchrun, if it is one.
+
+    The first to finish waits for the slowest, as long as it takes.
+
+    Raises:
+        ValueError: torchrun's RANK and WORLD_SIZE are set, but not by torchrun.
+    """
     if world_size() == 1:
-        return [counts]
-    dist.init_process_group("gloo")
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, counts)
-    dist.destroy_process_group()
-    return told
+        return
+    if "MASTER_ADDR" not in os.environ:
+        what = "RANK and WORLD_SIZE are set, but this is no torchrun"
+        raise ValueError(f"{what}: start it by torchrun, or unset them")
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+
+
+def wait_for_all() -> None:
+    """Wait until all processes of a torchrun have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def add_up(counts: list[int]) -> list[int]:
+    """The sums of the counts of all processes of a torchrun."""
+    if not dist.is_initialized():
+        return counts
+    totals = torch.tensor(counts)
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def main(args: argparse.Namespace) -> None:
     """Extract the features of all photos, batch by batch, and report."""
     check_flags(args)
-    jobs = find_jobs(args)
-    one_photo = len(jobs) == 1 and world_size() == 1
-    if one_photo:
-        read_image(jobs[0].photo)  # told before a backbone is built
+    all_jobs = find_jobs(args)
+    into_folder = all_jobs[0].output != Path(args.output_path)
+    if len(all_jobs) == 1:
+        read_image(all_jobs[0].photo)  # told before a backbone is built
+    start_processes()
     extractor = build_extractor(args)
     up = upsampler(args, extractor)
     facts = {**extractor.facts(), **up.facts()}
 
+    if into_folder and rank() == 0:
+        made_by = record(args, leave_out=NOT_IN_A_FILE, **facts)
+        claim_output(Path(args.output_path), all_jobs, made_by, args.overwrite)
+    wait_for_all()
+
+    jobs = all_jobs[rank() :: world_size()]
     left = jobs
-    into_one_file = bool(jobs) and jobs[0].output == Path(args.output_path)
-    if not into_one_file:
-        claim_output(args, jobs, record(args, leave_out=NOT_IN_A_FILE, **facts))
-        left = [job for job in jobs if args.overwrite or not job.is_done()]
+    if into_folder and not args.overwrite:
+        left = [job for job in jobs if not job.is_done()]
 
     run_settings = settings(args, **facts, device=str(extractor.device))
     need = bytes_per_pixel(extractor, up)
@@ -570,19 +628,17 @@ def main(args: argparse.Namespace) -> None:
                 process(batch, left, extractor, up, args.out_size, run_settings)
             bar.update(len(batch))
 
-    if one_photo and unreadable:
+    if len(all_jobs) == 1 and unreadable:
         raise ValueError(unreadable[0])
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
 
     # over all processes: one that met only broken photos has not failed
-    told = gather_counts([len(left), len(unreadable), len(jobs) - len(left)])
-    wanted = sum(of_one[0] for of_one in told)
-    broken = sum(of_one[1] for of_one in told)
-    skipped = sum(of_one[2] for of_one in told)
+    wanted, broken, skipped = add_up([len(left), len(unreadable), len(jobs) - len(left)])
     if rank() == 0:
         counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
         report({**run_settings, **counts})
+    wait_for_all()  # torchrun ends the others as soon as one fails
     if wanted and broken == wanted:
         if rank() > 0:  # the first process says why
             raise SystemExit(2)

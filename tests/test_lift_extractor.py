@@ -217,6 +217,18 @@ def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_l
     assert torch.load(out / "a.png.pth").shape == (1, 16 * 2 * 3, 192)
 
 
+def test_overwriting_a_part_with_other_settings_is_refused(cli, tmp_path, photos, rule_backbone):
+    (photos / "broken.jpg").unlink()
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--output_path", f"{out}/", *rule_backbone, "--load_size", 32]
+    assert cli(*args, "--image_path", photos).code == 0
+    again = [*args, "--image_path", photos / "a.png", "--facet", "value", "--overwrite"]
+    ran = cli(*again)
+    assert ran.code == 2
+    assert "was made with other settings and is not to be made again" in ran.err
+    assert cli(*args, "--image_path", photos).code == 0, "the record is still the old one"
+
+
 def test_another_module_of_the_same_name_is_refused(cli, tmp_path, photos, rule_backbone):
     torch.manual_seed(0)
     path = tmp_path / "lift.pth"
@@ -252,23 +264,18 @@ def test_pictures_asked_for_later_are_made(cli, tmp_path, photos, rule_backbone)
 # ---- several processes --------------------------------------------------------------------------
 
 
-def test_ranks_share_the_work(photos, tmp_path, monkeypatch):
-    """The second looks when the first has finished: its share must not depend on that."""
+def test_jobs_do_not_depend_on_what_is_there(photos, tmp_path):
+    """A rank may look when another has finished: its share must not depend on that."""
     out = tmp_path / "out"
     args = Namespace(
         image_path=[str(photos)], output_path=str(out), format="pth", picture=None
     )
-    shares = []
-    for number in (0, 1):
-        monkeypatch.setenv("RANK", str(number))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        jobs = find_jobs(args)
-        shares.append({job.output for job in jobs})
-        for job in jobs:
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            job.output.touch()
-    assert not shares[0] & shares[1], "no file is written twice"
-    names = {str(output.relative_to(out)) for output in shares[0] | shares[1]}
+    first = find_jobs(args)
+    for job in first[::2]:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        job.output.touch()
+    assert find_jobs(args) == first, "what is there does not change what is shared out"
+    names = {str(job.output.relative_to(out)) for job in first}
     assert names == {"a.png.pth", "b.png.pth", "broken.jpg.pth", "sub/a.png.pth"}
 
 
@@ -277,6 +284,31 @@ def torchrun(*args):
     command += ["--master_port", "0", "--standalone", str(ROOT / "lift_extractor.py")]
     command += [str(value) for value in args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_ranks_share_the_work(tmp_path, photos, rule_backbone):
+    (photos / "broken.jpg").unlink()
+    out = tmp_path / "out"
+    args = ["--image_path", photos, "--output_path", out, *rule_backbone, "--load_size", 32]
+    ran = torchrun(*args)
+    assert ran.returncode == 0, ran.stderr
+    names = {str(file.relative_to(out)) for file in out.rglob("*.pth")}
+    assert names == {"a.png.pth", "b.png.pth", "sub/a.png.pth"}
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert [line["written"] for line in lines] == [3], "no file is written twice, one sum is told"
+
+
+def test_ranks_without_a_torchrun_are_told_before_the_work(
+    cli, tmp_path, photos, rule_backbone, monkeypatch
+):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    args = ["--image_path", photos, "--output_path", tmp_path / "out", *rule_backbone]
+    ran = cli("lift_extractor", *args)
+    assert ran.code == 2
+    assert "this is no torchrun: start it by torchrun, or unset them" in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rank_with_broken_photos_only_has_not_failed(tmp_path, photos, rule_backbone):
@@ -486,6 +518,7 @@ BAD = {
         ["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"],
         "pass another --output_path",
     ),
+    "no picture": (["--picture", "x.txt"], "is no picture's name: let it end in one of .png"),
     "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
     "unknown flag": (["--lift_itre", "2"], "unrecognized arguments"),
 }
@@ -512,7 +545,10 @@ def test_bad_input(cli, tmp_path, monkeypatch, rule_backbone, rule_lift, case):
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
 
 
-CHEAP = ("missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter")
+CHEAP = (
+    "missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter",
+    "lift_iter without LiFT", "no LiFT", "no picture",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CHEAP)
