@@ -94,14 +94,16 @@ def chosen_cases(words: list[str]) -> list[Case]:
     Raises:
         ValueError: a word chooses nothing.
     """
-    cases = all_cases()
+    chosen = []
+    for case in all_cases():
+        if not words or any(word in case.name for word in words):
+            chosen.append(case)
+
     for word in words:
-        if not any(word in case.name for case in cases):
-            known = "; ".join(case.name for case in cases)
+        if not any(word in case.name for case in chosen):
+            known = "; ".join(case.name for case in all_cases())
             raise ValueError(f"no line contains {word!r}: pass a part of one of these: {known}")
-    if not words:
-        return cases
-    return [case for case in cases if any(word in case.name for word in words)]
+    return chosen
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -273,7 +275,9 @@ def main(args) -> None:
     torch.manual_seed(0)
     if args.peak:
         name, side = args.peak
-        print_peak(chosen_cases([name])[0], side)
+        for case in chosen_cases([name]):
+            if case.name == name:  # and not a longer one
+                print_peak(case, side)
         return
 
     cases = chosen_cases(args.words)
