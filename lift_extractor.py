@@ -43,6 +43,7 @@ from command import (
     save_tensors,
     settings,
     world_size,
+    write_bytes,
 )
 
 FORMATS = ("pth", "npz", "safetensors")
@@ -81,7 +82,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -476,17 +477,18 @@ def save(path: Path, feats: Tensor, facts: dict[str, Any]) -> None:
         # a view would be saved with the memory of the whole batch: copy it
         save_tensors(path, tokens.clone(memory_format=torch.contiguous_format))
         return
-    with replacing(path) as temporary:
-        if path.suffix == ".npz":
-            arrays = {}
-            for key, value in facts.items():
-                if key != "settings":
-                    arrays[key] = np.asarray(value)
-            text = json.dumps(facts["settings"])
+    if path.suffix == ".npz":
+        arrays = {}
+        for key, value in facts.items():
+            if key != "settings":
+                arrays[key] = np.asarray(value)
+        text = json.dumps(facts["settings"])
+        with replacing(path) as temporary:
             np.savez(temporary, map=feats.numpy(), settings=text, **arrays)
-        else:
-            metadata = {key: json.dumps(value) for key, value in facts.items()}
-            save_file({"map": feats.contiguous()}, temporary, metadata)
+        return
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    # to memory first: its own writer turns a full disk into an error of its own kind
+    write_bytes(path, to_safetensors({"map": feats.contiguous()}, metadata))
 
 
 def draw(photo: Image.Image, maps: dict[str, Tensor]) -> Image.Image:

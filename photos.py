@@ -51,7 +51,8 @@ def read_image(path: str | Path) -> Image.Image:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
-        what = f"{path} is not a readable image ({error})"
+        reason = str(error) or type(error).__name__
+        what = f"{path} is not a readable image ({reason})"
         raise ValueError(f"{what}: replace or remove it") from error
 
 
