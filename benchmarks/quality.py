@@ -17,7 +17,7 @@ Every module is compared with bilinear upsampling, every further module with the
 
 Writes OUTPUT.json and, from it, OUTPUT.md; a table of another backbone that OUTPUT.json holds
 stays. The last line printed is this run's part of that JSON, commands included. With the small
-data sets of the tables in benchmarks/ a module takes about 8 minutes on two cores. A run that was
+data sets of the tables in benchmarks/ a module takes about 10 minutes on two cores. A run that was
 stopped goes on where it was if --runs names a folder to keep its masks and boxes in.
 """
 

@@ -12,7 +12,7 @@ this run has measured, in the precision of the line. Times are medians, beside t
 The memory ratio is the smaller baseline's peak over ours, each in a process of its own, on a second
 call, above what stands before it.
 
-WORDS choose the lines whose names contain any of them. All lines take about 15 minutes on two
+WORDS choose the lines whose names contain any of them. All lines take about 25 minutes on two
 cores.
 """
 
