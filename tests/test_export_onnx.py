@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import export_onnx
 from extractor import ViTExtractor
-from lift import LiFT, load_lift, upsample
+from lift import LiFT, Upsampler, load_lift, upsample
 
 
 @pytest.fixture
@@ -99,6 +99,40 @@ def test_another_backbone_at_one_size(cli, runtime, tmp_path):
     vit = ViTExtractor("test_vit", None, device="cpu", backbone_path=weights)
     photos = torch.rand(5, 3, 96, 96)
     assert_near(run(runtime, output, images=photos), vit(vit.normalize(photos)))
+
+
+@torch.no_grad()
+def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_backbone, rule_lift):
+    """By torch alone, without ONNX."""
+    vit = ViTExtractor(
+        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], layer=1
+    )
+    up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
+    module = export_onnx.BackboneWithLiFT(vit, up).eval()
+    images = torch.rand(3, 3, 64, 96)
+    assert_near(torch.jit.trace(module, images)(images), module(images))
+
+    free = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(module, (images,), dynamic_shapes=free).module()
+    for count in (1, 5):
+        photos = torch.rand(count, 3, 64, 96)
+        assert_near(exported(photos), module(photos))
+
+
+def test_gradients_reach_the_images_through_both(rule_backbone, rule_lift):
+    vit = ViTExtractor(
+        "vit_tiny_patch16_224",
+        None,
+        device="cpu",
+        backbone_path=rule_backbone[3],
+        layer=1,
+        requires_grad=True,
+    )
+    up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
+    images = torch.rand(1, 3, 64, 64, requires_grad=True)
+    export_onnx.BackboneWithLiFT(vit, up)(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in vit.parameters())
 
 
 # ---- positions ----------------------------------------------------------------------------------
