@@ -576,8 +576,10 @@ class ViTExtractor(DenseExtractor):
         patches = table[:, prefix_rows:]
 
         # the grid that the table was trained for; where the model does not tell it, a square one
-        side = round(patches.shape[1] ** 0.5)
-        native = getattr(self.model.patch_embed, "grid_size", None) or (side, side)
+        native = getattr(self.model.patch_embed, "grid_size", None)
+        if native is None:
+            side = round(patches.shape[1] ** 0.5)
+            native = (side, side)
         if tuple(grid) == tuple(native):
             return patches, prefix
         if self.name in BACKBONES:

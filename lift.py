@@ -273,7 +273,7 @@ def bilinear_weights(radius: int) -> Tensor:
     centre lies a quarter of a coarse cell from its parent's. A neighbour's weight falls linearly
     with the distance along each axis, to zero at one cell.
     """
-    neighbours = torch.arange(-radius, radius + 1.0)
+    neighbours = torch.arange(-radius, radius + 1, dtype=torch.float32)
     centres = torch.tensor([-0.25, 0.25])
     distance = (neighbours[:, None] - centres[None, :]).abs()             # [2R+1, 2]
     along = (1 - distance).clamp(min=0)
