@@ -141,6 +141,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_one_process() -> None:
+    """Raise ValueError under a torchrun of several processes: each would do the same work."""
+    if world_size() > 1:
+        raise ValueError("this is the work of one process: start it with python, not torchrun")
+
+
 # ---- what made a result -------------------------------------------------------------------------
 
 

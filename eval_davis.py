@@ -47,6 +47,7 @@ from command import (
     Command,
     add_backbone_args,
     add_lift_args,
+    check_one_process,
     check_range,
     claim_folder,
     first_line,
@@ -55,7 +56,6 @@ from command import (
     replacing,
     report,
     settings,
-    world_size,
 )
 
 
@@ -973,9 +973,7 @@ def check(args: argparse.Namespace) -> None:
     if args.video and Path(args.video).suffix != ".mp4":
         what = f"--video {args.video} is no MPEG-4 file"
         raise ValueError(f"{what}: give it a name that ends in .mp4")
-    if world_size() > 1:
-        what = f"{world_size()} processes would do the same work"
-        raise ValueError(f"{what}: start this script without torchrun")
+    check_one_process()
 
 
 def main(args: argparse.Namespace) -> None:

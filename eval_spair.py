@@ -40,12 +40,12 @@ from command import (
     Command,
     add_backbone_args,
     add_lift_args,
+    check_one_process,
     check_range,
     inside,
     replacing,
     report,
     settings,
-    world_size,
 )
 
 LARGEST = 4096  # pixels a side; a pair of 30 keypoints then takes 2 GB of similarities
@@ -611,8 +611,7 @@ def check(args: argparse.Namespace) -> None:
     for alpha in args.alpha:
         if not 0 < alpha < math.inf:
             raise ValueError(f"--alpha {alpha} is out of range: pass shares of the box, as 0.1")
-    if world_size() > 1:
-        raise ValueError("this is the work of one process: start it with python, not torchrun")
+    check_one_process()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ from command import (
     Command,
     add_backbone_args,
     add_lift_args,
+    check_one_process,
     check_range,
     difference,
     first_line,
@@ -52,7 +53,6 @@ from command import (
     replacing,
     report,
     settings,
-    world_size,
     write_text,
 )
 
@@ -901,8 +901,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("only VOC marks hard objects: leave out --no_hard")
     if not args.image_path and not args.dataroot:
         raise ValueError("no data: pass --dataroot FOLDER, or --image_path PHOTOS")
-    if world_size() > 1:
-        raise ValueError("this is the work of one process: start it with python, not torchrun")
+    check_one_process()
 
 
 def read_samples(args: argparse.Namespace) -> list[Sample]:

@@ -42,11 +42,11 @@ from command import (
     Command,
     add_backbone_args,
     check_memory,
+    check_one_process,
     check_range,
     replacing,
     report,
     settings,
-    world_size,
     write_text,
 )
 
@@ -663,8 +663,7 @@ def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong whatever the photos and the backbone are."""
     check_range(args, imsize=1, limit=0, lift_iter=1, fontsize=1)
-    if world_size() > 1:
-        raise ValueError("this script draws in one process: leave out torchrun")
+    check_one_process()
     if args.pca and args.facet == "attn" and not args.my_extractor:
         what = "--pca cannot compare attn, which is as wide as its grid"
         raise ValueError(f"{what}: pass another --facet or no --pca")

@@ -30,6 +30,7 @@ from command import (
     Command,
     add_backbone_args,
     add_lift_args,
+    check_one_process,
     check_range,
     first_line,
     replacing,
@@ -306,6 +307,7 @@ def check(plan: Plan, path: Path) -> float:
 def main(args: argparse.Namespace) -> None:
     """Export, check, put the file in place."""
     check_range(args, imsize=1, lift_iter=1)
+    check_one_process()
     if Path(args.output).suffix != ".onnx":
         what = f"--output {args.output} is no ONNX file"
         raise ValueError(f"{what}: give it a name that ends in .onnx")

@@ -94,6 +94,28 @@ def test_ranges():
         check_range(args, imsize=9)
 
 
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("eval_davis", ["--dataroot", "nowhere"]),
+        ("eval_spair", ["--dataroot", "nowhere"]),
+        ("eval_tokencut", ["--dataroot", "nowhere"]),
+        ("eval_visualize_feats", ["--dataroot", "nowhere"]),
+        ("export_onnx", ["--output", "x.onnx"]),
+    ],
+)
+def test_several_processes_are_refused_by_what_one_does(cli, monkeypatch, script, flags):
+    """Each would do all the work, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    ran = cli(script, *flags)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+    assert ran.err.endswith(
+        ": this is the work of one process: start it with python, not torchrun\n"
+    )
+
+
 # ---- what made a result -------------------------------------------------------------------------
 
 

@@ -1127,12 +1127,6 @@ def test_cheap_things_are_checked_before_the_backbone_is_built(propagate, monkey
         assert propagate(*flags).code == 2
 
 
-def test_torchrun_is_refused(propagate, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    one_line(propagate(), "start this script without torchrun")
-
-
 def test_as_a_program(tree, tmp_path):
     script = Path(eval_davis.__file__)
     masks = tree / "Annotations/480p"

@@ -628,14 +628,6 @@ def test_what_is_cheap_is_checked_before_the_backbone(cli, tree, tmp_path, wrong
     assert "no_backbone" not in ran.err
 
 
-def test_several_processes_are_refused(cli, tree, rule_backbone, monkeypatch):
-    """Each used to do all the work, and to print."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ran = cli("eval_spair", "--dataroot", tree, *rule_backbone)
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err.endswith("start it with python, not torchrun\n")
-
-
 def test_as_a_program(tmp_path, rule_backbone):
     flags = ["--dataroot", tmp_path / "nowhere", *rule_backbone]
     command = [sys.executable, ROOT / "eval_spair.py", *flags]

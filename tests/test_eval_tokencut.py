@@ -1092,15 +1092,6 @@ def test_no_data_set_is_told(cli, rule_backbone, tmp_path):
     assert ran.err.endswith("no data: pass --dataroot FOLDER, or --image_path PHOTOS\n")
 
 
-def test_several_processes_are_refused(cli, voc, rule_backbone, tmp_path, monkeypatch):
-    """Each would do all the work, and write into one file."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = ["--dataroot", voc, "--dataset", "VOC12", "--set", "val", "--output_dir", tmp_path]
-    ran = cli("eval_tokencut", *rule_backbone, *flags)
-    assert ran.code == 2
-    assert ran.err.endswith("start it with python, not torchrun\n")
-
-
 def test_files_are_checked_before_a_backbone_is_built(cli, voc, tmp_path, monkeypatch):
     def refuse(args):
         raise AssertionError("the backbone was built")
