@@ -102,7 +102,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from extractor import build_extractor
-from lift import read_state, upsampler
+from lift import check_lift_args, upsampler
 from photos import read_image
 
 TEMPERATURE = 0.1
@@ -593,8 +593,7 @@ def propagate_all(
     Raises:
         ValueError: something does not fit together, or the folder holds results of other settings.
     """
-    if args.lift_path:
-        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    check_lift_args(args)
     extractor = build_extractor(args)
     up = upsampler(args, extractor)
     facts = {**extractor.facts(), **up.facts()}

@@ -102,7 +102,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from extractor import build_extractor
-from lift import read_state, upsampler
+from lift import check_lift_args, upsampler
 from photos import read_image
 
 Features = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
@@ -619,8 +619,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = read_pairs(
         args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
     )
-    if args.lift_path:
-        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    check_lift_args(args)
     extractor = build_extractor(args)
     if args.imsize % extractor.patch:
         what = f"--imsize {args.imsize} is no multiple of the patch ({extractor.patch})"

@@ -137,7 +137,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from extractor import IMAGENET, build_extractor
-from lift import read_state, upsampler
+from lift import check_lift_args, upsampler
 from photos import list_images, read_image
 
 SMALL_GRAPH = 256  # cells up to which LAPACK is as fast as Lanczos
@@ -943,8 +943,7 @@ def main(args: argparse.Namespace) -> None:
     drop_flags_without_effect(args)
     check(args)
     samples = read_samples(args)
-    if args.lift_path:
-        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+    check_lift_args(args)
     extractor = build_extractor(args)
     up = upsampler(args, extractor)
 

@@ -513,7 +513,7 @@ class Upsampler:
         return facts
 
 
-def check_lift_args(args: argparse.Namespace) -> str:
+def how_to_upsample(args: argparse.Namespace) -> str:
     """How --upsample, --lift_path and --lift_iter ask to upsample: one of UPSAMPLE.
 
     Raises:
@@ -535,13 +535,28 @@ def check_lift_args(args: argparse.Namespace) -> str:
     return how
 
 
+def check_lift_args(args: argparse.Namespace) -> None:
+    """Tell what is wrong with the flags of add_lift_args before a backbone is downloaded for them.
+
+    Whether the module fits is known with the backbone only: `upsampler` checks that.
+
+    Raises:
+        FileNotFoundError: there is no file at --lift_path.
+        ValueError: it is no LiFT checkpoint, or the flags contradict each other.
+    """
+    how_to_upsample(args)
+    if args.lift_path:
+        read_state(args.lift_path)
+
+
 def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
     """The Upsampler that --upsample, --lift_path and --lift_iter ask for.
 
     Raises:
-        ValueError: they contradict each other, or the module does not fit.
+        FileNotFoundError: there is no file at --lift_path.
+        ValueError: the flags contradict each other, or the module does not fit.
     """
-    how = check_lift_args(args)
+    how = how_to_upsample(args)
     lift = None
     if how == "lift":
         lift = load_lift(args.lift_path, extractor)

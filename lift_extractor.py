@@ -94,7 +94,6 @@ from lift import (
     check_lift_args,
     load_lift,
     map_to_tokens,
-    read_state,
     upsample,
     upsampler,
 )
@@ -555,8 +554,6 @@ def check_flags(args: argparse.Namespace) -> None:
     check_range(args, load_size=0, lift_iter=0, batch_size=1, workers=0)
     if args.out_size and min(args.out_size) < 1:
         raise ValueError("--out_size needs two positive sizes: pass H W")
-    if args.lift_path:
-        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
     check_lift_args(args)
 
 

@@ -1123,7 +1123,12 @@ def test_cheap_things_are_checked_before_the_backbone_is_built(propagate, monkey
         raise AssertionError("the backbone was built")
 
     monkeypatch.setattr(eval_davis, "build_extractor", never)
-    for flags in (["--lift_path", "nowhere.pth"], ["--topk", "0"], ["--sequences", "nobody"]):
+    for flags in (
+        ["--lift_path", "nowhere.pth"],
+        ["--upsample", "lift"],
+        ["--topk", "0"],
+        ["--sequences", "nobody"],
+    ):
         assert propagate(*flags).code == 2
 
 

@@ -16,6 +16,7 @@ from command import Command, add_lift_args
 from lift import (
     LiFT,
     attend,
+    check_lift_args,
     double,
     load_lift,
     map_to_tokens,
@@ -398,3 +399,22 @@ def test_upsampler(tmp_path):
     for bad in contradictions:
         with pytest.raises(ValueError, match="pass"):
             upsampler(flags(*bad), EXTRACTOR)
+        with pytest.raises(ValueError, match="pass"):
+            check_lift_args(flags(*bad))
+
+
+def test_flags_of_lift_are_checked_without_a_backbone(tmp_path):
+    """The file, too, and also where it is not used."""
+    good = tmp_path / "lift.pth"
+    torch.save(rule_lift().state_dict(), good)
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(good.read_bytes()[:1000])
+
+    check_lift_args(flags())
+    check_lift_args(flags("--lift_path", good, "--lift_iter", 2))
+    missing = r"no LiFT checkpoint at .* correct --lift_path"
+    for more in ([], ["--upsample", "bilinear"]):
+        with pytest.raises(FileNotFoundError, match=missing):
+            check_lift_args(flags("--lift_path", tmp_path / "none.pth", *more))
+        with pytest.raises(ValueError, match=r"pass a lift.pth written by train_lift.py"):
+            check_lift_args(flags("--lift_path", damaged, *more))
