@@ -62,7 +62,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from extractor import BACKBONES, ViTExtractor, build_extractor
-from lift import LiFT, Upsampler, load_lift, read_origin, upsample, upsampler
+from lift import (
+    LiFT,
+    Upsampler,
+    check_lift_args,
+    load_lift,
+    read_origin,
+    upsample,
+    upsampler,
+)
 
 # ---- positions for any size ---------------------------------------------------------------------
 
@@ -222,6 +230,7 @@ def plan_lift(args: argparse.Namespace) -> Plan:
 
 def plan_both(args: argparse.Namespace) -> Plan:
     """A backbone, and LiFT where there is one."""
+    check_lift_args(args)
     extractor = build_extractor(args)
     up = upsampler(args, extractor)
     module = BackboneWithLiFT(extractor, up).eval()
@@ -281,19 +290,24 @@ def check(plan: Plan, path: Path) -> float:
     """The largest difference of onnxruntime and PyTorch, as a share of the largest feature.
 
     Raises:
-        ValueError: it is too large, or onnxruntime cannot run the file.
+        ValueError: it is too large, or onnxruntime cannot load or run the file.
     """
     import onnxruntime
 
     remedy = "pass another --model_type, or --lift_only"
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own, which have no common base
+        what = "onnxruntime does not load this model"
+        raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
+
     largest = 0.0
     for inputs in plan.batches:
         wanted = plan.module(*inputs.values())
         shape = list(inputs["images"].shape)
         try:
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
-        except Exception as error:  # onnxruntime's own, which have no common base
+        except Exception as error:
             what = f"onnxruntime does not run this model on images of shape {shape}"
             raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
         difference = (torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max()

@@ -167,6 +167,9 @@ SHIPPED = ROOT / "pretrained/lift_vit_mini16.pth"
         (["--output", "x.onnx", "--dtype", "bfloat16"], "leave --dtype"),
         (["--output", "x.onnx", "--lift_iter", 0], "pass 1 or more"),
         (["--output", "x.onnx", "--lift_only", "--lift_path", "none.pth"], "correct --lift_path"),
+        # both before a backbone is downloaded
+        (["--output", "x.onnx", "--lift_path", "none.pth"], "correct --lift_path"),
+        (["--output", "x.onnx", "--upsample", "lift"], "pass --lift_path FILE"),
     ],
 )
 def test_wrong_flags_are_one_line(cli, monkeypatch, flags, remedy):
@@ -191,3 +194,38 @@ def test_a_file_that_differs_is_not_put_in_place(cli, runtime, monkeypatch, tmp_
     ran = cli("export_onnx", *flags)
     assert ran.code == 2 and "onnxruntime differs by" in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_onnxruntime_does_not_take_is_told_in_one_line(runtime, tmp_path):
+    """One that cannot be loaded, and one that is loaded but does not take the inputs."""
+    images = {"images": torch.rand(1, 3, 32, 32)}
+    module = torch.nn.Identity()
+    plan = export_onnx.Plan(module, [images], {"images": {}}, "32x32", {})
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"does not load this model .*: pass another --model_type"):
+        export_onnx.check(plan, path)
+
+    export_onnx.write(plan, path)
+    other = plan._replace(batches=[{"images": torch.rand(1, 3, 48, 32)}])
+    message = r"does not run this model on images of shape \[1, 3, 48, 32\] .*: pass another"
+    with pytest.raises(ValueError, match=message):
+        export_onnx.check(other, path)
+
+
+def test_a_file_is_loaded_once_for_all_batches(runtime, monkeypatch, tmp_path):
+    batches = [{"images": torch.rand(count, 3, 32, 32)} for count in (2, 1, 3)]
+    free = {"images": {0: torch.export.Dim("batch")}}
+    plan = export_onnx.Plan(torch.nn.Sigmoid(), batches, free, "32x32", {})
+    export_onnx.write(plan, tmp_path / "x.onnx")
+
+    loaded = []
+    session = runtime.InferenceSession
+
+    def counted(*args, **kwargs):
+        loaded.append(args)
+        return session(*args, **kwargs)
+
+    monkeypatch.setattr(runtime, "InferenceSession", counted)
+    assert export_onnx.check(plan, tmp_path / "x.onnx") < 1e-4
+    assert len(loaded) == 1
