@@ -630,7 +630,8 @@ def input_size(
 def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: int) -> int:
     """About how many bytes compute_maps takes for a photo at `size` (W, H).
 
-    Every map is kept. The last step of LiFT works on about three times its own result, and on the
+    Every map is kept, and the backbone works on about three times its result, which is counted for
+    the largest. The last step of LiFT works on about three times its own result, and on the
     enlarged image and its convolutions: about p^2 numbers for each cell of a patch of p pixels.
 
     Args:
@@ -641,13 +642,13 @@ def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: 
     cells = rows * columns
     channels = extractor.width     # of a map of the photo
     channels_2x = extractor.width  # of a map of the photo at double size
-    if extractor.width is None:  # the facet attn: a channel for each cell, heads not counted
-        channels = cells
-        channels_2x = 4 * cells
+    if extractor.width is None:  # the facet attn: each head's attention to every cell
+        channels = extractor.heads * cells
+        channels_2x = 4 * channels
 
-    numbers = cells * channels            # backbone
-    numbers += 4 * cells * channels       # the same, doubled bilinearly
-    numbers += 4 * cells * channels_2x    # backbone on the photo at double size
+    numbers = cells * channels              # backbone
+    numbers += 4 * cells * channels         # the same, doubled bilinearly
+    numbers += 3 * 4 * cells * channels_2x  # backbone on the photo at double size, as it is made
     numbers += 3 * width * height         # the photo
     numbers += 3 * 4 * width * height     # the photo at double size
     for step in range(1, iterations + 1):

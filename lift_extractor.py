@@ -50,6 +50,10 @@ FORMATS = ("pth", "npz", "safetensors")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
 
+# what a pixel takes besides its features: 3 channels in 5 copies of the photo. It is there as read,
+# in its batch, without the mean, normalised, and channels last for LiFT.
+PHOTO_NUMBERS = 3 * 5
+
 # how the work is done or where it goes, but not what is in a file
 NOT_IN_A_FILE = (
     "image_path", "output_path", "picture", "format", "batch_size", "workers", "overwrite",
@@ -338,6 +342,44 @@ def claim_output(
 # ---- reading ------------------------------------------------------------------------------------
 
 
+class Memory(NamedTuple):
+    """What decides how much memory a photo takes; small, to be sent to a loader's workers.
+
+    Attributes: patch, step, channels of the backbone (None for the facet attn, whose number grows
+    with the photo), heads, and the factor by which the grid is upsampled.
+    """
+
+    patch: int
+    step: int
+    channels: int | None
+    heads: int
+    factor: int
+
+    def needed(self, width: int, height: int) -> int:
+        """About how many bytes a photo fitted to this size takes in the end."""
+        cells = width * height / self.step**2
+        channels: float
+        if self.channels is None:
+            channels = self.heads * cells  # each head's attention to every cell
+        else:
+            channels = self.channels
+
+        # the result about three times: while its last step is made, and while it is written
+        per_cell = 3 * channels * self.factor**2
+        if self.factor > 1:
+            # the backbone's own, and the enlarged image with LiFT's convolutions
+            per_cell += channels + self.factor**2 * self.patch**2
+        return int(4 * (cells * per_cell + PHOTO_NUMBERS * width * height))
+
+
+def memory_of(extractor: DenseExtractor, up: Upsampler) -> Memory:
+    """The Memory of a backbone and what upsamples it."""
+    heads = 1
+    if isinstance(extractor, ViTExtractor):
+        heads = extractor.heads
+    return Memory(extractor.patch, extractor.step, extractor.width, heads, up.factor)
+
+
 class Photos(Dataset):
     """Photos by their paths, read and fitted.
 
@@ -347,16 +389,14 @@ class Photos(Dataset):
     Args:
         patch: sides become multiples of it.
         load_size: pixels of the shorter side; None leaves the photo's own.
-        bytes_per_pixel: what the features of one pixel of the fitted photo take.
+        memory: what a photo will take.
     """
 
-    def __init__(
-        self, paths: list[Path], patch: int, load_size: int | None, bytes_per_pixel: float
-    ):
+    def __init__(self, paths: list[Path], patch: int, load_size: int | None, memory: Memory):
         self.paths = paths
         self.patch = patch
         self.load_size = load_size
-        self.bytes_per_pixel = bytes_per_pixel
+        self.memory = memory
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -377,20 +417,7 @@ class Photos(Dataset):
             raise ValueError(f"{what}: cut it, or pass --load_size 0")
         width, height = fitted_size(photo.width, photo.height, self.patch, self.load_size)
         remedy = "pass a smaller --load_size or --lift_iter"
-        check_memory(int(width * height * self.bytes_per_pixel), f"the features of {path}", remedy)
-
-
-def bytes_per_pixel(extractor: DenseExtractor, up: Upsampler) -> float:
-    """About how many bytes of memory a pixel of the fitted photo takes in the end.
-
-    The last step of LiFT works on about three times its own result, and on the enlarged image with
-    its convolutions: about p^2 numbers for each cell.
-    """
-    channels = extractor.width or extractor.patch**2
-    per_cell = channels
-    if up.factor > 1:
-        per_cell += up.factor**2 * (3 * channels + extractor.patch**2)
-    return 4 * (per_cell / extractor.step**2 + 15)
+        check_memory(self.memory.needed(width, height), f"the features of {path}", remedy)
 
 
 Item = tuple[int, Tensor | None, Any]
@@ -611,8 +638,8 @@ def main(args: argparse.Namespace) -> None:
         left = [job for job in jobs if not job.is_done()]
 
     run_settings = settings(args, **facts, device=str(extractor.device))
-    need = bytes_per_pixel(extractor, up)
-    photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, need)
+    memory = memory_of(extractor, up)
+    photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, memory)
     loader = DataLoader(photos, batch_size=None, num_workers=args.workers)
     unreadable = []
     disable = None  # tqdm's word for: only where stderr is no terminal

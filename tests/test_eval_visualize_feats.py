@@ -35,10 +35,10 @@ def save_photo(path, width, height, seed=0):
     return path
 
 
-def extractor_of(flags, stride=None):
+def extractor_of(flags, stride=None, facet="key"):
     """The ViTExtractor of the fixtures' flags, on the CPU."""
     _, name, _, path = flags
-    return ViTExtractor(name, stride=stride, device="cpu", backbone_path=path)
+    return ViTExtractor(name, stride=stride, device="cpu", backbone_path=path, facet=facet)
 
 
 PHOTOS = ["a", "b", "deep/a", "deep/er/c", "deep/er/d"]
@@ -434,9 +434,28 @@ def test_memory_needed_grows_with_what_is_asked_for(rule_backbone):
     ratio = visualize.memory_needed(extractor, (224, 224), 8)
     ratio /= visualize.memory_needed(extractor, (224, 224), 7)
     assert 3.9 < ratio < 4.1
-    attention = extractor_of(rule_backbone)
-    attention.width = None
-    assert visualize.memory_needed(attention, (224, 224), 0) > without
+
+
+@torch.no_grad()
+def test_memory_of_attention_is_that_of_its_maps(rule_backbone):
+    """A map has a channel for each head and cell: four times the cells are 16 times the memory."""
+    attention = extractor_of(rule_backbone, facet="attn")
+    photo = Image.new("RGB", (224, 224))
+    maps = visualize.compute_maps(attention, None, photo, (224, 224), 0)
+    kept = sum(feats.nbytes for feats in maps.values())
+    assert kept < visualize.memory_needed(attention, (224, 224), 0) < 4 * kept
+
+    ratio = visualize.memory_needed(attention, (1792, 1792), 0)
+    ratio /= visualize.memory_needed(attention, (896, 896), 0)
+    assert 15 < ratio < 16
+
+
+def test_attention_that_no_machine_holds_is_refused(cli, base, photos):
+    """At this size the maps of another facet fit."""
+    flags = ["--facet", "attn", "--imsize", 8192]
+    ran = cli("eval_visualize_feats", "--dataroot", photos / "a.png", *base, *flags)
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert re.search("the maps take .* this machine has .*: pass a smaller --imsize", ran.err), ran
 
 
 def test_what_is_cheap_is_checked_before_the_backbone_is_built(cli, base, photos, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lift_extractor as script
 from command import RECORD
 from extractor import ViTExtractor, build_backbone
-from lift import LiFT, load_lift, map_to_tokens
+from lift import LiFT, Upsampler, load_lift, map_to_tokens
 from lift_extractor import Photos, ViTLiFTExtractor, batches, find_jobs, placement
 
 SAMPLE = ROOT / "assets" / "sample.jpg"
@@ -370,7 +370,8 @@ def test_batches_are_of_one_size():
 
 def test_what_takes_more_than_the_memory_is_refused_before_it_is_taken(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
-    index, image, reason = Photos([tmp_path / "x.png"], 16, 100_000, 100.0)[0]
+    memory = script.Memory(patch=16, step=16, channels=384, heads=6, factor=2)
+    index, image, reason = Photos([tmp_path / "x.png"], 16, 1_000_000, memory)[0]
     assert (index, image) == (0, None)
     assert "GB, and this machine has" in reason
     assert reason.endswith("pass a smaller --load_size or --lift_iter")
@@ -391,6 +392,38 @@ def test_many_iterations_are_refused_where_the_memory_is_not_there(
     ran = cli("lift_extractor", *args, "--lift_path", rule_lift, "--lift_iter", 12)
     assert ran.code == 2
     assert "GB, and this machine has" in ran.err
+
+
+@pytest.mark.parametrize("facet", ["key", "attn"])
+@torch.no_grad()
+def test_memory_needed_is_that_of_the_features_and_grows_with_them(rule_backbone, facet):
+    extractor = ViTExtractor(
+        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], facet=facet
+    )
+    feats = extractor(torch.zeros(1, 3, 64, 96))
+    once = script.memory_of(extractor, Upsampler("none"))
+    photo = 4 * script.PHOTO_NUMBERS * 64 * 96
+    wanted = 3 * feats.nbytes
+    # an attention's prefix tokens are not counted
+    assert once.needed(96, 64) - photo == pytest.approx(wanted, rel=0.05)
+
+    twice = script.memory_of(extractor, Upsampler("bilinear", iterations=2))
+    assert twice.needed(96, 64) - photo > 16 * wanted
+
+    growth = once.needed(4096, 4096) / once.needed(2048, 2048)
+    if facet == "attn":  # a channel for each cell
+        assert growth == pytest.approx(16, rel=0.05)
+    else:
+        assert growth == pytest.approx(4)
+
+
+def test_attention_that_no_machine_holds_is_refused(cli, tmp_path, rule_backbone):
+    """At this size another facet fits."""
+    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
+    ran = cli("lift_extractor", *args, "--facet", "attn", "--load_size", 16384)
+    assert ran.code == 2
+    assert "GB, and this machine has" in ran.err
+    assert ran.err.count("\n") == 1
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------
