@@ -110,6 +110,7 @@ TILE = 14  # cells, the side of a block of targets: small blocks waste less, lar
 BATCH = 4  # frames that go through the backbone at once
 VOID = 255  # pixels that nobody labelled; with --binary the object
 FPS = 24
+LONGEST_NAME = 255  # characters of a folder's name
 
 CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
 METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -145,21 +146,27 @@ def find_sequences(
 
     Raises:
         FileNotFoundError: the list, a folder, a frame or an annotation is missing.
-        ValueError: the list names no sequence, or one outside the data set.
+        ValueError: the list names no sequence, or a name can be none or leads out of the data set.
     """
     root = Path(dataroot)
     val = root / "ImageSets/2017/val.txt"
-    if not names:
+    if names:
+        for name in names:
+            if not 0 < len(name) <= LONGEST_NAME:
+                what = f"--sequences has a name of {len(name)} characters"
+                raise ValueError(f"{what}: pass folders of Annotations/480p, or leave it out")
+    else:
         if not val.is_file():
             remedy = "correct --dataroot, or name sequences with --sequences"
             raise FileNotFoundError(f"no list of sequences at {val}: {remedy}")
         names = val.read_text(errors="replace").split()
 
+        # file systems take no longer name: a wrong file was read as the list
+        if not names or max(len(name) for name in names) > LONGEST_NAME:
+            remedy = "restore it, or name sequences with --sequences"
+            raise ValueError(f"{val} names no sequence, or what can be none: {remedy}")
+
     names = list(dict.fromkeys(names))  # each once
-    # file systems take no name of more than 255 characters: a wrong file was read as the list
-    if not names or max(len(name) for name in names) > 255:
-        remedy = "restore it, or name sequences with --sequences"
-        raise ValueError(f"{val} names no sequence, or what can be none: {remedy}")
     return [find_sequence(root, name, with_frames) for name in names]
 
 

@@ -1110,6 +1110,8 @@ def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
         (["--lift_path", "nowhere.pth"], "--lift_path"),
         (["--sequences", "nobody"], "correct --dataroot or --sequences"),
         (["--sequences", "../480p/one"], "leaves the folder"),
+        (["--sequences", "one", "x" * 256], "--sequences has a name of 256 characters: pass"),
+        (["--sequences", ""], "--sequences has a name of 0 characters: pass"),
     ],
 )
 def test_bad_flags_are_one_line(propagate, flags, text):
