@@ -47,6 +47,7 @@ from command import (
     Command,
     add_backbone_args,
     add_lift_args,
+    check_memory,
     check_one_process,
     check_range,
     claim_folder,
@@ -101,8 +102,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from extractor import build_extractor
-from lift import check_lift_args, upsampler
+from extractor import DenseExtractor, build_extractor
+from lift import Upsampler, check_lift_args, upsampler
 from photos import read_image
 
 TEMPERATURE = 0.1
@@ -637,6 +638,13 @@ def propagate_all(
             height, width = first.shape
             input_size = frame_size(width, height, args.imsize, args.short_side, extractor.patch)
             check_frame_size(input_size, extractor.patch)
+            context = 1 + min(args.n_last_frames, len(sequence.frames))
+            needed = memory_needed(
+                extractor, up, input_size, int(first.max()) + 1, context,
+                args.size_mask_neighborhood,
+            )  # fmt: skip
+            remedy = "pass a smaller --imsize, --short_side or --lift_iter"
+            check_memory(needed, f"frames of {pixels(input_size)}", remedy)
             read = partial(
                 read_frame,
                 size=(width, height),
@@ -661,6 +669,43 @@ def check_frame_size(size: tuple[int, int], patch: int) -> None:
     if size[0] % patch or size[1] % patch:
         what = f"frames are read at {pixels(size)}, which is no multiple of the patch ({patch})"
         raise ValueError(f"{what}: pass another --imsize or --short_side")
+
+
+def memory_needed(
+    extractor: DenseExtractor,
+    up: Upsampler,
+    size: tuple[int, int],
+    label_count: int,
+    context: int,
+    radius: int,
+) -> int:
+    """About how many bytes the propagation takes for frames that are read at `size` (W, H).
+
+    Args:
+        label_count: n.
+        context: frames whose cells may vote.
+        radius: of the window in cells; 0 is everywhere.
+    """
+    width, height = size
+    rows, columns = extractor.grid(height, width)
+    channels = extractor.width
+    if channels is None:  # the facet attn: each head's attention to every cell
+        channels = extractor.heads * rows * columns
+    cells = rows * columns * up.factor**2
+    sources = cells  # of a block of targets, in each frame of the context
+    if radius > 0:
+        sources = min(cells, (TILE + 2 * radius) ** 2)
+
+    # a batch as it is read, the next one, normalised, and channels last for LiFT
+    numbers = 4 * BATCH * 3 * width * height
+    # its features about three times: as they are made, normalised, and channels last
+    numbers += 3 * BATCH * cells * channels
+    if up.factor > 1:
+        numbers += BATCH * cells * extractor.patch**2   # LiFT's enlarged image and convolutions
+    numbers += context * cells * (channels + label_count)
+    numbers += 2 * TILE**2 * context * sources          # cosines, and which are outside
+    numbers += 3 * label_count * cells * extractor.patch**2  # enlarged to be hardened
+    return 4 * numbers  # float32
 
 
 # ---- scores -------------------------------------------------------------------------------------

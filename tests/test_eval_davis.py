@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import eval_davis
 from extractor import ViTExtractor
-from lift import load_lift, upsample
+from lift import Upsampler, load_lift, upsample
 
 PALETTE = [(7 * i) % 256 for i in range(768)]
 
@@ -1106,6 +1106,10 @@ def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
         (["--video", "x.avi"], "ends in .mp4"),
         (["--imsize", "40"], "multiple of the patch (16)"),
         (["--short_side", "40"], "multiple of the patch (16)"),
+        (["--imsize", "100000"], "GB, and this machine has"),
+        (["--short_side", "160000"], "pass a smaller --imsize, --short_side or --lift_iter"),
+        (["--upsample", "bilinear", "--lift_iter", "14"], "or --lift_iter"),
+        (["--imsize", "8192", "--facet", "attn"], "frames of 8192x8192 pixels take"),
         (["--upsample", "lift"], "pass --lift_path FILE"),
         (["--lift_path", "nowhere.pth"], "--lift_path"),
         (["--sequences", "nobody"], "correct --dataroot or --sequences"),
@@ -1132,6 +1136,25 @@ def test_cheap_things_are_checked_before_the_backbone_is_built(propagate, monkey
         ["--sequences", "nobody"],
     ):
         assert propagate(*flags).code == 2
+
+
+def test_memory_needed_covers_what_a_batch_and_its_context_take(rule_backbone):
+    path = rule_backbone[3]
+    extractor = ViTExtractor("vit_tiny_patch16_224", None, device="cpu", backbone_path=path)
+    none = Upsampler("none")
+    twice = Upsampler("bilinear")
+    few = eval_davis.memory_needed(extractor, none, (224, 224), 2, 8, 12)
+    frames = 4 * 3 * 224 * 224 * eval_davis.BATCH
+    maps = 4 * 192 * 14 * 14 * (eval_davis.BATCH + 8)
+    assert frames + maps < few < 100 * 2**20
+
+    four_times = eval_davis.memory_needed(extractor, none, (448, 448), 2, 8, 12)
+    assert 3 < four_times / few < 5
+    assert eval_davis.memory_needed(extractor, twice, (224, 224), 2, 8, 12) > few
+
+    within = eval_davis.memory_needed(extractor, none, (896, 896), 2, 8, 12)
+    assert eval_davis.memory_needed(extractor, none, (896, 896), 2, 8, 0) > within
+    assert eval_davis.memory_needed(extractor, none, (224, 224), 9, 8, 12) > few
 
 
 def test_as_a_program(tree, tmp_path):
