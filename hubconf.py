@@ -109,7 +109,47 @@ def _check_values(images: torch.Tensor) -> None:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-class _Features(torch.nn.Module):
+class _LoadedAgain(torch.nn.Module):
+    """A module whose pickle is the call of torch.hub that makes it, and its weights.
+
+    The classes of these files are known under no name that another process could import.
+    """
+
+    def _call(self) -> tuple[str, dict[str, typing.Any]]:
+        """The entry point that makes the same module, and its arguments."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        entry, arguments = self._call()
+        load = functools.partial(torch.hub.load, source="local", **arguments)
+        return load, (str(_ROOT), entry), self.state_dict()
+
+    def __setstate__(self, state: dict[str, typing.Any]) -> None:
+        """Take over the weights, and where and how precise they were."""
+        for key, weight in state.items():
+            if key.endswith("outc.weight"):
+                self.to(weight.device, weight.dtype)
+        self.load_state_dict(state)
+
+    def __deepcopy__(self, memo: dict[int, typing.Any]) -> "_LoadedAgain":
+        """Copy what is there, without reading files again."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+class _LiFT(_LoadedAgain):
+    """What `lift_module` adds to the class LiFT: a pickle is frozen and in eval mode, as it is."""
+
+    patch_size: int
+    lift_path: str
+
+    def _call(self) -> tuple[str, dict[str, typing.Any]]:
+        return "lift_module", {"lift_path": self.lift_path, "patch_size": self.patch_size}
+
+
+class _Features(_LoadedAgain):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32, without gradients.
 
     Sides are multiples of the patch.
@@ -170,25 +210,8 @@ class _Features(torch.nn.Module):
             return dense, feats
         return dense
 
-    # The classes of these files are known under no name that another process could import. A
-    # pickle therefore holds the call of torch.hub that makes the model, and its weights.
-
-    def __reduce__(self) -> tuple[typing.Any, ...]:
-        load = functools.partial(torch.hub.load, source="local", **self.arguments, **self.options)
-        return load, (str(_ROOT), "lift"), self.state_dict()
-
-    def __setstate__(self, state: dict[str, typing.Any]) -> None:
-        """Take over the weights, and where and how precise they were."""
-        weight = state["lift.outc.weight"]
-        self.to(weight.device, weight.dtype)
-        self.load_state_dict(state)
-
-    def __deepcopy__(self, memo: dict[int, typing.Any]) -> "_Features":
-        """Copy what is there, without reading files again."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    def _call(self) -> tuple[str, dict[str, typing.Any]]:
+        return "lift", {**self.arguments, **self.options}
 
 
 # ---- entry points -------------------------------------------------------------------------------
@@ -274,7 +297,11 @@ def lift_module(
     """
     if lift_path is None:
         lift_path = _lift_file(backbone)
-    return _read_nouns()["lift"].load_lift(lift_path, patch_size=patch_size)
+    module = _read_nouns()["lift"].load_lift(lift_path, patch_size=patch_size)
+    # the same object, of a class that is LiFT and can be pickled
+    module.__class__ = type("LiFT", (_LiFT, type(module)), {})
+    module.lift_path = _absolute(lift_path)
+    return module
 
 
 def lift_vit_mini16(**options: typing.Any) -> torch.nn.Module:

@@ -169,6 +169,38 @@ def test_works_in_a_spawned_worker(features):
     torch.testing.assert_close(got, features(IMAGES))
 
 
+@pytest.mark.parametrize("variant", [{}, {"residual": True}, {"attend": 1}])
+def test_lift_alone_is_copied_and_pickled(tmp_path, monkeypatch, variant):
+    """Also from another folder, and with the patch that a bare file does not tell."""
+    torch.save(LiFT(16, 8, **variant).state_dict(), tmp_path / "bare.pth")
+    path = os.path.relpath(tmp_path / "bare.pth")
+    lift = hub("lift_module", lift_path=path, patch_size=8)
+    feats = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    before = lift(IMAGES, feats)
+
+    changed = copy.deepcopy(lift)
+    changed.outc.bias.add_(1)
+    torch.testing.assert_close(lift(IMAGES, feats), before, rtol=0, atol=0)
+    torch.testing.assert_close(changed(IMAGES, feats), before + 1)
+
+    monkeypatch.chdir(tmp_path)
+    for model in (changed, copy.deepcopy(changed).to(torch.bfloat16)):
+        again = pickle.loads(pickle.dumps(model))
+        assert again.outc.weight.dtype == model.outc.weight.dtype
+        assert not again.training and not again.outc.weight.requires_grad
+        inputs = (IMAGES.to(again.outc.weight.dtype), feats.to(again.outc.weight.dtype))
+        torch.testing.assert_close(again(*inputs), model(*inputs), rtol=0, atol=0)
+    assert again.state_dict().keys() == LiFT(16, 8, **variant).state_dict().keys()
+
+
+def test_lift_alone_works_in_a_spawned_worker(files):
+    lift = hub("lift_module", lift_path=files["lift_path"])
+    feats = torch.randn(2, 192, 4, 6, generator=torch.Generator().manual_seed(1))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        got = pool.apply(lift, (IMAGES, feats)).clone()
+    torch.testing.assert_close(got, lift(IMAGES, feats))
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="the code generator needs a C++ compiler")
 def test_compiles_on_a_cpu(files):
     model = hub("lift", **files, layer=0)  # one block: compiling twelve takes minutes
