@@ -394,6 +394,7 @@ class DenseExtractor(nn.Module):
             "facet": self.facet,
             "stride": self.step,
             "digest": self.digest,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 
@@ -549,10 +550,6 @@ class ViTExtractor(DenseExtractor):
     def stride(self) -> tuple[int, int]:
         """Pixels between descriptors along both axes, as dino-vit-features has them: (s, s)."""
         return self.step, self.step
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the features, for settings and records."""
-        return {**super().facts(), "dtype": str(self.dtype).removeprefix("torch.")}
 
     # -- the forward pass --
 

@@ -10,6 +10,7 @@ Notation: B batch, C channels, p patch size, S pixels of the square photos.
 """
 
 import hashlib
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -38,22 +39,29 @@ def images_and_features(
         levels: how many sizes are wanted, the largest first.
     Returns:
         Images [B, 3, S/k, S/k], None where missing, and features [B, C, S/k/p, S/k/p], k = 1, 2, 4.
+        Where photos come with warped copies, 2B of each: a photo, its copy, the next photo, ...
     """
     images: list[Tensor | None] = []
     feats = []
     for level, features in zip(LEVELS[:levels], FEATURES):
         image = None
         if level in batch:
-            pixels = batch[level].to(extractor.device, non_blocking=True)  # type: ignore[arg-type]
+            pixels = one_after_the_other(batch[level], extractor.device)
             image = extractor.normalize(pixels.float() / 255)
         images.append(image)
 
         if features in batch:
-            known = batch[features].to(extractor.device, non_blocking=True)  # type: ignore[arg-type]
-            feats.append(known.float())
+            feats.append(one_after_the_other(batch[features], extractor.device).float())
         else:
             feats.append(extractor(image))
     return images, feats
+
+
+def one_after_the_other(images: Tensor, device: torch.device) -> Tensor:
+    """Bring images, or feature maps, to the device; pairs [B, 2, C, h, w] become [2B, C, h, w]."""
+    if images.ndim == 5:
+        images = images.flatten(0, 1)
+    return images.to(device, non_blocking=True)
 
 
 # ---- the file -----------------------------------------------------------------------------------
@@ -63,8 +71,9 @@ class Cached(Dataset):
     """A data set that reads from one file what Photos gives, with features for the full image.
 
     The items are those of Photos without "full", and with "f1", "f2" and "f3": the features at S,
-    S/2 and S/4. The file holds records of one size. First come those of all photos in the first
-    view, then in the second, and so on; epoch e reads view e % views.
+    S/2 and S/4 [C, h, w], with copies [2, C, h, w]. The file holds records of one size. First come
+    those of all photos in the first view, then in the second, and so on; epoch e reads view
+    e % views.
     """
 
     def __init__(self, path: Path, record: np.dtype, views: int, paths: list[Path]):
@@ -85,18 +94,27 @@ class Cached(Dataset):
         return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
 
 
-def record_type(extractor: DenseExtractor, imsize: int) -> np.dtype:
+def record_type(extractor: DenseExtractor, imsize: int, warp: bool = False) -> np.dtype:
     """The type of one photo's record: the two smaller images, three maps, and the broken mark.
 
-    Images are uint8, feature maps float16, and the mark int64 (see train_lift.Photos).
+    Images are uint8, feature maps float16, and the mark int64 (see train_lift.Photos). With `warp`
+    images and maps are pairs, of the photo and its copy, and the warp itself comes last.
     """
+    pair: tuple[int, ...] = ()
+    if warp:
+        pair = (2,)
     half = imsize // 2
     quarter = imsize // 4
-    fields = [("half", "u1", (3, half, half)), ("quarter", "u1", (3, quarter, quarter))]
+    fields = [
+        ("half", "u1", (*pair, 3, half, half)),
+        ("quarter", "u1", (*pair, 3, quarter, quarter)),
+    ]
     for features, size in zip(FEATURES, (imsize, half, quarter)):
         side = size // extractor.patch
-        fields.append((features, "f2", (extractor.width, side, side)))
+        fields.append((features, "f2", (*pair, extractor.width, side, side)))
     fields.append(("broken", "i8", ()))
+    if warp:
+        fields.append(("warp", "f4", (2, 3)))
     return np.dtype(fields)
 
 
@@ -108,12 +126,13 @@ def cache_key(photos, extractor: DenseExtractor) -> str:
     for path in photos.paths:
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    augment = None  # without jitter the seed changes nothing
-    if photos.jitter:
-        augment = photos.seed
+    seed = None  # where nothing is random it changes nothing
+    if photos.jitter or photos.warp:
+        seed = photos.seed
+    random = (photos.jitter is not None, photos.warp, seed)
 
-    key = (facts, str(extractor.dtype), normalization, files, photos.imsize, photos.downsample)
-    return hashlib.sha256(repr((*key, augment)).encode()).hexdigest()[:20]
+    key = (facts, normalization, files, photos.imsize, photos.downsample, random)
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 
 def cached(
@@ -129,7 +148,7 @@ def cached(
     Raises:
         OSError: the features do not fit on the disk, or cannot be written.
     """
-    record = record_type(extractor, photos.imsize)
+    record = record_type(extractor, photos.imsize, photos.warp)
     path = Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
     dataset = Cached(path, record, views, photos.paths)
     if path.exists():
@@ -179,6 +198,7 @@ def fill(
     Raises:
         OSError: there is less room on the disk than they take.
     """
+    file.seek(0, os.SEEK_END)  # where it ends now, not before the wait for the lock
     complete = file.tell() // record.itemsize
     done = complete // batch_size * batch_size  # records, of whole batches
     file.truncate(done * record.itemsize)
@@ -195,10 +215,11 @@ def fill(
     for batch in tqdm(loader, "features", unit="batch", disable=None):
         _, feats = images_and_features(batch, extractor)
         rows = np.zeros(len(batch["broken"]), record)
-        for name in ("half", "quarter", "broken"):
-            rows[name] = batch[name].numpy()
         for name, value in zip(FEATURES, feats):
-            rows[name] = value.cpu().numpy()
+            rows[name] = value.reshape(rows[name].shape).cpu().numpy()
+        for name in record.names:
+            if name not in FEATURES:
+                rows[name] = batch[name].numpy()
         file.write(rows.tobytes())
     file.flush()
 

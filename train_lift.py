@@ -3,8 +3,8 @@ r"""Train a LiFT module for one frozen backbone on any folder of photos (LiFT pa
     python train_lift.py --dataroot FOLDER --model_type dino_vits16 --save_every 1 --epochs 5 \
         --lr 0.001 --augment --loss cosine --batch_size 256 --output_dir lift_imagenet_trains
     torchrun --nproc_per_node 8 train_lift.py --dataroot FOLDER --dtype bfloat16 --workers 8
-    python train_lift.py --dataroot FOLDER --cache_features CACHE --residual --epochs 30 \
-        --optimizer adamw --schedule cosine
+    python train_lift.py --dataroot FOLDER --cache_features CACHE --attend 1 --match 0.1 \
+        --loss both --downsample resize      # a better module than the paper's
     python train_lift.py ... --resume          # go on where a stopped or killed run was
     python train_lift.py --evaluate lift.pth --val_dataroot FOLDER [FOLDER ...] \
         --model_type dino_vits16
@@ -52,6 +52,7 @@ from command import (
     check_range,
     difference,
     first_line,
+    load_tensors,
     rank,
     record,
     report,
@@ -73,6 +74,13 @@ LARGEST_LR = 1e37  # Adam's first steps are up to ten times as long, and must be
 FEW_STEPS = 500  # the modules of pretrained/ took a few thousand
 FEW_PHOTOS = 10  # to validate on
 CENTRE_PHOTOS = 64  # that the mean feature is estimated on
+
+# How a copy differs from its photo, for --match: see random_warp
+WARP_DEGREES = 25
+WARP_SCALES = (0.7, 1.5)
+WARP_SHIFT = 1 / 8
+MATCH_POINTS = 256  # cells of a copy that are looked for in its photo, and among each other
+MATCH_TEMPERATURE = 0.1  # of cosines
 
 
 def parser() -> Command:
@@ -107,15 +115,16 @@ def parser() -> Command:
     add("--json", help="write the last line to this file too")
 
     add = command.add_argument_group("beyond the paper").add_argument
-    add("--residual", action="store_true", help="LiFT adds to the bilinearly doubled features")
     add("--attend", type=int, default=0, metavar="R", help="LiFT weighs features R cells around")
+    add(
+        "--match", type=float, default=0.0, metavar="WEIGHT",
+        help="also learn to find points of a photo in a warped copy of it (default: 0, off)",
+    )  # fmt: skip
     add(
         "--downsample", choices=("stride", "resize"), default="stride",
         help="halve photos by every 2nd pixel, or antialiased (default: stride)",
     )  # fmt: skip
-    add("--single_scale", action="store_true", help="learn S/2 to S alone, not S/4 to S/2")
-    add("--optimizer", choices=("adam", "adamw"), default="adam", help="(default: adam)")
-    add("--weight_decay", type=float, default=0.0, help="(default: 0)")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's (default: 0, which is Adam)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr")
     add("--warmup", type=int, default=0, help="steps until --lr is reached (default: 0)")
     add("--ema", type=float, default=0.0, help="use an average of the weights, e.g. 0.999")
@@ -167,10 +176,13 @@ class Photos(Dataset):
 
     photos[epoch, index] is a dict of "full" [3, S, S], "half" [3, S/2, S/2], "quarter" [3, S/4,
     S/4] and "broken". A photo that cannot be read is replaced by the next one that can, and
-    "broken" is then its index. Otherwise "broken" is -1. With `augment` the colours are jittered,
-    by a seed made of (seed, epoch, index).
+    "broken" is then its index. Otherwise "broken" is -1. With `augment` the colours are jittered.
 
-    It holds paths and numbers only, so that it is cheap to send to a loader's workers.
+    With `warp` a photo comes with a warped copy of it: "full" is then [2, 3, S, S], and so on, and
+    "warp" [2, 3] takes places in the copy to those in the photo (see random_warp).
+
+    All that is random follows from (seed, epoch, index). It holds paths and numbers only, so that
+    it is cheap to send to a loader's workers.
 
     Raises:
         ValueError: no photo can be read.
@@ -183,11 +195,13 @@ class Photos(Dataset):
         downsample: str = "stride",
         augment: bool = False,
         seed: int = 0,
+        warp: bool = False,
     ):
         self.paths = paths
         self.imsize = imsize
         self.downsample = downsample
         self.seed = seed
+        self.warp = warp
         self.jitter = None
         if augment:
             self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2)
@@ -203,24 +217,37 @@ class Photos(Dataset):
                 image = read_image(self.paths[candidate])
             except (ValueError, OSError):
                 continue
-            levels = self.pyramid(image, (self.seed, epoch, index))
+            levels = self.prepare(image, (self.seed, epoch, index))
             broken = -1
             if candidate != index:
                 broken = index
             return {**levels, "broken": broken}
         raise ValueError(f"none of the {len(self)} photos can be read: pass another --dataroot")
 
-    def pyramid(self, image, seed: tuple[int, int, int]) -> dict[str, Tensor]:
-        """A PIL image as squares of S, S/2 and S/4 pixels; `seed` is that of its jitter."""
+    def prepare(self, image, seed: tuple[int, int, int]) -> dict[str, Tensor]:
+        """A PIL image, and its copy if asked for, in three sizes; `seed` is that of this photo."""
         image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
-        if self.jitter:
-            # the jitter draws from torch's global generator, which is put back afterwards
-            with torch.random.fork_rng(devices=[]):
-                one_number = np.random.SeedSequence(seed).generate_state(1)[0]
-                torch.manual_seed(int(one_number))
-                image = self.jitter(image)
+        # jitter and warp draw from torch's global generator, which is put back afterwards
+        with torch.random.fork_rng(devices=[]):
+            one_number = np.random.SeedSequence(seed).generate_state(1)[0]
+            torch.manual_seed(int(one_number))
+            photo = self.pyramid(self.recolour(image))
+            if not self.warp:
+                return photo
+            warp = random_warp()
+            copy = self.pyramid(warped(self.recolour(image), warp))
 
-        full = pil_to_tensor(image)
+        pair = {level: torch.stack([photo[level], copy[level]]) for level in photo}
+        return {**pair, "warp": warp}
+
+    def recolour(self, image) -> Tensor:
+        """A PIL image as uint8 [3, S, S], its colours jittered where they are to be."""
+        if self.jitter:
+            image = self.jitter(image)
+        return pil_to_tensor(image)
+
+    def pyramid(self, full: Tensor) -> dict[str, Tensor]:
+        """An image [3, S, S] in S, S/2 and S/4 pixels."""
         if self.downsample == "stride":
             half = full[:, ::2, ::2]
             quarter = full[:, ::4, ::4]
@@ -228,6 +255,33 @@ class Photos(Dataset):
             half = resize(full, [self.imsize // 2] * 2, antialias=True)
             quarter = resize(full, [self.imsize // 4] * 2, antialias=True)
         return {"full": full, "half": half.contiguous(), "quarter": quarter.contiguous()}
+
+
+def random_warp() -> Tensor:
+    """A random map from places in a copy to those in its photo, from torch's generator: [2, 3].
+
+    A place is (x, y, 1), with x and y from -1 to 1 between the outer edges of the image. The copy
+    shows the photo turned by up to WARP_DEGREES, scaled by a factor of WARP_SCALES (its logarithm
+    is uniform), and shifted by up to WARP_SHIFT of the side along each axis.
+    """
+    smallest, largest = WARP_SCALES
+    turn, share, right, down = torch.rand(4).tolist()
+    angle = math.radians(WARP_DEGREES) * (2 * turn - 1)
+    scale = smallest * (largest / smallest) ** share
+    cosine = math.cos(angle) / scale
+    sine = math.sin(angle) / scale
+    right = 2 * WARP_SHIFT * (2 * right - 1)  # sides are 2 long
+    down = 2 * WARP_SHIFT * (2 * down - 1)
+    return torch.tensor([[cosine, -sine, right], [sine, cosine, down]])
+
+
+def warped(image: Tensor, warp: Tensor) -> Tensor:
+    """The copy [3, S, S] of an image of uint8; what lies outside the photo mirrors its border."""
+    places = F.affine_grid(warp[None], [1, *image.shape], align_corners=False)  # [1, S, S, 2]
+    copy = F.grid_sample(
+        image[None].float(), places, padding_mode="reflection", align_corners=False
+    )
+    return copy[0].round().to(torch.uint8)
 
 
 def split(args) -> tuple[list[Path], list[Path]]:
@@ -320,23 +374,72 @@ def loss_between(loss: str, out: Tensor, target: Tensor, centre: Tensor | None) 
     return cosine_distance(out, target) + centred
 
 
-class Objective(nn.Module):
-    """The loss of LiFT over all scales, as a module (LiFT paper, section 3.2)."""
+def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
+    """How badly points of photos are told apart in their warped copies, by their features alone.
 
-    def __init__(self, lift: nn.Module, loss: str, centre: Tensor | None = None):
+    Each point of a photo is looked for among MATCH_POINTS random cells of the copy. The loss is the
+    cross-entropy of its own cell, from cosines of centred features: InfoNCE (van den Oord et al.,
+    arXiv 1807.03748) over the places of one image.
+
+    Args:
+        pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
+        warp: [B, 2, 3], from places in the copy to those in the photo: see random_warp.
+        centre: the mean feature [C, 1, 1].
+    Returns:
+        The mean over all points, a scalar.
+    """
+    photos, copies = (pairs - centre).unflatten(0, (-1, 2)).unbind(1)     # [B, C, h, w] each
+    height, width = pairs.shape[2:]
+    cells = torch.randperm(height * width)[:MATCH_POINTS].to(pairs.device)
+    in_copy = copies.flatten(2)[:, :, cells]                              # [B, C, P]
+
+    # where the cells' centres lie in the photos
+    x = (2 * (cells % width) + 1) / width - 1
+    y = (2 * (cells // width) + 1) / height - 1
+    centres = torch.stack([x, y, torch.ones_like(x)])                     # [3, P]
+    places = (warp @ centres).transpose(1, 2)                             # [B, P, 2]
+    inside = (places.abs() <= 1).all(dim=2)                               # [B, P]
+    in_photo = F.grid_sample(
+        photos, places[:, None], padding_mode="border", align_corners=False
+    )[:, :, 0]                                                            # [B, C, P]
+
+    points = F.normalize(in_photo, dim=1).transpose(1, 2)                 # [B, P, C]
+    cosines = points @ F.normalize(in_copy, dim=1)                        # [B, point, cell]
+    logits = cosines.float() / MATCH_TEMPERATURE
+    # a cell that mirrors the border is no point's own
+    logits = logits.masked_fill(~inside[:, None, :], -1e4)
+    own = torch.arange(len(cells), device=pairs.device).expand(len(logits), -1)
+    losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+    return losses[inside].mean()
+
+
+class Objective(nn.Module):
+    """The loss of LiFT over all scales, as a module (LiFT paper, section 3.2).
+
+    `match` is the weight of match_loss, which is not in the paper, on the features at S.
+    """
+
+    def __init__(
+        self, lift: nn.Module, loss: str, centre: Tensor | None = None, match: float = 0.0
+    ):
         super().__init__()
         self.lift = lift
         self.loss = loss
         self.centre = centre
+        self.match = match
 
-    def forward(self, images: list[Tensor], feats: list[Tensor]) -> Tensor:
-        """Images at S/2 (and S/4), and features at S, S/2 (and S/4) -> scalar."""
+    def forward(
+        self, images: list[Tensor], feats: list[Tensor], warp: Tensor | None = None
+    ) -> Tensor:
+        """Images at S/2 and S/4, features at S, S/2 and S/4, and warps [B, 2, 3] -> scalar."""
         total = 0.0
         for level, image in enumerate(images):
             finer = feats[level]                           # [B, C, 2h, 2w]
             coarser = feats[level + 1]                     # [B, C, h, w]
             out = self.lift(image, coarser).float()        # [B, C, 2h, 2w]
             total = total + loss_between(self.loss, out, finer, self.centre)
+            if self.match and level == 0:
+                total = total + self.match * match_loss(out, warp, self.centre)
         return total
 
 
@@ -353,13 +456,19 @@ def mean_feature(
     mine = chosen[rank::world]
 
     total = torch.zeros(extractor.width, dtype=torch.float64)
+    images = 0
     for at in range(0, len(mine), 8):
         batch = default_collate([photos[0, index] for index in mine[at : at + 8]])
         _, feats = images_and_features(batch, extractor, levels=1)  # [B, C, h, w]
         total += feats[0].mean((2, 3)).cpu().double().sum(0)
+        images += len(feats[0])  # photos, and their copies if there are any
 
-    everywhere = torch.tensor(gather(total.tolist()), dtype=torch.float64)  # [processes, C]
-    mean = everywhere.sum(0) / count
+    all_totals = torch.zeros_like(total)
+    all_images = 0
+    for process_total, process_images in gather((total, images)):
+        all_totals += process_total
+        all_images += process_images
+    mean = all_totals / all_images
     return mean.float()[:, None, None].to(extractor.device)
 
 
@@ -445,7 +554,7 @@ def note_below_bilinear(results: dict[str, Any]) -> None:
         print(
             f"note: LiFT ({results['lift']:.2f}) is below bilinear interpolation "
             f"({results['bilinear']:.2f}), so this module is not worth using. What usually helps: "
-            "more steps (a smaller --batch_size, more --epochs), more photos, --residual"
+            "more steps (a smaller --batch_size, more --epochs), more photos, --attend 1"
         )
 
 
@@ -497,7 +606,6 @@ class Run:
             extractor.patch,
             pre_shape=False,
             post_shape=False,
-            residual=args.residual,
             attend=args.attend,
         )
         self.lift = lift.to(extractor.device)
@@ -511,10 +619,8 @@ class Run:
             average = get_ema_multi_avg_fn(args.ema)
             self.ema = AveragedModel(self.lift, multi_avg_fn=average, use_buffers=True)
 
-        optimizer_class = torch.optim.Adam
-        if args.optimizer == "adamw":
-            optimizer_class = torch.optim.AdamW
-        self.optimizer = optimizer_class(
+        # without weight decay this is the Adam of the paper
+        self.optimizer = torch.optim.AdamW(
             self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
         )
         factor = partial(lr_factor, total=total, schedule=args.schedule, warmup=args.warmup)
@@ -667,7 +773,6 @@ class Run:
             "width": extractor.width,
             "mean": extractor.mean,
             "std": extractor.std,
-            "residual": self.args.residual,
             "attend": self.args.attend,
             "downsample": self.args.downsample,
             "imsize": self.args.imsize,
@@ -704,13 +809,13 @@ class Run:
         path = self.folder / "last.pth"
         if not path.is_file():
             return
+        remedy = "remove it, and start again"
+        last = load_tensors(path, remedy, remedy)
         try:
-            last = torch.load(path, map_location="cpu", weights_only=True)
             changed = difference(last["record"], self.record)
             if not changed:
                 self.restore(last)
         except Exception as error:  # damaged files raise nearly anything
-            remedy = "remove it, and start again"
             raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
 
         if not changed:
@@ -761,14 +866,12 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
             parts.append(f"layer{extractor.layer}")
         if extractor.facet != "key":
             parts.append(extractor.facet)
-    if args.residual:
-        parts.append("residual")
     if args.attend:
         parts.append(f"attend{args.attend}")
+    if args.match:
+        parts.append(f"match{args.match}")
     if args.downsample == "resize":
         parts.append("resize")
-    if args.single_scale:
-        parts.append("single")
     return Path(args.output_dir) / "_".join(parts)
 
 
@@ -868,7 +971,6 @@ def train_step(
     extractor: DenseExtractor,
     optimizer: torch.optim.Optimizer,
     precision: Callable = nullcontext,
-    levels: int = 3,
 ) -> tuple[Tensor, list[int]]:
     """One optimizer step on the mean loss of `count` batches.
 
@@ -878,14 +980,17 @@ def train_step(
     total = 0
     broken = []
     for number, batch in enumerate(batches, 1):
-        images, feats = images_and_features(batch, extractor, levels)
+        images, feats = images_and_features(batch, extractor)
+        warp = None
+        if "warp" in batch:
+            warp = batch["warp"].to(extractor.device)
         # processes share their gradients at the last batch only
         alone = nullcontext()
         if dist.is_initialized() and number < count:
             alone = model.no_sync()
         with alone:
             with precision():
-                loss = model(images[1:], feats) / count  # LiFT needs no image at S
+                loss = model(images[1:], feats, warp) / count  # LiFT needs no image at S
             loss.backward()
         total += loss.detach()
         broken += [index for index in batch["broken"].tolist() if index >= 0]
@@ -916,7 +1021,6 @@ def train(
     paths = loader.dataset.paths
     steps = math.ceil(batches / args.accumulate)  # of an epoch
     photos_a_step = len(paths) / steps  # of all processes together
-    levels = 2 if args.single_scale else 3
     read_every = 1 if run.extractor.device.type == "cpu" else 10
     tensorboard = open_tensorboard(args, run.folder)
 
@@ -940,7 +1044,7 @@ def train(
             count = min(args.accumulate, batches - batches_done)
             group = itertools.islice(coming, count)
             loss, unreadable = train_step(
-                model, group, count, run.extractor, run.optimizer, precision, levels
+                model, group, count, run.extractor, run.optimizer, precision
             )
             run.advance()
             losses.append(loss)
@@ -1017,7 +1121,8 @@ def prepare(
         it in: autocast to bfloat16, or none.
     """
     torch.backends.cudnn.benchmark = True  # sizes stay the same
-    model: nn.Module = Objective(lift.to(memory_format=torch.channels_last), args.loss, centre)
+    lift = lift.to(memory_format=torch.channels_last)
+    model: nn.Module = Objective(lift, args.loss, centre, args.match)
     if args.compile:
         model.compile()
         parts = [getattr(extractor, "module", None)]
@@ -1053,7 +1158,8 @@ def check(args) -> None:
         raise FileNotFoundError(f"no LiFT checkpoint at {args.evaluate}: {remedy}")
     check_range(
         args, epochs=1, batch_size=1, imsize=1, save_every=1, accumulate=1, views=1, seed=0,
-        warmup=0, save_steps=0, workers=0, weight_decay=0, attend=0, val_fraction=0, ema=0,
+        warmup=0, save_steps=0, workers=0, weight_decay=0, attend=0, match=0, val_fraction=0,
+        ema=0,
     )  # fmt: skip
     if args.val_fraction >= 1:
         what = f"--val_fraction {args.val_fraction} leaves no photo to train on"
@@ -1154,7 +1260,8 @@ def main(args) -> None:
         return
 
     train_paths, val_paths = split(args)
-    photos = Photos(train_paths, args.imsize, args.downsample, args.augment, args.seed)
+    warp = args.match > 0
+    photos = Photos(train_paths, args.imsize, args.downsample, args.augment, args.seed, warp)
     val_photos = Photos(val_paths, args.imsize, args.downsample)
     photos[0, 0]  # raises where no photo can be read
     try_to_write(args.output_dir)
@@ -1202,10 +1309,13 @@ def train_into(
             batch_size=args.batch_size,
             workers=args.workers,
         )
-        views = args.views if args.augment else 1
+        views = 1
+        if args.augment or args.match:
+            views = args.views
         photos = cache(photos, views=views)
         val_photos = cache(val_photos, views=1)
-    if run.centre is None and (val_photos.paths or args.loss in ("centred", "both")):
+    centre_needed = val_photos.paths or args.loss in ("centred", "both") or args.match
+    if run.centre is None and centre_needed:
         run.centre = mean_feature(photos, extractor, rank(), world)
     # one photo at S/2, for run.check_output
     images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)

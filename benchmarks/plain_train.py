@@ -101,6 +101,39 @@ def plain_loss(kind, out, target, centre=None):
     return F.cosine_embedding_loss(flat_out, flat_target, torch.ones(len(flat_out)))
 
 
+def plain_match_loss(pairs, warps, centre):
+    """train_lift.match_loss, point by point.
+
+    Args:
+        pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
+        warps: for each photo [2, 3], from places in the copy to those in the photo.
+        centre: the mean feature [C, 1, 1].
+    """
+    h, w = pairs.shape[2:]
+    cells = torch.randperm(h * w)[: train_lift.MATCH_POINTS].tolist()
+    losses = []
+    for number, warp in enumerate(warps):
+        photo = pairs[2 * number] - centre
+        copy = pairs[2 * number + 1] - centre
+        candidates = []
+        points = []
+        for cell in cells:
+            row, column = divmod(cell, w)
+            centre_of_cell = torch.tensor([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1, 1])
+            x, y = (warp @ centre_of_cell).tolist()
+            if abs(x) > 1 or abs(y) > 1:
+                continue
+            candidates.append(copy[:, row, column])
+            place = torch.tensor([[[[x, y]]]])
+            sampled = F.grid_sample(photo[None], place, padding_mode="border", align_corners=False)
+            points.append(sampled.flatten())
+        for own, point in enumerate(points):
+            cosines = F.cosine_similarity(point[None], torch.stack(candidates), dim=1)
+            shares = (cosines / train_lift.MATCH_TEMPERATURE).softmax(0)
+            losses.append(-shares[own].log())
+    return torch.stack(losses).mean()
+
+
 def loading(imsize, mean, std):
     """A function from a PIL image to a normalised square [3, S, S]."""
     return transforms.Compose(

@@ -47,8 +47,9 @@ def equal(state, other):
         assert torch.equal(state[name], value), name
 
 
-def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monkeypatch):
-    more = ["--augment", "--views", 2, "--loss", "l2", "--val_fraction", 0.25]
+@pytest.mark.parametrize("match", [0, 0.5])
+def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monkeypatch, match):
+    more = ["--augment", "--views", 2, "--loss", "l2", "--val_fraction", 0.25, "--match", match]
     cache = [*more, "--cache_features", tmp_path / "cache"]
     ran, _, live_lines = train("live", *more)
     assert ran.code == 0, ran.err
@@ -77,9 +78,9 @@ def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monk
 
 
 def test_the_cache_knows_what_it_depends_on(folder, rule_backbone):
-    def key(augment=False, imsize=64, downsample="stride", seed=0, n=8, **options):
+    def key(augment=False, imsize=64, downsample="stride", seed=0, warp=False, n=8, **options):
         paths = sorted(folder.rglob("*.jpg"))[:n]
-        photos = train_lift.Photos(paths, imsize, downsample, augment, seed)
+        photos = train_lift.Photos(paths, imsize, downsample, augment, seed, warp)
         extractor = ViTExtractor(
             "vit_tiny_patch16_224",
             stride=None,
@@ -93,6 +94,8 @@ def test_the_cache_knows_what_it_depends_on(folder, rule_backbone):
         key(),
         key(True),
         key(True, seed=1),
+        key(warp=True),
+        key(warp=True, seed=1),
         key(imsize=128),
         key(downsample="resize"),
         key(layer=3),

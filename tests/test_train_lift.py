@@ -25,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from conftest import rule_image, rule_state
 from PIL import Image
-from plain_train import plain_centre, plain_evaluate, plain_features, plain_train, plain_vit
+from plain_train import (
+    plain_centre,
+    plain_evaluate,
+    plain_features,
+    plain_loss,
+    plain_match_loss,
+    plain_train,
+    plain_vit,
+)
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, default_collate
 
@@ -216,7 +224,6 @@ def test_the_command_equals_the_plain_loop(train, folder, tmp_path, rule_feature
         "facet": "key",
         "patch": 16,
         "width": 192,
-        "residual": False,
         "attend": 0,
         "downsample": "stride",
     }
@@ -305,17 +312,18 @@ def test_evaluation_needs_no_four_patches(measure, folder, rule_lift, rule_featu
     assert ran.code == 2 and "correct --evaluate" in ran.err and ran.err.count("\n") == 1
 
 
-def test_an_untrained_residual_module_is_bilinear(train, tmp_path, folder):
-    more = ["--residual", "--lr", 0, "--downsample", "resize", "--epochs", 1]
+def test_an_untrained_attend_module_is_bilinear(train, tmp_path, folder):
+    more = ["--attend", 1, "--lr", 0, "--downsample", "resize", "--epochs", 1]
     ran = train(*more, "--val_dataroot", folder)
     assert ran.code == 0, ran.err
     _, about, lines = read_run(tmp_path)
     val = lines[-1]["val"]
-    assert val["lift"] == val["bilinear"]
-    assert val["lift_centred"] == val["bilinear_centred"] != val["bilinear"]
+    assert val["lift"] == pytest.approx(val["bilinear"], abs=1e-5)
+    assert val["lift_centred"] == pytest.approx(val["bilinear_centred"], abs=1e-5)
+    assert val["bilinear_centred"] != val["bilinear"]
     assert val["lift_twice"] == pytest.approx(val["bilinear_twice"], abs=0.05)
     assert val["bilinear"] != val["nearest"]
-    assert about["residual"] is True and about["downsample"] == "resize"
+    assert about["attend"] == 1 and about["downsample"] == "resize"
     assert about["metrics"]["val"] == val
 
 
@@ -336,6 +344,140 @@ def test_centred_losses_equal_the_plain_ones(train, folder, tmp_path, rule_featu
     assert about["attend"] == 1
     name = f"vit_tiny_patch16_224_0.001_{loss}_noaug_64_attend1"
     assert load_lift(tmp_path / "runs" / name / "lift.pth").radius == 1
+
+
+# ---- points of a photo and its warped copy ------------------------------------------------------
+
+
+def test_matching_equals_the_plain_version(train, folder, tmp_path, rule_features):
+    """The loss of the first epoch, whose photos and copies are those of the data set."""
+    more = ["--match", 0.5, "--loss", "both", "--attend", 1, "--epochs", 1, "--augment"]
+    ran = train(*more)
+    assert ran.code == 0, ran.err
+    _, _, lines = read_run(tmp_path)
+
+    paths = sorted(folder.rglob("*.jpg"))
+    photos = train_lift.Photos(paths, 64, augment=True, warp=True)
+    centre = plain_pair_centre(photos, rule_features)
+    lift = seeded_lift(attend=1)
+    optimizer = torch.optim.Adam(lift.parameters(), lr=0.001)
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    losses = []
+    torch.manual_seed(0)
+    seeded_lift(attend=1)  # a run draws its weights first, then the cells of each step
+    for indices in (shuffled[0:3], shuffled[3:6], shuffled[6:8]):
+        items = [photos[0, index] for index in indices]
+        levels = []
+        for level in ("full", "half", "quarter"):
+            pixels = torch.cat([item[level] for item in items])
+            levels.append((pixels / 255 - 0.5) / 0.5)
+        f1, f2, f3 = [rule_features(images) for images in levels]
+        out = lift(levels[1], f2)
+        loss = plain_loss("both", out, f1, centre)
+        warps = [item["warp"] for item in items]
+        loss = loss + 0.5 * plain_match_loss(out, warps, centre)
+        loss = loss + plain_loss("both", lift(levels[2], f3), f2, centre)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def plain_pair_centre(photos, features):
+    """The mean feature [C, 1, 1] of photos and copies."""
+    means = []
+    for index in range(len(photos)):
+        images = (photos[0, index]["full"] / 255 - 0.5) / 0.5
+        means.append(features(images).mean((0, 2, 3)))
+    return torch.stack(means).mean(0)[:, None, None]
+
+
+def places_as_features(warp, side=28):
+    """Features of a photo and its copy that tell every place, as waves of its coordinates do."""
+    centres = (2 * torch.arange(side) + 1) / side - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    photo = torch.stack([x, y])                                         # [2, h, w]
+    ones = torch.ones_like(x)
+    copy = torch.einsum("ij,jhw->ihw", warp, torch.stack([x, y, ones]))
+    maps = []
+    for places in (photo, copy):
+        waves = [torch.sin(k * places) for k in (1, 2, 4, 8)]
+        waves += [torch.cos(k * places) for k in (1, 2, 4, 8)]
+        maps.append(torch.cat(waves))
+    return torch.stack(maps)                                            # [2, 16, h, w]
+
+
+def test_matching_is_best_under_the_true_warp():
+    torch.manual_seed(0)
+    centre = torch.zeros(16, 1, 1)
+    for _ in range(5):
+        warp = train_lift.random_warp()
+        pair = places_as_features(warp)
+        true = train_lift.match_loss(pair, warp[None], centre)
+        other = train_lift.match_loss(pair, train_lift.random_warp()[None], centre)
+        assert true < other - 0.05
+
+
+def test_matching_of_known_features():
+    """All alike: each point has as many candidates as cells. All unlike: nothing is mistaken."""
+    same = torch.eye(2, 3)[None]  # a copy that is the photo
+    alike = torch.ones(2, 5, 4, 4)
+    zero = torch.zeros(5, 1, 1)
+    assert train_lift.match_loss(alike, same, zero) == pytest.approx(math.log(16))
+    unlike = torch.eye(16).view(1, 16, 4, 4).expand(2, -1, -1, -1)
+    expected = math.log(1 + 15 * math.exp(-1 / train_lift.MATCH_TEMPERATURE))
+    found = train_lift.match_loss(unlike, same, torch.zeros(16, 1, 1))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+    # half of a shifted copy lies outside, and is neither a point nor a candidate
+    half = torch.tensor([[[1.0, 0, 1], [0, 1, 0]]])
+    assert train_lift.match_loss(alike, half, zero) == pytest.approx(math.log(8))
+
+
+def test_a_copy_shows_what_its_warp_says():
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(train_lift.warped(image, torch.eye(2, 3)), image)
+
+    # a quarter of the side to the right: the copy's left part is the photo's middle
+    shifted = train_lift.warped(image, torch.tensor([[1.0, 0, 0.5], [0, 1, 0]]))
+    assert torch.equal(shifted[:, :, :24], image[:, :, 8:])
+    assert torch.equal(shifted[:, :, 24:], image[:, :, 24:].flip(2))  # mirrored
+
+    # turned by 90 degrees
+    turned = train_lift.warped(image, torch.tensor([[0, -1.0, 0], [1.0, 0, 0]]))
+    assert torch.equal(turned, image.rot90(1, (1, 2)))
+
+
+def test_warps_stay_within_their_bounds():
+    torch.manual_seed(0)
+    warps = torch.stack([train_lift.random_warp() for _ in range(500)])
+    scales = 1 / warps[:, 0, :2].norm(dim=1)
+    angles = torch.rad2deg(torch.atan2(warps[:, 1, 0], warps[:, 0, 0]))
+    assert scales.min() == pytest.approx(0.7, rel=0.02)
+    assert scales.max() == pytest.approx(1.5, rel=0.02)
+    assert angles.abs().max() == pytest.approx(25, rel=0.02)
+    assert warps[:, :, 2].abs().max() == pytest.approx(0.25, rel=0.02)
+    determinants = torch.linalg.det(warps[:, :, :2])
+    assert torch.allclose(determinants, scales**-2)  # no shear, no mirror
+
+
+def test_copies_depend_on_seed_epoch_and_photo_alone(folder):
+    paths = sorted(folder.rglob("*.jpg"))
+    photos = train_lift.Photos(paths, 64, warp=True)
+    first = photos[0, 2]
+    torch.rand(5)
+    again = photos[0, 2]
+    for name, value in first.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(again[name])), name
+    assert torch.equal(first["full"][0], train_lift.Photos(paths, 64)[0, 2]["full"])
+    assert not torch.equal(first["warp"], photos[1, 2]["warp"])
+    assert not torch.equal(first["warp"], photos[0, 3]["warp"])
+    other = train_lift.Photos(paths, 64, seed=1, warp=True)[0, 2]
+    assert not torch.equal(first["warp"], other["warp"])
+    copy = train_lift.warped(first["full"][0], first["warp"])
+    assert torch.equal(first["full"][1], copy)
 
 
 def test_resize_is_antialiased_and_stride_is_not(folder):
@@ -434,7 +576,7 @@ def test_learning_rate():
 
 def test_options_reach_the_optimizer(train, tmp_path, rule_features, folder):
     """AdamW, cosine with warmup, accumulation and the average, against the same by hand."""
-    more = ["--optimizer", "adamw", "--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1]
+    more = ["--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1]
     more += ["--accumulate", 2, "--ema", 0.5]
     assert train(*more).code == 0
     state, _, _ = read_run(tmp_path)
@@ -600,7 +742,6 @@ def test_compile_runs_on_a_cpu(cli, folder, tmp_path):
     save_file(model.state_dict(), tmp_path / "backbone.safetensors")
     flags = ["--dataroot", folder, "--imsize", 64, "--batch_size", 4, "--epochs", 1]
     flags += ["--val_fraction", 0, "--workers", 0, "--device", "cpu", "--model_type", "test_vit"]
-    flags += ["--single_scale"]  # one size less to generate code for
     flags += ["--backbone_path", tmp_path / "backbone.safetensors"]
     assert cli("train_lift", *flags, "--output_dir", tmp_path / "eager/runs").code == 0
     ran = cli("train_lift", *flags, "--output_dir", tmp_path / "runs", "--compile")
@@ -636,7 +777,7 @@ def test_help_is_fast():
     python, script, environment = command("--help")
     started = time.time()
     ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0 and "--single_scale" in ran.stdout
+    assert ran.returncode == 0 and "--downsample" in ran.stdout
     script = ["-X", "importtime", *script]
     ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
     assert "argparse" in ran.stderr and "torch" not in ran.stderr
@@ -744,7 +885,8 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
         (["--layer", 11], "_64"),
         (["--layer", 9], "_64_layer9"),
         (["--facet", "token"], "_64_token"),
-        (["--layer", 3, "--facet", "query", "--residual"], "_64_layer3_query_residual"),
+        (["--layer", 3, "--facet", "query", "--attend", 1], "_64_layer3_query_attend1"),
+        (["--match", 0.5], "_64_match0.5"),
     ],
 )
 def test_folders_name_layer_and_facet(train, tmp_path, more, ending):
@@ -829,6 +971,7 @@ BAD = {
     "warmup": (["--warmup", -1], "--warmup -1 is too small: pass 0 or more"),
     "save_steps": (["--save_steps", -3], "--save_steps -3 is too small: pass 0 or more"),
     "attend": (["--attend", -1], "--attend -1 is too small: pass 0 or more"),
+    "match": (["--match", -0.1], "--match -0.1 is too small: pass 0 or more"),
     "ema": (["--ema", 1], "--ema 1.0 never moves: pass less than 1"),
     "no folder": (["--dataroot", "nowhere"], "no images at nowhere"),
     "nothing": (
