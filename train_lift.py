@@ -79,7 +79,7 @@ CENTRE_PHOTOS = 64  # that the mean feature is estimated on
 WARP_DEGREES = 25
 WARP_SCALES = (0.7, 1.5)
 WARP_SHIFT = 1 / 8
-MATCH_POINTS = 256  # cells of a copy that are looked for in its photo, and among each other
+MATCH_POINTS = 256  # cells of a copy among which a point of the photo is looked for
 MATCH_TEMPERATURE = 0.1  # of cosines
 
 
@@ -374,12 +374,21 @@ def loss_between(loss: str, out: Tensor, target: Tensor, centre: Tensor | None) 
     return cosine_distance(out, target) + centred
 
 
+def match_cells(count: int) -> Tensor:
+    """MATCH_POINTS of the `count` cells of a grid, or all if they are fewer.
+
+    They are spread at random and always the same. LiFT treats all cells alike, and a warp takes
+    them to other places in each photo, so new ones at each step would teach it nothing more.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MATCH_POINTS]
+
+
 def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
     """How badly points of photos are told apart in their warped copies, by their features alone.
 
-    Each point of a photo is looked for among MATCH_POINTS random cells of the copy. The loss is the
-    cross-entropy of its own cell, from cosines of centred features: InfoNCE (van den Oord et al.,
-    arXiv 1807.03748) over the places of one image.
+    Each point of a photo is looked for among match_cells of the copy. The loss is the cross-entropy
+    of its own cell, from cosines of centred features: InfoNCE (van den Oord et al., arXiv
+    1807.03748) over the places of one image.
 
     Args:
         pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
@@ -390,7 +399,7 @@ def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
     """
     photos, copies = (pairs - centre).unflatten(0, (-1, 2)).unbind(1)     # [B, C, h, w] each
     height, width = pairs.shape[2:]
-    cells = torch.randperm(height * width)[:MATCH_POINTS].to(pairs.device)
+    cells = match_cells(height * width).to(pairs.device)                  # [P]
     in_copy = copies.flatten(2)[:, :, cells]                              # [B, C, P]
 
     # where the cells' centres lie in the photos

@@ -110,7 +110,7 @@ def plain_match_loss(pairs, warps, centre):
         centre: the mean feature [C, 1, 1].
     """
     h, w = pairs.shape[2:]
-    cells = torch.randperm(h * w)[: train_lift.MATCH_POINTS].tolist()
+    cells = train_lift.match_cells(h * w).tolist()
     losses = []
     for number, warp in enumerate(warps):
         photo = pairs[2 * number] - centre

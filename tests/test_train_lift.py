@@ -363,8 +363,6 @@ def test_matching_equals_the_plain_version(train, folder, tmp_path, rule_feature
     optimizer = torch.optim.Adam(lift.parameters(), lr=0.001)
     shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
     losses = []
-    torch.manual_seed(0)
-    seeded_lift(attend=1)  # a run draws its weights first, then the cells of each step
     for indices in (shuffled[0:3], shuffled[3:6], shuffled[6:8]):
         items = [photos[0, index] for index in indices]
         levels = []
@@ -433,6 +431,15 @@ def test_matching_of_known_features():
     # half of a shifted copy lies outside, and is neither a point nor a candidate
     half = torch.tensor([[[1.0, 0, 1], [0, 1, 0]]])
     assert train_lift.match_loss(alike, half, zero) == pytest.approx(math.log(8))
+
+
+def test_cells_to_match_are_spread_over_the_grid():
+    cells = train_lift.match_cells(28 * 28)
+    assert len(cells.unique()) == 256 and torch.equal(cells, train_lift.match_cells(28 * 28))
+    # each of a parent's four children comes as often, to within three standard errors
+    for parity in ((cells % 28) % 2, (cells // 28) % 2):
+        assert abs(parity.float().mean() - 0.5) < 3 * 0.5 / 16
+    assert sorted(train_lift.match_cells(9).tolist()) == list(range(9))
 
 
 def test_a_copy_shows_what_its_warp_says():
@@ -694,7 +701,8 @@ def test_a_damaged_checkpoint_is_not_resumed(train, tmp_path):
     run.mkdir(parents=True)
     (run / "last.pth").write_bytes(b"half a file")
     ran = train("--resume")
-    assert ran.code == 2 and "last.pth is damaged" in ran.err and ran.err.count("\n") == 1
+    assert ran.code == 2 and "last.pth holds no weights" in ran.err
+    assert ran.err.endswith("remove it, and start again\n") and ran.err.count("\n") == 1
 
 
 def test_tensorboard_shows_the_metrics(train, tmp_path, monkeypatch):
