@@ -6,6 +6,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+# one thread, here and in the processes that tests start: on so small problems more threads wait for
+# each other, above all on a busy machine. It is read when numpy and torch are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import timm
