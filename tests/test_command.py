@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -30,6 +32,47 @@ from command import (
 )
 
 # ---- command lines ------------------------------------------------------------------------------
+
+# one process for all of them: each would import torch, timm and scipy
+PROGRAMS = """
+import json, runpy, sys
+
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        print(command[0], stop.code)
+"""
+
+
+def test_scripts_as_programs_say_in_one_line_what_is_wrong(tmp_path):
+    flags = {
+        "lift_extractor.py": ["--image_path", "none.jpg", "--output_path", "x.pth"],
+        "eval_spair.py": ["--dataroot", "none"],
+        "eval_tokencut.py": ["--dataroot", "none", "--dataset", "VOC12"],
+        "eval_visualize_feats.py": ["--dataroot", "none"],
+    }
+    commands = [[str(ROOT / script), *flags[script]] for script in flags]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAMS, json.dumps(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [f"{command[0]} 2" for command in commands]
+
+    lines = ran.stderr.splitlines()
+    assert len(lines) == len(flags), ran.stderr
+    for script, line in zip(flags, lines):
+        assert line.startswith(f"{script}: ") and "none" in line
+    remedy = "pass an image, a folder of images or a quoted pattern"
+    assert lines[0] == f"lift_extractor.py: no images at none.jpg: {remedy}"
+    assert lines[2].endswith("correct --dataroot")
+    assert not list(tmp_path.iterdir())
 
 
 def run(main, argv=()):

@@ -5,14 +5,11 @@ Then answers known by construction, what is printed and drawn, and bad input.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image, ImageChops
 from plain_spair import plain_map, plain_spair, todays_spair, write_tree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -626,12 +623,3 @@ def test_what_is_cheap_is_checked_before_the_backbone(cli, tree, tmp_path, wrong
     assert ran.code == 2
     assert word in ran.err
     assert "no_backbone" not in ran.err
-
-
-def test_as_a_program(tmp_path, rule_backbone):
-    flags = ["--dataroot", tmp_path / "nowhere", *rule_backbone]
-    command = [sys.executable, ROOT / "eval_spair.py", *flags]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert "nowhere" in ran.stderr
-    assert len(ran.stderr.strip().splitlines()) == 1

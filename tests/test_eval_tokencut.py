@@ -4,7 +4,6 @@ Then every flag, resuming, pictures, and bad input.
 """
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ import PIL
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image, ImageDraw
 from plain_tokencut import (
     blobs,
@@ -1170,13 +1168,3 @@ def test_features_that_are_not_finite(voc):
     samples = read_voc(voc, "2012", "val")
     with pytest.raises(ValueError, match=r"features of .*easy\.jpg are not finite"):
         eval_tokencut.evaluate(samples, lambda images: colours(images) / 0, tokencut, SQUARE)
-
-
-def test_as_a_process(tmp_path):
-    command = [sys.executable, ROOT / "eval_tokencut.py"]
-    command += ["--dataroot", tmp_path / "none", "--dataset", "VOC12"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 2
-    assert len(ran.stderr.splitlines()) == 1
-    assert ran.stderr.endswith("correct --dataroot\n")
-    assert not list(tmp_path.iterdir())

@@ -500,13 +500,6 @@ def test_features_that_are_not_finite_are_refused(cli, base, photos, rule_lift, 
     assert re.search("LiFT.* NaN or infinity .*: pass --dtype float32", ran.err)
 
 
-def test_bad_input_as_a_command(tmp_path):
-    script = ROOT / "eval_visualize_feats.py"
-    command = [sys.executable, script, "--dataroot", tmp_path / "nowhere"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "nowhere" in ran.stderr
-
-
 # ---- the page -----------------------------------------------------------------------------------
 
 
