@@ -154,7 +154,7 @@ def test_mix_keeps_half():
 
 def test_a_short_run_learns_and_ships(run, photos):
     (photos / "broken.jpg").write_bytes(b"no jpeg")
-    ran, output = run("--steps", 40, "--val_every", 0.25, "--lr", 3e-3)
+    ran, output = run("--steps", 20, "--val_every", 0.25, "--lr", 3e-3)
     assert ran.code == 0, ran.err
     record = json.loads(output.with_suffix(".json").read_text())
     last_line = json.loads(ran.out.splitlines()[-1])
@@ -162,7 +162,7 @@ def test_a_short_run_learns_and_ships(run, photos):
     assert len(cosines) == 4 and cosines[-1] > cosines[0]
     for row in record["metrics"].values():
         assert row["key"] > row["constant_key"], record["metrics"]
-    assert last_line["metrics"] == record["metrics"] and record["run"]["steps_done"] == 40
+    assert last_line["metrics"] == record["metrics"] and record["run"]["steps_done"] == 20
     assert "skipped" in ran.out and "broken.jpg" in ran.out and record["data"]["photos"] == 6
 
     assert output.stat().st_size <= 12e6

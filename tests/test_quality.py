@@ -53,8 +53,9 @@ def last(ran):
 
 
 @pytest.fixture
-def no_cost(monkeypatch):
-    """Cost is not measured; its columns tell what it was asked for."""
+def quick(monkeypatch):
+    """Few resamples; cost is not measured, its columns tell what it was asked for."""
+    monkeypatch.setattr(quality, "RESAMPLES", 200)
     monkeypatch.setattr(
         quality, "cost", lambda extractor, up, imsize: {"GMACs": imsize, "ms": up.iterations}
     )
@@ -64,7 +65,7 @@ def no_cost(monkeypatch):
 
 
 def test_cells_are_those_of_the_scripts(
-    cli, dataroot, tmp_path, rule_backbone, rule_lift, no_cost
+    cli, dataroot, tmp_path, rule_backbone, rule_lift, quick
 ):
     output = tmp_path / "table"
     photos = dataroot / "SPair-71k/JPEGImages"
@@ -105,7 +106,7 @@ def test_cells_are_those_of_the_scripts(
 
 
 def test_every_figure_has_an_error_and_modules_are_compared(
-    cli, dataroot, tmp_path, rule_backbone, rule_lift, no_cost
+    cli, dataroot, tmp_path, rule_backbone, rule_lift, quick
 ):
     other_lift = tmp_path / "other.pth"
     torch.manual_seed(1)
