@@ -3,9 +3,9 @@
 A script must then do its work, or say in one line what is wrong and exit with status 2. It never
 prints a traceback, hangs, runs code out of a file, or leaves half a file behind.
 
-`pytest -m long tests/test_faults.py -s` runs the campaign itself, some ten minutes on one core, and
-prints its figures. Everything here is random weights of a small ViT (timm's test_vit) on pictures
-made on the fly.
+`pytest -n 0 -m long tests/test_faults.py -s` runs the campaign itself, some ten minutes on one
+core, and prints its figures. Everything here is random weights of a small ViT (timm's test_vit) on
+pictures made on the fly.
 """
 
 import io
