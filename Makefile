@@ -6,7 +6,7 @@ BIN = .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python lift_extractor.py --image_path assets/sample.jpg --output_path demo/sample.npz --load_size 448 \
-		--model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_residual.pth --picture demo/sample.png
+		--model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_attend.pth --picture demo/sample.png
 	@echo "features: demo/sample.npz    picture: demo/sample.png"
 
 test: .venv/installed-dev

@@ -1,8 +1,8 @@
 """Write a backbone with LiFT, or LiFT alone, as an ONNX file, and check it on the spot.
 
     python export_onnx.py --model_type vit_mini16 \\
-        --lift_path pretrained/lift_vit_mini16_residual.pth --output features.onnx
-    python export_onnx.py --lift_only --lift_path pretrained/lift_vit_mini16_residual.pth \\
+        --lift_path pretrained/lift_vit_mini16_attend.pth --output features.onnx
+    python export_onnx.py --lift_only --lift_path pretrained/lift_vit_mini16_attend.pth \\
         --output lift.onnx
 
 The first file takes images [B, 3, H, W] in 0..1, which it normalises itself, to features

@@ -1,7 +1,7 @@
 """Dense features of photos: a frozen ViT's descriptors, doubled in resolution by LiFT.
 
     python lift_extractor.py --image_path assets/sample.jpg --output_path sample.pth \\
-        --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_residual.pth \\
+        --model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_attend.pth \\
         [--lift_iter 2] [--picture sample.png]
     python lift_extractor.py --image_path photos/ --output_path features/ --format npz \\
         --model_type dino_vits16

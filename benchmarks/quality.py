@@ -1,7 +1,7 @@
 """Quality and cost in tables: a backbone alone, at double size, bilinear, and with LiFT modules.
 
     python benchmarks/quality.py --dataroot DATAROOT --model_type vit_mini16 \\
-        --lift_path pretrained/lift_vit_mini16_residual.pth [ANOTHER.pth ...]
+        --lift_path pretrained/lift_vit_mini16_attend.pth [ANOTHER.pth ...]
 
 Three kinds of figures, each with its standard error:
 
