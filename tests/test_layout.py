@@ -4,6 +4,8 @@ All of it reads the files as syntax trees and runs none of them, but for `--help
 """
 
 import ast
+import hashlib
+import re
 import subprocess
 import sys
 import time
@@ -336,3 +338,26 @@ def test_what_is_offered_exists():
     for path in CODE:
         names |= set(top_level(TREES[path])) | set(methods(TREES[path]))
     assert names >= OFFERED
+
+
+@pytest.mark.parametrize("readme", ["README.md", "pretrained/README.md"])
+def test_the_tables_of_what_ships_name_sizes_and_digests(readme):
+    """A row with a file of pretrained/ and a sha256 also has the file's size."""
+    rows = []
+    for line in (ROOT / readme).read_text().splitlines():
+        digest = re.search(r"`([0-9a-f]{64})`", line)
+        if not digest:
+            continue
+        name = re.search(r"`([\w.]+\.(?:pth|safetensors))`", line)[1]
+        content = (ROOT / "pretrained" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest[1], name
+        assert f"| {len(content):,} |" in line, name
+        rows.append(name)
+    assert len(rows) >= 2
+
+
+def test_every_weight_file_that_ships_is_in_the_table():
+    text = (ROOT / "pretrained/README.md").read_text()
+    for path in (ROOT / "pretrained").iterdir():
+        if path.suffix in (".pth", ".safetensors"):
+            assert f"`{path.name}`" in text, path.name
