@@ -6,12 +6,13 @@
         --output lift.onnx
 
 The first file takes images [B, 3, H, W] in 0..1, which it normalises itself, to features
-[B, C, h, w] float32. The second takes normalised images [B, 3, H, W] and features [B, C, H/p, W/p]
-to [B, C, 2H/p, 2W/p], or finer with --lift_iter.
+[B, C, 2H/p, 2W/p] float32. The second takes normalised images [B, 3, H, W] and features
+[B, C, H/p, W/p] to [B, C, 2H/p, 2W/p]. Both are finer with a larger --lift_iter.
 
 The batch is free. So are the sizes, in multiples of the patch, for LiFT and for the backbones of
 the README's table; another backbone's file takes --imsize pixels only. Before a file is put in
-place, onnxruntime must give PyTorch's numbers at two batches and, where sizes are free, two sizes.
+place, onnxruntime must give PyTorch's numbers for three batches, which differ in the number of
+images and, where sizes are free, in their sizes.
 
 Prints one line of JSON: inputs, outputs, the largest difference, all settings. About half a minute
 on two cores. Needs the packages of requirements-dev.txt.
@@ -78,26 +79,29 @@ from lift import (
 def cubic_weights(count: int, native: int, offset: Tensor) -> Tensor:
     """Bicubic interpolation along one axis, from `native` to `count` cells, as a matrix.
 
-    F.interpolate with the scale factor (count + offset) / native, in operations that ONNX keeps
-    free in size.
+    The weights are those of F.interpolate with the scale factor (count + offset) / native. The
+    operations are such that `count` stays free in an ONNX file.
 
     Returns:
-        [count, native].
+        [count, native]: what each old cell adds to each new one.
     """
     cells = torch.arange(count, dtype=torch.float32)
-    scale = (cells[-1] + 1 + offset) / native  # cells[-1] + 1 stays free where `count` would not
-    place = (cells + 0.5) / scale - 0.5
-    first = place.floor()
-    past = place - first                       # [count], 0..1
+    length = cells[-1] + 1  # `count` as a tensor: the number itself would become a constant
+    scale = (length + offset) / native
+    place = (cells + 0.5) / scale - 0.5        # [count], the new cells' centres among the old ones
+    first = place.floor()                      # the old cell at or before each
+    past = place - first                       # and how far behind it, 0..1
 
+    # each new cell takes four old ones, weighed by the cubic convolution kernel with a = -0.75
     weights = torch.zeros(count, native)
     for step in (-1, 0, 1, 2):
         distance = (past - step).abs()
         near = (1.25 * distance - 2.25) * distance**2 + 1                     # up to 1 cell away
         far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3       # 1 to 2 cells away
-        share = torch.where(distance <= 1, near, far)
+        share = torch.where(distance <= 1, near, far)                         # [count]
         source = (first + step).clamp(0, native - 1)  # the border is repeated
-        weights = weights + share[:, None] * (source[:, None] == torch.arange(native))
+        is_source = source[:, None] == torch.arange(native)                   # [count, native]
+        weights = weights + share[:, None] * is_source
     return weights
 
 
@@ -111,16 +115,21 @@ def any_size_positions(
 
     Args:
         native: the grid (h0, w0) of the learned positions.
-        patches, prefix: those of the patches [1, h0*w0, D] and of the tokens before them [1, n, D].
+        patches: the learned positions of the patches, [1, h0*w0, D].
+        prefix: those of the tokens before them, [1, n, D].
         grid: (h, w).
     Returns:
-        [1, h*w, D], and prefix.
+        The positions of the patches, [1, h*w, D], and `prefix` as it is.
     """
     height, width = grid
+    # height and width as tensors: see cubic_weights
     rows = torch.arange(height)[-1] + 1
     columns = torch.arange(width)[-1] + 1
+
+    # DINO's own code interpolates with the scale (n + 0.1) / native, but not at the native size.
+    # There an offset of 0 makes the weights below the identity.
     is_native = (rows == native[0]) & (columns == native[1])
-    offset = 0.1 * (~is_native).float()  # the scale factor of DINO's own code
+    offset = 0.1 * (~is_native).float()
 
     square = patches.unflatten(1, native)                                 # [1, h0, w0, D]
     vertical = cubic_weights(height, native[0], offset)                   # [h, h0]
@@ -131,7 +140,7 @@ def any_size_positions(
 
 @contextmanager
 def free_positions(extractor: ViTExtractor) -> Iterator[None]:
-    """Let an extractor use any_size_positions meanwhile."""
+    """A context in which an extractor takes its positions from any_size_positions."""
     native = tuple(extractor.model.patch_embed.grid_size)
     patches, prefix = extractor._positions(native)
     extractor._positions = partial(any_size_positions, native, patches, prefix)
@@ -145,7 +154,7 @@ def free_positions(extractor: ViTExtractor) -> Iterator[None]:
 
 
 class BackboneWithLiFT(nn.Module):
-    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w]."""
+    """Images [B, 3, H, W] in 0..1 -> the backbone's features, upsampled: [B, C, f*h, f*w]."""
 
     def __init__(self, extractor: nn.Module, up: Upsampler):
         super().__init__()
@@ -159,7 +168,7 @@ class BackboneWithLiFT(nn.Module):
 
 
 class LiFTAlone(nn.Module):
-    """Normalised images [B, 3, H, W] and features [B, C, H/p, W/p] -> [B, C, 2^n H/p, 2^n W/p]."""
+    """Normalised images [B, 3, H, W] and features [B, C, h, w] -> [B, C, 2^n h, 2^n w]."""
 
     def __init__(self, lift: LiFT, iterations: int):
         super().__init__()
@@ -174,11 +183,11 @@ class Plan(NamedTuple):
     """A module, what may change in its inputs, and inputs to check it with."""
 
     module: nn.Module
-    batches: list[dict[str, Tensor]]  # inputs by name; the first are those of the export
+    batches: list[dict[str, Tensor]]  # inputs by name; the first batch is exported with, too
     free: dict[str, dict[int, Any]]   # torch.export's dynamic shapes: {input: {axis: Dim}}
-    sizes: str                        # which are free, in words
+    sizes: str                        # which image sizes the file takes, in words
     facts: dict[str, Any]             # for the JSON line
-    exporting: Callable = nullcontext  # entered for the export alone
+    exporting: Callable = nullcontext  # makes a context that is entered for the export alone
 
 
 def random_images(sizes: list[tuple[int, int, int]]) -> list[dict[str, Tensor]]:
@@ -191,25 +200,30 @@ def random_images(sizes: list[tuple[int, int, int]]) -> list[dict[str, Tensor]]:
 
 
 def sizes_to_check(patch: int) -> list[tuple[int, int, int]]:
-    """(B, H, W) of three batches; the sizes of the export are none at which a model is special."""
+    """(B, H, W) of three batches."""
     return [
+        # exported with, so nothing here may be special: no batch of one, not square, and not the
+        # native size of a backbone
         (2, 15 * patch, 17 * patch),
+        # checked only: one image of the native size, and one more shape
         (1, 14 * patch, 14 * patch),
         (3, 9 * patch, 20 * patch),
     ]
 
 
 def free_axes() -> tuple[Dim, Dim, Dim]:
-    """Batch, and the rows and columns of the patch grid."""
+    """The axes that the caller of a file may choose: batch, rows and columns of the patch grid."""
     return Dim("batch"), Dim("rows", min=2, max=1024), Dim("columns", min=2, max=1024)
 
 
 def plan_lift(args: argparse.Namespace) -> Plan:
-    """LiFT alone."""
+    """The Plan of --lift_only: LiFT alone."""
     if not args.lift_path:
         raise ValueError("--lift_only needs a module: pass --lift_path FILE")
     lift = load_lift(args.lift_path)
-    patch, channels = lift.patch_size, lift.outc.out_channels
+    patch = lift.patch_size
+    channels = lift.outc.out_channels
+
     batches = random_images(sizes_to_check(patch))
     generator = torch.Generator().manual_seed(1)
     for batch in batches:
@@ -222,6 +236,7 @@ def plan_lift(args: argparse.Namespace) -> Plan:
         "images": {0: count, 2: patch * rows, 3: patch * columns},
         "feats": {0: count, 2: rows, 3: columns},
     }
+    # --model_type is not used here: the JSON line tells the backbone that the module is for
     origin = read_origin(args.lift_path) or {}
     facts = {"model_type": origin.get("backbone"), "patch": patch, "channel": channels}
     module = LiFTAlone(lift, args.lift_iter).eval()
@@ -229,7 +244,11 @@ def plan_lift(args: argparse.Namespace) -> Plan:
 
 
 def plan_both(args: argparse.Namespace) -> Plan:
-    """A backbone, and LiFT where there is one."""
+    """The Plan of a backbone, and of LiFT where there is one.
+
+    Raises:
+        ValueError: sizes cannot be free, and --imsize is no multiple of the patch.
+    """
     check_lift_args(args)
     extractor = build_extractor(args)
     up = upsampler(args, extractor)
@@ -237,6 +256,7 @@ def plan_both(args: argparse.Namespace) -> Plan:
     patch = extractor.patch
     facts = {**extractor.facts(), **up.facts(), "patch": patch, "channel": extractor.width}
 
+    # sizes are free for backbones whose positions any_size_positions is known to give
     count, rows, columns = free_axes()
     known = args.model_type in BACKBONES and not args.my_extractor
     if known and extractor.step == patch:
@@ -256,7 +276,7 @@ def plan_both(args: argparse.Namespace) -> Plan:
 
 
 def require_packages() -> None:
-    """Raise ValueError if a package that is needed for this is missing."""
+    """Raise ValueError if one of PACKAGES is not installed."""
     for name in PACKAGES:
         try:
             __import__(name)
@@ -267,7 +287,7 @@ def require_packages() -> None:
 
 @torch.no_grad()
 def write(plan: Plan, path: Path) -> None:
-    """Export a module to an ONNX file."""
+    """Export the module of a plan to an ONNX file."""
     inputs = plan.batches[0]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
     with warnings.catch_warnings(), plan.exporting():
@@ -290,7 +310,7 @@ def check(plan: Plan, path: Path) -> float:
     """The largest difference of onnxruntime and PyTorch, as a share of the largest feature.
 
     Raises:
-        ValueError: it is too large, or onnxruntime cannot load or run the file.
+        ValueError: it is over TOLERANCE or NaN, or onnxruntime cannot load or run the file.
     """
     import onnxruntime
 
@@ -305,21 +325,24 @@ def check(plan: Plan, path: Path) -> float:
     for inputs in plan.batches:
         wanted = plan.module(*inputs.values())
         shape = list(inputs["images"].shape)
+        arrays = {name: value.numpy() for name, value in inputs.items()}
         try:
-            (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+            (found,) = session.run(None, arrays)
         except Exception as error:
             what = f"onnxruntime does not run this model on images of shape {shape}"
             raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
-        difference = (torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max()
-        largest = max(largest, difference.item())
-        if not largest <= TOLERANCE:  # NaN is none, too
-            what = f"onnxruntime differs by {largest:.1e} on images of shape {shape}"
+        worst = (torch.from_numpy(found) - wanted).abs().max()
+        difference = (worst / wanted.abs().max()).item()
+        # asked before max(), which would drop a NaN; "not <=" is true for NaN, as ">" is not
+        if not difference <= TOLERANCE:
+            what = f"onnxruntime differs by {difference:.1e} on images of shape {shape}"
             raise ValueError(f"{what}: {remedy}")
+        largest = max(largest, difference)
     return largest
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export, check, put the file in place."""
+    """Export a module, check the file, and only then put it in place."""
     check_range(args, imsize=1, lift_iter=1)
     check_one_process()
     if Path(args.output).suffix != ".onnx":

@@ -38,20 +38,22 @@ def images_and_features(
         batch: of train_lift.Photos, or of Cached, which lacks the full image and has the features.
         levels: how many sizes are wanted, the largest first.
     Returns:
-        Images [B, 3, S/k, S/k], None where missing, and features [B, C, S/k/p, S/k/p], k = 1, 2, 4.
-        Where photos come with warped copies, 2B of each: a photo, its copy, the next photo, ...
+        Two lists with an entry for each size: images [B, 3, S, S], [B, 3, S/2, S/2] and so on, and
+        features [B, C, S/p, S/p] and so on. An image that the batch lacks is None. Where photos
+        come with warped copies there are 2B of each: a photo, its copy, the next photo, ...
     """
     images: list[Tensor | None] = []
     feats = []
-    for level, features in zip(LEVELS[:levels], FEATURES):
+    for level, key in zip(LEVELS[:levels], FEATURES[:levels]):
         image = None
         if level in batch:
             pixels = one_after_the_other(batch[level], extractor.device)
             image = extractor.normalize(pixels.float() / 255)
         images.append(image)
 
-        if features in batch:
-            feats.append(one_after_the_other(batch[features], extractor.device).float())
+        if key in batch:
+            stored = one_after_the_other(batch[key], extractor.device)
+            feats.append(stored.float())  # they are kept in float16
         else:
             feats.append(extractor(image))
     return images, feats
@@ -68,12 +70,14 @@ def one_after_the_other(images: Tensor, device: torch.device) -> Tensor:
 
 
 class Cached(Dataset):
-    """A data set that reads from one file what Photos gives, with features for the full image.
+    """The items of train_lift.Photos with their features, read from one file.
 
-    The items are those of Photos without "full", and with "f1", "f2" and "f3": the features at S,
-    S/2 and S/4 [C, h, w], with copies [2, C, h, w]. The file holds records of one size. First come
-    those of all photos in the first view, then in the second, and so on; epoch e reads view
-    e % views.
+    An item has what Photos gives except "full". In its place come "f1", "f2" and "f3", the features
+    at S, S/2 and S/4: [C, h, w], or [2, C, h, w] where photos have warped copies.
+
+    A view is one pass over all photos, each with its own random colours and warp. The file holds
+    one record a photo and view, all of the same size: first those of all photos in the first view,
+    then those in the second, and so on. Epoch e reads view e % views.
     """
 
     def __init__(self, path: Path, record: np.dtype, views: int, paths: list[Path]):
@@ -91,16 +95,18 @@ class Cached(Dataset):
         records = np.memmap(self.path, self.record, "r")
         view = epoch % self.views
         row = records[view * len(self) + index]
+        # copies, so that the file can be closed
         return {name: torch.from_numpy(np.array(row[name])) for name in self.record.names}
 
 
 def record_type(extractor: DenseExtractor, imsize: int, warp: bool = False) -> np.dtype:
-    """The type of one photo's record: the two smaller images, three maps, and the broken mark.
+    """The numpy type of one photo's record.
 
-    Images are uint8, feature maps float16, and the mark int64 (see train_lift.Photos). With `warp`
-    images and maps are pairs, of the photo and its copy, and the warp itself comes last.
+    It holds the two smaller images (uint8), the three feature maps (float16) and the mark "broken"
+    of train_lift.Photos (int64). With `warp` images and maps are pairs, of the photo and its copy,
+    and the warp itself (float32) comes last.
     """
-    pair: tuple[int, ...] = ()
+    pair: tuple[int, ...] = ()  # goes in front of a shape
     if warp:
         pair = (2,)
     half = imsize // 2
@@ -119,14 +125,17 @@ def record_type(extractor: DenseExtractor, imsize: int, warp: bool = False) -> n
 
 
 def cache_key(photos, extractor: DenseExtractor) -> str:
-    """A hash of all that the features depend on: weights, precision, files, augmentation."""
+    """A hash of all that the features depend on: weights, precision, files, augmentation.
+
+    `photos` is a train_lift.Photos.
+    """
     facts = sorted(extractor.facts().items())
     normalization = (extractor.mean, extractor.std)
     files = []
     for path in photos.paths:
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    seed = None  # where nothing is random it changes nothing
+    seed = None  # does not count where nothing is random
     if photos.jitter or photos.warp:
         seed = photos.seed
     random = (photos.jitter is not None, photos.warp, seed)
@@ -138,13 +147,15 @@ def cache_key(photos, extractor: DenseExtractor) -> str:
 def cached(
     photos, extractor: DenseExtractor, folder: str | Path, views: int, batch_size: int, workers: int
 ) -> Cached:
-    """Compute the features of `views` passes over `photos` once, into a file of `folder`.
+    """The features of photos, computed now, or read from a file of an earlier run.
 
-    The file is named by a hash of everything that it depends on. It is written record by record,
-    so that a stopped run goes on where it was. A second process waits for the first one.
+    The file is named by a hash of everything that it depends on. It is written batch by batch, so
+    that a stopped run goes on where it was. A second process waits for the first one.
 
     Args:
         photos: a train_lift.Photos.
+        folder: where the file is, or goes.
+        views: how many passes over the photos it holds, see Cached.
     Raises:
         OSError: the features do not fit on the disk, or cannot be written.
     """
@@ -170,7 +181,8 @@ def cached(
     except OSError as error:
         remedy = "make room or pass another --cache_features"
         raise OSError(f"cannot write {part} ({error}): {remedy}") from error
-    part.unlink(missing_ok=True)  # made by a process that then had to wait
+    # a process that came just as another one renamed its .part has opened a new, empty one
+    part.unlink(missing_ok=True)
     return dataset
 
 
@@ -198,15 +210,17 @@ def fill(
     Raises:
         OSError: there is less room on the disk than they take.
     """
-    file.seek(0, os.SEEK_END)  # where it ends now, not before the wait for the lock
-    complete = file.tell() // record.itemsize
-    done = complete // batch_size * batch_size  # records, of whole batches
+    # tell() is where the file ended when it was opened, and another process may have written since
+    file.seek(0, os.SEEK_END)
+    complete_records = file.tell() // record.itemsize
+    complete_batches = complete_records // batch_size
+    done = complete_batches * batch_size  # records that are kept
     file.truncate(done * record.itemsize)
 
     needed = (len(keys) - done) * record.itemsize
     free = shutil.disk_usage(Path(file.name).parent).free
     if needed > free:
-        raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} are free")
+        raise OSError(f"{needed // 2**20} MiB are needed, {free // 2**20} are free")
 
     batches = [keys[at : at + batch_size] for at in range(done, len(keys), batch_size)]
     loader = DataLoader(
@@ -216,6 +230,7 @@ def fill(
         _, feats = images_and_features(batch, extractor)
         rows = np.zeros(len(batch["broken"]), record)
         for name, value in zip(FEATURES, feats):
+            # a photo and its copy are one row: [2B, C, h, w] becomes [B, 2, C, h, w]
             rows[name] = value.reshape(rows[name].shape).cpu().numpy()
         for name in record.names:
             if name not in FEATURES:
@@ -225,10 +240,10 @@ def fill(
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a loader's worker, by its number, leave Ctrl-C and SIGTERM to the process that began it.
+    """Let the worker of a DataLoader ignore Ctrl-C and SIGTERM; `worker` is its number.
 
-    Both reach every process of a group. The main one needs its workers until its step is done; they
-    end when it does.
+    Both signals reach every process of a group. The main one needs its workers until its step is
+    done. They end when it does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

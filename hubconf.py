@@ -27,33 +27,33 @@ import torch
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_NOUNS = ("command", "photos", "extractor", "lift")  # each imports only from those before it
+_FILES = ("command", "photos", "extractor", "lift")  # each imports only those before it
 
 
 # ---- files of this repository -------------------------------------------------------------------
 
 
-def _read_nouns() -> dict[str, types.ModuleType]:
-    """The modules in this repository's own files, whatever the caller has under their names.
+def _read_files() -> dict[str, types.ModuleType]:
+    """Execute this repository's _FILES, whatever modules the caller has under their names.
 
-    Each file imports those before it by their public names. While the files are executed these
-    names mean ours; afterwards they mean what they meant to the caller.
+    `import command` in one of them must find ours. So while they are executed the public names in
+    sys.modules mean ours, and afterwards again what they meant to the caller.
     """
-    before = {name: sys.modules[name] for name in _NOUNS if name in sys.modules}
-    nouns = {}
+    callers = {name: sys.modules[name] for name in _FILES if name in sys.modules}
+    modules = {}
     try:
-        for name in _NOUNS:
+        for name in _FILES:
             spec: typing.Any = importlib.util.spec_from_file_location(
                 f"_lift_hub_{name}", _ROOT / f"{name}.py"
             )
-            nouns[name] = importlib.util.module_from_spec(spec)
-            sys.modules[name] = nouns[name]
-            spec.loader.exec_module(nouns[name])
+            modules[name] = importlib.util.module_from_spec(spec)
+            sys.modules[name] = modules[name]
+            spec.loader.exec_module(modules[name])
     finally:
-        for name in _NOUNS:
+        for name in _FILES:
             sys.modules.pop(name, None)
-        sys.modules.update(before)
-    return nouns
+        sys.modules.update(callers)
+    return modules
 
 
 def _lift_file(backbone: str) -> pathlib.Path:
@@ -73,7 +73,7 @@ def _lift_file(backbone: str) -> pathlib.Path:
 
 
 def _absolute(path: str | pathlib.Path | None) -> str | None:
-    """A path that also holds in another folder; None stays."""
+    """A path made absolute, so that it holds in another working folder too; None stays None."""
     if path is None:
         return None
     return str(pathlib.Path(path).absolute())
@@ -110,9 +110,10 @@ def _check_values(images: torch.Tensor) -> None:
 
 
 class _LoadedAgain(torch.nn.Module):
-    """A module whose pickle is the call of torch.hub that makes it, and its weights.
+    """A module that is unpickled by calling torch.hub again, and then loading its weights.
 
-    The classes of these files are known under no name that another process could import.
+    An ordinary pickle would name its class, and the classes of these files are known under no name
+    that another process could import.
     """
 
     def _call(self) -> tuple[str, dict[str, typing.Any]]:
@@ -125,7 +126,8 @@ class _LoadedAgain(torch.nn.Module):
         return load, (str(_ROOT), entry), self.state_dict()
 
     def __setstate__(self, state: dict[str, typing.Any]) -> None:
-        """Take over the weights, and where and how precise they were."""
+        """Take over the weights, after going to their device and precision."""
+        # LiFT's last layer stands for all of them: it is there in every _LoadedAgain
         for key, weight in state.items():
             if key.endswith("outc.weight"):
                 self.to(weight.device, weight.dtype)
@@ -140,7 +142,10 @@ class _LoadedAgain(torch.nn.Module):
 
 
 class _LiFT(_LoadedAgain):
-    """What `lift_module` adds to the class LiFT: a pickle is frozen and in eval mode, as it is."""
+    """What `lift_module` adds to the class LiFT: it can be pickled.
+
+    What is unpickled is frozen and in eval mode, as `lift_module` always gives it.
+    """
 
     patch_size: int
     lift_path: str
@@ -155,9 +160,11 @@ class _Features(_LoadedAgain):
     Sides are multiples of the patch.
 
     Args:
-        upsample: lift.upsample of this repository.
+        extractor: a ViTExtractor of this repository.
+        lift: the LiFT module.
+        upsample: the function lift.upsample of this repository.
         options: `iterations`, `out_size` and `return_backbone` of a call that leaves them out.
-        arguments: those of `lift` that make the same model again, in another process too.
+        arguments: the other arguments of `lift`, by which __reduce__ makes the same model again.
     """
 
     def __init__(
@@ -182,8 +189,10 @@ class _Features(_LoadedAgain):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, **options: typing.Any) -> typing.Any:
-        """Dense features; `iterations`, `out_size`, `return_backbone` hold for this call.
+        """The dense features of images; with return_backbone, also the backbone's own.
 
+        Args:
+            options: `iterations`, `out_size` and `return_backbone`, for this call only.
         Raises:
             ValueError: the images are not in 0..1 or off the patch grid, or an option is wrong.
         """
@@ -196,6 +205,7 @@ class _Features(_LoadedAgain):
         out_size: int | tuple[int, int] | None,
         return_backbone: bool,
     ) -> typing.Any:
+        """`forward`, with every option given."""
         _check_iterations(iterations)
         _check_values(images)
 
@@ -237,24 +247,25 @@ def lift(
     Args:
         backbone: a name of the README, or a ViT of timm.
         lift_path: a LiFT checkpoint; this repository's module for the backbone where left out.
-        backbone_path: its weights; those in this repository, or timm's download, where left out.
+        backbone_path: the backbone's weights; those in this repository, or timm's download, where
+            left out.
         iterations: n, how often LiFT doubles the resolution.
         out_size: resize the result bilinearly to this size, an int or (H, W).
-        return_backbone: return (features, the backbone's own [B, C, h, w]).
+        return_backbone: return two tensors, these features and the backbone's own [B, C, h, w].
         layer, facet, device: ViTExtractor's.
         dtype: precision inside: float32, bfloat16 or float16.
     Raises:
         ValueError, FileNotFoundError: in one line, for what does not exist or fit together.
     """
     _check_iterations(iterations)
-    nouns = _read_nouns()
-    precisions = nouns["command"].PRECISIONS
+    files = _read_files()
+    precisions = files["command"].PRECISIONS
     if dtype not in precisions:
         raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(precisions)}")
     if lift_path is None:
         lift_path = _lift_file(backbone)
 
-    extractor = nouns["extractor"].ViTExtractor(
+    extractor = files["extractor"].ViTExtractor(
         backbone,
         stride=None,
         device=device,
@@ -263,7 +274,7 @@ def lift(
         facet=facet,
         dtype=dtype,
     )
-    module = nouns["lift"].load_lift(lift_path, extractor)
+    module = files["lift"].load_lift(lift_path, extractor)
 
     options = {
         "iterations": iterations,
@@ -279,7 +290,7 @@ def lift(
         "device": device,
         "dtype": dtype,
     }
-    return _Features(extractor, module, nouns["lift"].upsample, options, arguments)
+    return _Features(extractor, module, files["lift"].upsample, options, arguments)
 
 
 def lift_module(
@@ -290,15 +301,16 @@ def lift_module(
     """LiFT alone, frozen: normalised images [B, 3, H, W], feats [B, C, h, w] -> [B, C, 2h, 2w].
 
     Args:
-        lift_path: a LiFT checkpoint; this repository's module for the backbone where left out.
+        backbone: whose module to take where `lift_path` is left out.
+        lift_path: a LiFT checkpoint.
         patch_size: p, where neither the file nor a JSON beside it tells it.
     Raises:
         ValueError, FileNotFoundError: in one line, for a file that is missing or no checkpoint.
     """
     if lift_path is None:
         lift_path = _lift_file(backbone)
-    module = _read_nouns()["lift"].load_lift(lift_path, patch_size=patch_size)
-    # the same object, of a class that is LiFT and can be pickled
+    module = _read_files()["lift"].load_lift(lift_path, patch_size=patch_size)
+    # load_lift has made a LiFT: give it a class that is still LiFT, and that _LiFT lets be pickled
     module.__class__ = type("LiFT", (_LiFT, type(module)), {})
     module.lift_path = _absolute(lift_path)
     return module

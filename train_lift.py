@@ -64,7 +64,8 @@ from command import (
 
 LOSSES = ("cosine", "l1", "l2", "centred", "both")  # see loss_between
 
-# Flags that may change at --resume, because they do not decide the weights
+# Flags that may change at --resume. They do not decide the weights, except that with --schedule
+# cosine --epochs is where the decay ends: more of them continue it on the longer curve.
 ONLY_HOW = (
     "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "json", "compile",
     "output_dir", "cache_features",
@@ -79,8 +80,8 @@ CENTRE_PHOTOS = 64  # that the mean feature is estimated on
 WARP_DEGREES = 25
 WARP_SCALES = (0.7, 1.5)
 WARP_SHIFT = 1 / 8
-MATCH_POINTS = 256  # cells of a copy among which a point of the photo is looked for
-MATCH_TEMPERATURE = 0.1  # of cosines
+MATCH_POINTS = 256  # points of a photo, each looked for among as many cells of its copy
+MATCH_TEMPERATURE = 0.1  # cosines are divided by it before the softmax
 
 
 def parser() -> Command:
@@ -217,15 +218,19 @@ class Photos(Dataset):
                 image = read_image(self.paths[candidate])
             except (ValueError, OSError):
                 continue
-            levels = self.prepare(image, (self.seed, epoch, index))
-            broken = -1
+            item: dict[str, Any] = self.make_item(image, (self.seed, epoch, index))
+            item["broken"] = -1
             if candidate != index:
-                broken = index
-            return {**levels, "broken": broken}
+                item["broken"] = index
+            return item
         raise ValueError(f"none of the {len(self)} photos can be read: pass another --dataroot")
 
-    def prepare(self, image, seed: tuple[int, int, int]) -> dict[str, Tensor]:
-        """A PIL image, and its copy if asked for, in three sizes; `seed` is that of this photo."""
+    def make_item(self, image, seed: tuple[int, int, int]) -> dict[str, Any]:
+        """What photos[epoch, index] gives of a PIL image, without "broken".
+
+        Args:
+            seed: decides jitter and warp; no two keys have the same.
+        """
         image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
         # jitter and warp draw from torch's global generator, which is put back afterwards
         with torch.random.fork_rng(devices=[]):
@@ -237,8 +242,11 @@ class Photos(Dataset):
             warp = random_warp()
             copy = self.pyramid(warped(self.recolour(image), warp))
 
-        pair = {level: torch.stack([photo[level], copy[level]]) for level in photo}
-        return {**pair, "warp": warp}
+        item = {}
+        for level in photo:
+            item[level] = torch.stack([photo[level], copy[level]])
+        item["warp"] = warp
+        return item
 
     def recolour(self, image) -> Tensor:
         """A PIL image as uint8 [3, S, S], its colours jittered where they are to be."""
@@ -258,25 +266,31 @@ class Photos(Dataset):
 
 
 def random_warp() -> Tensor:
-    """A random map from places in a copy to those in its photo, from torch's generator: [2, 3].
+    """A random matrix [2, 3] that takes places in a copy to those in its photo.
 
     A place is (x, y, 1), with x and y from -1 to 1 between the outer edges of the image. The copy
-    shows the photo turned by up to WARP_DEGREES, scaled by a factor of WARP_SCALES (its logarithm
-    is uniform), and shifted by up to WARP_SHIFT of the side along each axis.
+    shows the photo turned by up to WARP_DEGREES either way, scaled by a factor of WARP_SCALES (its
+    logarithm is uniform), and shifted by up to WARP_SHIFT of the side along each axis. The numbers
+    are drawn from torch's global generator.
     """
+    for_angle, for_scale, for_x, for_y = torch.rand(4).tolist()  # each in 0..1
+    angle = math.radians(WARP_DEGREES) * (2 * for_angle - 1)
     smallest, largest = WARP_SCALES
-    turn, share, right, down = torch.rand(4).tolist()
-    angle = math.radians(WARP_DEGREES) * (2 * turn - 1)
-    scale = smallest * (largest / smallest) ** share
+    scale = smallest * (largest / smallest) ** for_scale
+    right = 2 * WARP_SHIFT * (2 * for_x - 1)  # sides are 2 long
+    down = 2 * WARP_SHIFT * (2 * for_y - 1)
+
+    # from copy to photo: where the copy shows things larger, places move together
     cosine = math.cos(angle) / scale
     sine = math.sin(angle) / scale
-    right = 2 * WARP_SHIFT * (2 * right - 1)  # sides are 2 long
-    down = 2 * WARP_SHIFT * (2 * down - 1)
     return torch.tensor([[cosine, -sine, right], [sine, cosine, down]])
 
 
 def warped(image: Tensor, warp: Tensor) -> Tensor:
-    """The copy [3, S, S] of an image of uint8; what lies outside the photo mirrors its border."""
+    """The copy of an image [3, S, S] uint8 that a warp describes; both have one shape and type.
+
+    What lies outside the photo is mirrored at its border.
+    """
     places = F.affine_grid(warp[None], [1, *image.shape], align_corners=False)  # [1, S, S, 2]
     copy = F.grid_sample(
         image[None].float(), places, padding_mode="reflection", align_corners=False
@@ -305,13 +319,16 @@ def split(args) -> tuple[list[Path], list[Path]]:
 def stream(
     n: int, batch_size: int, epochs: int, rank: int, world: int, seed: int, skip: int
 ) -> Iterator[list[Key]]:
-    """Yield this process's batches of keys, epoch after epoch, each in an order of its own.
+    """Yield this process's batches of keys, epoch after epoch, each epoch in an order of its own.
 
     Args:
         n: how many photos there are. Where they cannot be dealt out evenly, some come twice in an
             epoch, so that every process has as many batches.
+        epochs: how many there are from the beginning, those before a stop included.
+        rank: the number of this process, of `world`.
         skip: leave out so many batches at the start, as they were seen before a stop.
     """
+    # shuffles by default, by seed and epoch
     sampler = DistributedSampler(range(n), world, rank, seed=seed)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -324,13 +341,13 @@ def stream(
 
 
 def in_order(photos: Dataset, batch_size: int, rank: int = 0, world: int = 1) -> list[list[Key]]:
-    """This process's batches of keys, each photo once."""
+    """This process's batches of keys, each photo once, in the order of the data set."""
     keys = [(0, index) for index in range(rank, len(photos), world)]
     return [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
 
 
 def make_loader(
-    dataset: Dataset, keys: Iterable[list[Key]], args, extractor: DenseExtractor
+    dataset: Dataset, batches: Iterable[list[Key]], args, extractor: DenseExtractor
 ) -> DataLoader:
     """A DataLoader over batches of keys.
 
@@ -338,7 +355,7 @@ def make_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=keys,
+        batch_sampler=batches,
         num_workers=args.workers,
         pin_memory=extractor.device.type == "cuda",
         persistent_workers=args.workers > 0,
@@ -380,15 +397,18 @@ def match_cells(count: int) -> Tensor:
     They are spread at random and always the same. LiFT treats all cells alike, and a warp takes
     them to other places in each photo, so new ones at each step would teach it nothing more.
     """
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MATCH_POINTS]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(count, generator=generator)
+    return shuffled[:MATCH_POINTS]
 
 
 def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
-    """How badly points of photos are told apart in their warped copies, by their features alone.
+    """How badly points of photos are found again in their warped copies, by their features alone.
 
-    Each point of a photo is looked for among match_cells of the copy. The loss is the cross-entropy
-    of its own cell, from cosines of centred features: InfoNCE (van den Oord et al., arXiv
-    1807.03748) over the places of one image.
+    P cells of each copy are chosen by match_cells. The warp says which point of the photo each of
+    them shows. That point is looked for among the P cells: the loss is the cross-entropy of its own
+    cell, from cosines of centred features. This is InfoNCE (van den Oord et al., arXiv 1807.03748)
+    over the places of one image.
 
     Args:
         pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
@@ -397,12 +417,15 @@ def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
     Returns:
         The mean over all points, a scalar.
     """
-    photos, copies = (pairs - centre).unflatten(0, (-1, 2)).unbind(1)     # [B, C, h, w] each
+    # photos and copies take turns in the batch
+    centred = (pairs - centre).unflatten(0, (-1, 2))                      # [B, 2, C, h, w]
+    photos = centred[:, 0]                                                # [B, C, h, w]
+    copies = centred[:, 1]                                                # [B, C, h, w]
     height, width = pairs.shape[2:]
     cells = match_cells(height * width).to(pairs.device)                  # [P]
     in_copy = copies.flatten(2)[:, :, cells]                              # [B, C, P]
 
-    # where the cells' centres lie in the photos
+    # where the cells' centres lie in the copies, from -1 to 1, and then in the photos
     x = (2 * (cells % width) + 1) / width - 1
     y = (2 * (cells // width) + 1) / height - 1
     centres = torch.stack([x, y, torch.ones_like(x)])                     # [3, P]
@@ -410,15 +433,19 @@ def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
     inside = (places.abs() <= 1).all(dim=2)                               # [B, P]
     in_photo = F.grid_sample(
         photos, places[:, None], padding_mode="border", align_corners=False
-    )[:, :, 0]                                                            # [B, C, P]
+    )                                                                     # [B, C, 1, P]
+    in_photo = in_photo.squeeze(2)                                        # [B, C, P]
 
     points = F.normalize(in_photo, dim=1).transpose(1, 2)                 # [B, P, C]
     cosines = points @ F.normalize(in_copy, dim=1)                        # [B, point, cell]
     logits = cosines.float() / MATCH_TEMPERATURE
-    # a cell that mirrors the border is no point's own
+    # a cell that lies outside the photo shows its mirrored border: no point is to be found there
     logits = logits.masked_fill(~inside[:, None, :], -1e4)
-    own = torch.arange(len(cells), device=pairs.device).expand(len(logits), -1)
-    losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+
+    # point i belongs in cell i
+    own = torch.arange(len(cells), device=pairs.device).expand(len(logits), -1)  # [B, P]
+    # cross_entropy wants the classes, which are the cells, as axis 1
+    losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")      # [B, P]
     return losses[inside].mean()
 
 
@@ -440,7 +467,13 @@ class Objective(nn.Module):
     def forward(
         self, images: list[Tensor], feats: list[Tensor], warp: Tensor | None = None
     ) -> Tensor:
-        """Images at S/2 and S/4, features at S, S/2 and S/4, and warps [B, 2, 3] -> scalar."""
+        """The sum of the losses at S and at S/2, a scalar.
+
+        Args:
+            images: normalised, at S/2 and S/4.
+            feats: the backbone's, at S, S/2 and S/4.
+            warp: [B, 2, 3], for `match` only; images and features are then pairs, see match_loss.
+        """
         total = 0.0
         for level, image in enumerate(images):
             finer = feats[level]                           # [B, C, 2h, 2w]
@@ -458,7 +491,7 @@ def mean_feature(
 ) -> Tensor:
     """The mean of the features at S over up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
 
-    Each process takes its share of them.
+    Each process computes its share of them, and all return the same mean.
     """
     count = min(len(photos), CENTRE_PHOTOS)
     chosen = [number * len(photos) // count for number in range(count)]
@@ -468,9 +501,10 @@ def mean_feature(
     images = 0
     for at in range(0, len(mine), 8):
         batch = default_collate([photos[0, index] for index in mine[at : at + 8]])
-        _, feats = images_and_features(batch, extractor, levels=1)  # [B, C, h, w]
-        total += feats[0].mean((2, 3)).cpu().double().sum(0)
-        images += len(feats[0])  # photos, and their copies if there are any
+        _, by_level = images_and_features(batch, extractor, levels=1)
+        feats = by_level[0]  # [B, C, h, w]
+        total += feats.mean((2, 3)).cpu().double().sum(0)
+        images += len(feats)  # photos, and their copies if there are any
 
     all_totals = torch.zeros_like(total)
     all_images = 0
@@ -493,30 +527,32 @@ def evaluate(
     precision: Callable = nullcontext,
     levels: int = 3,
 ) -> dict[str, Any]:
-    """Measure what is made of smaller photos against the backbone's own features at S.
+    """Compare features that are made from smaller photos with the backbone's own at S.
 
     Each process of a torchrun measures its own batches, and all return the result over all photos.
 
     Args:
         loader: gives batches of Photos or Cached.
         centre: the mean feature [C, 1, 1].
-        levels: 2 leaves out what is made from S/4.
+        precision: makes the context that LiFT runs in.
+        levels: 3, or 2 to leave out what is made from S/4.
     Returns:
-        photos and unreadable (paths); mean cosines over all positions of all photos, in -1..1:
-        lift, bilinear and nearest (from S/2), lift_twice and bilinear_twice (from S/4); and each of
-        these with `_centred` behind its name.
+        A dict with "photos", how many were measured, and "unreadable", the paths of the others.
+        "lift", "bilinear" and "nearest" (from S/2), "lift_twice" and "bilinear_twice" (from S/4)
+        are mean cosines over all positions of all photos, in -1..1. Each of these is there again
+        with "_centred" behind its name.
     """
-    names = ["lift", "bilinear", "nearest", "lift_twice", "bilinear_twice"]
-    if levels == 2:
-        names = names[:3]
-    # sums over photos, two for each name: of the raw cosine, and of the centred one
+    names = ["lift", "bilinear", "nearest"]
+    if levels == 3:
+        names += ["lift_twice", "bilinear_twice"]
+    # sums over photos, two for each name, side by side: of the raw cosine, and of the centred one
     totals = torch.zeros(2 * len(names), dtype=torch.float64)
     photos = 0
     broken = set()  # paths
 
     for batch in loader:
         images, feats = images_and_features(batch, extractor, levels)
-        target = feats[0]  # [B, C, h, w], and so is all that is made
+        target = feats[0]  # [B, C, h, w], and so is everything in `made`
 
         made = {}
         with precision():
@@ -528,17 +564,18 @@ def evaluate(
                 made["lift_twice"] = upsample(lift, images[2], feats[2], iterations=2)
             made["bilinear_twice"] = F.interpolate(feats[2], scale_factor=4, mode="bilinear")
 
-        cosines = []  # of every position, [B, h, w] each
+        cosines = []  # at every position, [B, h, w] each, in the order of totals
         for name in names:
             cosines.append(F.cosine_similarity(made[name], target))
             cosines.append(F.cosine_similarity(made[name] - centre, target - centre))
         per_photo = torch.stack(cosines).mean((2, 3)).cpu().double()  # [2 * names, B]
 
-        # what stands in for a photo that cannot be read is not counted twice
-        read = batch["broken"] < 0
-        totals += per_photo[:, read].sum(1)
-        photos += int(read.sum())
-        broken.update(str(loader.dataset.paths[index]) for index in batch["broken"][~read].tolist())
+        # where a photo cannot be read, another stands in for it, which counts in its own place only
+        was_read = batch["broken"] < 0  # [B]
+        totals += per_photo[:, was_read].sum(1)
+        photos += int(was_read.sum())
+        for index in batch["broken"][~was_read].tolist():
+            broken.add(str(loader.dataset.paths[index]))
 
     all_photos = 0
     all_totals = torch.zeros_like(totals)
@@ -548,9 +585,9 @@ def evaluate(
         all_totals += process_totals
         unreadable |= process_broken
 
-    means = (all_totals / max(all_photos, 1)).tolist()
+    means = (all_totals / max(all_photos, 1)).view(len(names), 2).tolist()
     results: dict[str, Any] = {"photos": all_photos}
-    for name, raw, centred in zip(names, means[::2], means[1::2]):
+    for name, (raw, centred) in zip(names, means):
         results[name] = round(raw, 5)
         results[f"{name}_centred"] = round(centred, 5)
     results["unreadable"] = sorted(unreadable)
@@ -558,7 +595,7 @@ def evaluate(
 
 
 def note_below_bilinear(results: dict[str, Any]) -> None:
-    """Say so where a module was measured below the interpolation that it is to replace."""
+    """Print a note if a module was measured below the interpolation that it is to replace."""
     if rank() == 0 and results["photos"] and results["lift"] < results["bilinear"]:
         print(
             f"note: LiFT ({results['lift']:.2f}) is below bilinear interpolation "
@@ -568,9 +605,9 @@ def note_below_bilinear(results: dict[str, Any]) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values that all processes passed, by rank: each process must call it, and each gets all.
+    """The values that all processes passed, in the order of their ranks.
 
-    Without a torchrun it is the one value alone.
+    Every process must call it, and each gets all values. Without a torchrun there is one alone.
     """
     if not dist.is_initialized():
         return [value]
@@ -599,11 +636,13 @@ class Run:
 
     Args:
         folder: where its files go.
-        total: optimizer steps of all epochs.
+        total_steps: optimizer steps of all epochs.
         photos: how many there are to train on.
     """
 
-    def __init__(self, args, extractor: DenseExtractor, folder: Path, total: int, photos: int):
+    def __init__(
+        self, args, extractor: DenseExtractor, folder: Path, total_steps: int, photos: int
+    ):
         self.args = args
         self.extractor = extractor
         self.folder = folder
@@ -632,7 +671,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
         )
-        factor = partial(lr_factor, total=total, schedule=args.schedule, warmup=args.warmup)
+        factor = partial(lr_factor, total=total_steps, schedule=args.schedule, warmup=args.warmup)
         self.schedule = LambdaLR(self.optimizer, factor)
 
         self.centre: Tensor | None = None
@@ -657,7 +696,7 @@ class Run:
         )
 
     def parts(self) -> dict[str, Any]:
-        """What has a state_dict, by name."""
+        """Everything that has a state_dict of its own, by the name it has in last.pth."""
         parts = {"lift": self.lift, "optimizer": self.optimizer, "schedule": self.schedule}
         if self.ema:
             parts["ema"] = self.ema
@@ -670,21 +709,21 @@ class Run:
         return self.lift
 
     def advance(self) -> None:
-        """Count an optimizer step."""
+        """Do what follows an optimizer step: set the learning rate, average the weights, count."""
         self.schedule.step()
         if self.ema:
             self.ema.update_parameters(self.lift)
         self.step += 1
 
-    def read(self, losses: list[Tensor], broken: set[str], stop: int) -> int:
-        """Put together what the processes have seen since the last call, and keep it.
+    def collect(self, losses: list[Tensor], broken: set[str], signal_here: int) -> int:
+        """Gather what all processes have seen since the last call, check it, and keep it.
 
         Args:
             losses: of this process, a scalar for each step since then, at least one.
             broken: paths of photos that this process could not read.
-            stop: the signal that this process has got, or 0.
+            signal_here: the signal that this process has got, or 0.
         Returns:
-            A signal that any process has got, or 0.
+            The signal that any process has got (the largest number of several), or 0.
         Raises:
             ValueError: a loss or a weight is not finite.
         """
@@ -696,17 +735,17 @@ class Run:
         all_broken = set()
         all_finite = True
         signal_of_any = 0
-        mine = (torch.stack(losses).tolist(), broken, stop, finite)
-        for process_losses, process_broken, process_stop, process_finite in gather(mine):
+        mine = (torch.stack(losses).tolist(), broken, signal_here, finite)
+        for process_losses, process_broken, process_signal, process_finite in gather(mine):
             all_losses.append(process_losses)
             all_broken |= process_broken
-            signal_of_any = max(signal_of_any, process_stop)
+            signal_of_any = max(signal_of_any, process_signal)
             all_finite = all_finite and process_finite
 
         # the loss of a step is the mean of what the processes had
         means = np.mean(all_losses, axis=0).tolist()
-        first = self.step - len(means) + 1
-        for step, loss in enumerate(means, first):
+        first_step = self.step - len(means) + 1  # self.step is that of the last loss
+        for step, loss in enumerate(means, first_step):
             if not math.isfinite(loss):
                 raise self.diverged(f"the loss is {loss} at step {step}")
         if not all_finite:
@@ -717,7 +756,7 @@ class Run:
         return signal_of_any
 
     def diverged(self, what: str) -> ValueError:
-        """The error of a run that has come to numbers that are not finite."""
+        """The error to raise where numbers are not finite; `what` says which."""
         kept = f"{self.folder} keeps what was saved before"
         return ValueError(f"{what} ({kept}): pass a smaller --lr and another --output_dir")
 
@@ -729,7 +768,7 @@ class Run:
         """
         image, feats = self.sample
         out = upsample(self.best().eval(), image, feats)
-        self.lift.train()
+        self.lift.train()  # without an average, best() is lift itself, now in eval mode
         if not out.isfinite().all():
             raise self.diverged(f"the features are not finite after step {self.step}")
 
@@ -740,7 +779,7 @@ class Run:
             speed: photos a second.
         """
         self.check_output()
-        results = {
+        results: dict[str, Any] = {
             "epoch": len(self.metrics) + 1,
             "step": self.step,
             "loss": float(np.mean(self.losses)),
@@ -750,7 +789,7 @@ class Run:
             lift = self.best().eval()
             val = evaluate(self.extractor, lift, val_loader, self.centre, precision)
             self.lift.train()
-            # the sum is finite only if both are
+            # the sum of the two is finite only if both are
             if not math.isfinite(val["lift"] + val["lift_twice"]):
                 raise self.diverged(f"the features are not finite after step {self.step}")
             results["val"] = val
@@ -824,11 +863,11 @@ class Run:
             changed = difference(last["record"], self.record)
             if not changed:
                 self.restore(last)
+                return
         except Exception as error:  # damaged files raise nearly anything
             raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
 
-        if not changed:
-            return
+        # the file is sound, but of another run
         remedy = "pass the same"
         if changed.startswith("processes"):
             remedy = f"start it by torchrun --nproc_per_node {last['record']['processes']}"
@@ -848,10 +887,10 @@ class Run:
 
 
 def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
-    """The share of --lr at an optimizer step: the product of a warmup and a decay.
+    """The factor of --lr after `step` optimizer steps: the product of a warmup and a decay.
 
-    The warmup grows linearly to 1 over `warmup` steps. The decay is 1, or with the schedule cosine
-    it falls from the first step on, as half a cosine, to 0 at step `total`.
+    The warmup grows linearly to 1 over `warmup` steps. The decay is 1 with the schedule constant.
+    With cosine it falls as half a cosine from 1 at step 0 to 0 at step `total`.
     """
     decay = 1.0
     if schedule == "cosine":
@@ -865,7 +904,10 @@ def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
 
 
 def run_folder(args, extractor: DenseExtractor) -> Path:
-    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and what makes another module."""
+    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and more.
+
+    Other flags that decide what module it becomes follow where they are not the default.
+    """
     name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
     augment = "aug" if args.augment else "noaug"
     parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
@@ -981,8 +1023,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     precision: Callable = nullcontext,
 ) -> tuple[Tensor, list[int]]:
-    """One optimizer step on the mean loss of `count` batches.
+    """One optimizer step on the mean loss of several batches.
 
+    Args:
+        model: an Objective, or its DistributedDataParallel.
+        batches: of Photos or Cached; there are `count`.
+        precision: makes the context that the model runs in.
     Returns:
         The loss, a scalar tensor, and the indices of photos that could not be read.
     """
@@ -993,11 +1039,11 @@ def train_step(
         warp = None
         if "warp" in batch:
             warp = batch["warp"].to(extractor.device)
-        # processes share their gradients at the last batch only
-        alone = nullcontext()
+        # processes exchange their gradients at the last batch only
+        exchange_or_not: Any = nullcontext()
         if dist.is_initialized() and number < count:
-            alone = model.no_sync()
-        with alone:
+            exchange_or_not = model.no_sync()
+        with exchange_or_not:
             with precision():
                 loss = model(images[1:], feats, warp) / count  # LiFT needs no image at S
             loss.backward()
@@ -1033,7 +1079,7 @@ def train(
     read_every = 1 if run.extractor.device.type == "cpu" else 10
     tensorboard = open_tensorboard(args, run.folder)
 
-    # of the steps since the last run.read
+    # of the steps since the last run.collect
     losses: list[Tensor] = []
     broken: set[str] = set()
     bar = tqdm(
@@ -1041,7 +1087,7 @@ def train(
         initial=run.step * photos_a_step,
         unit="photo",
         unit_scale=True,
-        disable=rank() > 0 or None,
+        disable=rank() > 0 or None,  # None: tqdm shows it in a terminal only
     )
     with bar, Stop() as stop:
         # workers begin here, after the handlers are set, and inherit them until they set their own
@@ -1049,8 +1095,10 @@ def train(
         began = time.time()
         began_at = run.step
         while run.step < args.epochs * steps:
-            batches_done = run.step % steps * args.accumulate
-            count = min(args.accumulate, batches - batches_done)
+            # the last step of an epoch takes the batches that are left
+            steps_done = run.step % steps  # of this epoch
+            batches_left = batches - steps_done * args.accumulate
+            count = min(args.accumulate, batches_left)
             group = itertools.islice(coming, count)
             loss, unreadable = train_step(
                 model, group, count, run.extractor, run.optimizer, precision
@@ -1060,12 +1108,12 @@ def train(
             broken.update(str(paths[index]) for index in unreadable)
             bar.update(photos_a_step)
 
-            # reading the losses waits for the GPU, and for the other processes
             epoch_ends = run.step % steps == 0
-            save = args.save_steps > 0 and run.step % args.save_steps == 0
-            if not epoch_ends and not save and len(losses) < read_every:
+            save_is_due = args.save_steps > 0 and run.step % args.save_steps == 0
+            # what follows waits for the GPU, and for the other processes
+            if not epoch_ends and not save_is_due and len(losses) < read_every:
                 continue
-            stopped_by = run.read(losses, broken, stop.signal)
+            stopped_by = run.collect(losses, broken, stop.signal)
             losses = []
             broken = set()
             bar.set_postfix(epoch=math.ceil(run.step / steps), loss=f"{run.losses[-1]:.4f}")
@@ -1079,8 +1127,8 @@ def train(
                     run.export(f"lift_{epoch}.pth")
                 began = time.time()
                 began_at = run.step
-            # saved last: what is in last.pth has been measured and exported
-            if epoch_ends or save or stopped_by:
+            # after the above, so that an epoch in last.pth has been measured and exported
+            if epoch_ends or save_is_due or stopped_by:
                 run.save()
             if stopped_by:
                 if rank() == 0:
@@ -1091,7 +1139,7 @@ def train(
 
 
 def open_tensorboard(args, folder: Path):
-    """TensorBoard's writer in the first process, with --tensorboard, else None.
+    """TensorBoard's writer with --tensorboard, in the first process; None in all other cases.
 
     Raises:
         ValueError: it is not installed.
@@ -1110,8 +1158,11 @@ def tell(results: dict[str, Any], tensorboard) -> None:
     """Print an epoch's results as a line, and show them in TensorBoard where there is one."""
     if rank() > 0:
         return
+    # in one dict, of which "val" itself and its list "unreadable" are left out: they are no numbers
+    everything = dict(results)
+    everything.update(results.get("val", {}))
     numbers = {}
-    for name, value in {**results, **results.get("val", {})}.items():
+    for name, value in everything.items():
         if isinstance(value, int | float):
             numbers[name] = value
     tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
@@ -1123,7 +1174,7 @@ def tell(results: dict[str, Any], tensorboard) -> None:
 def prepare(
     lift: nn.Module, args, extractor: DenseExtractor, centre: Tensor | None = None
 ) -> tuple[nn.Module, Callable]:
-    """The loss as a module, distributed and compiled as asked, and the precision it runs in.
+    """Make the model to train of a LiFT module, compiled and distributed as the flags ask.
 
     Returns:
         An Objective (or its DistributedDataParallel), and a function that makes the context to call
@@ -1134,11 +1185,11 @@ def prepare(
     model: nn.Module = Objective(lift, args.loss, centre, args.match)
     if args.compile:
         model.compile()
-        parts = [getattr(extractor, "module", None)]
         if isinstance(extractor, ViTExtractor):
-            parts = extractor.model.blocks  # they share their code: one compilation for all
-        for part in parts:
-            part.compile()
+            for block in extractor.model.blocks:  # they share their code: one compilation for all
+                block.compile()
+        else:
+            extractor.module.compile()
     if dist.is_initialized():
         model = DistributedDataParallel(model)
 
@@ -1182,7 +1233,7 @@ def check(args) -> None:
 def check_sizes(extractor: DenseExtractor, imsize: int, levels: int) -> None:
     """Raise ValueError unless the backbone gives LiFT's grids at S, S/2 and, for 3 levels, S/4."""
     patch = extractor.patch
-    patches = 2 ** (levels - 1)
+    patches = 2 ** (levels - 1)  # at S, for each patch at the smallest size
     unit = patches * patch
     if imsize % unit:
         near = max(unit, imsize // unit * unit)
@@ -1205,10 +1256,11 @@ def check_sizes(extractor: DenseExtractor, imsize: int, levels: int) -> None:
 
 
 def note_what_is_too_little(args, photos: int, held_out: int, steps: int) -> None:
-    """Say what is too little to learn from, or to be measured on.
+    """Print a note on whatever is too little to learn from, or to be measured on.
 
     Args:
-        photos: to train on.
+        photos: how many there are to train on.
+        held_out: how many there are to validate on.
         steps: of the optimizer, in all epochs.
     """
     if rank() > 0:
@@ -1245,9 +1297,12 @@ def evaluate_files(args) -> None:
 
     results = {}
     for root, photos in measured.items():
-        centre = mean_feature(trained_on or photos, extractor, rank(), world_size())
-        keys = in_order(photos, args.batch_size, rank(), world_size())
-        loader = make_loader(photos, keys, args, extractor)
+        centred_on = photos
+        if trained_on is not None:
+            centred_on = trained_on
+        centre = mean_feature(centred_on, extractor, rank(), world_size())
+        key_batches = in_order(photos, args.batch_size, rank(), world_size())
+        loader = make_loader(photos, key_batches, args, extractor)
         results[root] = evaluate(extractor, lift, loader, centre, levels=levels)
         if rank() == 0:
             figures = "  ".join(f"{name} {value}" for name, value in results[root].items())
@@ -1291,10 +1346,12 @@ def train_into(
     folder: Path, args, extractor: DenseExtractor, photos: Photos, val_photos: Photos
 ) -> None:
     """Train a module, and write everything about it into the folder."""
+    # all of one epoch
     world = world_size()
-    share = math.ceil(len(photos) / world)
-    batches = math.ceil(share / args.batch_size)  # of an epoch, in each process
+    share = math.ceil(len(photos) / world)  # photos of each process, see stream
+    batches = math.ceil(share / args.batch_size)  # of each process
     steps = math.ceil(batches / args.accumulate)
+
     # LiFT's deepest batch norm needs more than one value. It gets one alone where S/4 is a single
     # patch and the last batch of an epoch a single photo.
     one_patch = args.imsize == 4 * extractor.patch
@@ -1323,21 +1380,25 @@ def train_into(
             views = args.views
         photos = cache(photos, views=views)
         val_photos = cache(val_photos, views=1)
-    centre_needed = val_photos.paths or args.loss in ("centred", "both") or args.match
+
+    # validation measures centred cosines too, whatever the loss
+    centred_loss = args.loss in ("centred", "both") or args.match > 0
+    centre_needed = centred_loss or len(val_photos) > 0
     if run.centre is None and centre_needed:
         run.centre = mean_feature(photos, extractor, rank(), world)
     # one photo at S/2, for run.check_output
     images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)
     run.sample = (images[1], feats[1])
 
-    # how many batches have been seen; the last step of an epoch may have taken fewer than the rest
+    # How many batches have been seen before a stop. Whole epochs are counted by their batches,
+    # because the last step of an epoch may have taken fewer than the others.
     epochs_done = run.step // steps
     steps_since = run.step % steps
     skip = epochs_done * batches + steps_since * args.accumulate
-    keys = stream(len(photos), args.batch_size, args.epochs, rank(), world, args.seed, skip)
-    val_keys = in_order(val_photos, args.batch_size, rank(), world)
-    loader = make_loader(photos, keys, args, extractor)
-    val_loader = make_loader(val_photos, val_keys, args, extractor)
+    key_batches = stream(len(photos), args.batch_size, args.epochs, rank(), world, args.seed, skip)
+    val_key_batches = in_order(val_photos, args.batch_size, rank(), world)
+    loader = make_loader(photos, key_batches, args, extractor)
+    val_loader = make_loader(val_photos, val_key_batches, args, extractor)
 
     model, precision = prepare(run.lift, args, extractor, run.centre)
     train(run, model, loader, val_loader, precision, batches)
