@@ -91,7 +91,7 @@ def parser() -> Command:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports below
 
 import numpy as np
 import torch
@@ -117,14 +117,17 @@ class Pair(NamedTuple):
     target: Path
     source_points: Tensor                               # [K, 2]
     target_points: Tensor                               # [K, 2]
-    extent: float                                       # longer side of the object's box in target
+    extent: float                                       # longer side of the target's box
 
 
 class Described(NamedTuple):
-    """An image in its square: x_square = x * scale + offset."""
+    """The descriptors of an image, and where the image lies in its square.
 
-    feats: Tensor                                       # [C, h, w], cells of unit length
-    norm: Tensor | None                                 # [S, S], for cosine matching
+    A point of the original is at point * scale + offset in the square.
+    """
+
+    feats: Tensor                                       # [C, h, w], every cell of length 1
+    norm: Tensor | None                                 # [S, S], of pixel_norms; None for "dot"
     size: tuple[int, int]                               # (W, H) of the original
     scale: float
     offset: Tensor                                      # [2]
@@ -137,7 +140,7 @@ class Match(NamedTuple):
     source: Tensor                                      # [K, 2]
     target: Tensor                                      # [K, 2], as annotated
     predicted: Tensor                                   # [K, 2]
-    extent: float                                       # longer side of the object's box in target
+    extent: float                                       # longer side of the target's box
 
 
 # ---- the data set -------------------------------------------------------------------------------
@@ -156,10 +159,9 @@ def read_pair(path: Path, images: Path) -> Pair:
         entry = json.loads(path.read_text())
         source_points = torch.from_numpy(np.array(entry["src_kps"], np.float32))
         target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float32))
-        shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"
-        if source_points.ndim != 2 or source_points.shape[1] != 2:
-            raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
-        if source_points.shape != target_points.shape:
+        are_points = source_points.ndim == 2 and source_points.shape[1] == 2
+        if not are_points or source_points.shape != target_points.shape:
+            shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"
             raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
 
         left, top, right, bottom = entry["trg_bndbox"]
@@ -187,11 +189,11 @@ def read_pairs(
     per_category: int = 100,
     seed: int = 0,
 ) -> list[Pair]:
-    """The pairs of the evaluation, category by category, sorted by name.
+    """The pairs of the evaluation, category by category.
 
     Pairs are drawn as in the LiFT release: numpy's legacy generator, seeded once, and one `choice`
-    with replacement a category. Both styles of file names in circulation are found, `...:cow.json`
-    and `..._cow.json`.
+    with replacement for each category, in alphabetical order. Both styles of file names in
+    circulation are found, `...:cow.json` and `..._cow.json`.
 
     Args:
         categories: all folders of images where this is left out.
@@ -216,12 +218,13 @@ def read_pairs(
         if not paths:
             what = f"no pairs of category {category!r} in {annotations}"
             raise ValueError(f"{what}: choose others with --categories")
-        chosen = range(len(paths))
         if per_category > 0:
-            chosen = random.choice(len(paths), per_category)
+            drawn = random.choice(len(paths), per_category)
+        else:
+            drawn = range(len(paths))
 
         read = {}  # a pair that is drawn twice is read once
-        for number in chosen:
+        for number in drawn:
             if number not in read:
                 read[number] = read_pair(paths[number], images / category)
             pairs.append(read[number])
@@ -238,10 +241,10 @@ def images_of(pairs: list[Pair]) -> list[Path]:
 
 
 def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, float, Tensor]:
-    """Resize an image to the longer side `size` and paste it into the middle of a black square.
+    """Resize an image until its longer side is `size`, and centre it on a black square.
 
     Returns:
-        The square; the scale; the offset [2] of the image in the square.
+        The square of size x size pixels; the scale; the offset [2] of the image in the square.
     """
     longer = max(image.size)
     width = max(1, round(size * image.width / longer))
@@ -267,34 +270,36 @@ def describe(
     """
     images = [read_image(path) for path in paths]
     boxed = [letterbox(image, size) for image in images]
-    batch = features(torch.stack([to_tensor(square) for square, _, _ in boxed]))  # [B, C, h, w]
+    squares = torch.stack([to_tensor(square) for square, _, _ in boxed])          # [B, 3, S, S]
+    batch = features(squares)                                                     # [B, C, h, w]
     if not batch.isfinite().all():
         remedy = "pass --dtype float32, or another --lift_path"
         raise ValueError(f"the features of {paths[0].parent} are not finite: {remedy}")
 
     described = {}
-    for path, image, (_, scale, offset), feats in zip(paths, images, boxed, batch):
-        # a tensor of its own for each image, so that the batch's memory can be given back
-        feats = F.normalize(feats, dim=0)                                         # [C, h, w]
+    for number, path in enumerate(paths):
+        # normalize makes a copy: a mere view would keep the whole batch in memory
+        feats = F.normalize(batch[number], dim=0)                                 # [C, h, w]
         norm = None
         if cosine:
             norm = pixel_norms(feats, size)
-        described[path] = Described(feats, norm, image.size, scale, offset)
+        _, scale, offset = boxed[number]
+        described[path] = Described(feats, norm, images[number].size, scale, offset)
     return described
 
 
 def pixel_norms(feats: Tensor, size: int) -> Tensor:
     """The lengths [S, S] that descriptors [C, h, w] have after interpolation to pixels."""
-    squares = torch.zeros(size, size, device=feats.device)
-    # a few channels at a time: all of them at S x S pixels would fill the memory
+    sum_of_squares = torch.zeros(size, size, device=feats.device)
+    # 16 channels at a time: all of them at S x S pixels would fill the memory
     for part in feats.split(16):
         pixels = F.interpolate(part[None], (size, size), mode="bilinear")[0]      # [16, S, S]
-        squares += pixels.square().sum(dim=0)
-    return squares.sqrt()
+        sum_of_squares += pixels.square().sum(dim=0)
+    return sum_of_squares.sqrt()
 
 
 def place(points: Tensor, image: Described, path: Path) -> Tensor:
-    """Points [K, 2] of an original image -> points of its square.
+    """Map points [K, 2] of an original image to its square.
 
     Args:
         path: the annotation file, for the message.
@@ -312,17 +317,22 @@ def place(points: Tensor, image: Described, path: Path) -> Tensor:
 
 def pixel_weights(cells: int, size: int, device: torch.device) -> Tensor:
     """Along one axis: what each cell weighs in each pixel, interpolated linearly. [cells, S]"""
-    one_hot = torch.eye(cells, device=device)
+    # row i is an axis on which cell i alone is 1, so its pixels show the weights of cell i
+    one_hot = torch.eye(cells, device=device)                                     # [cells, cells]
     return F.interpolate(one_hot[None], size, mode="linear")[0]
 
 
 def descriptors_at(feats: Tensor, points: Tensor, size: int) -> Tensor:
-    """The descriptors [C, K] of a map [C, h, w] at the pixels of points [K, 2] of the square."""
-    x, y = points.long().T
+    """The descriptors [C, K] of a map [C, h, w] at the pixels of points [K, 2] of the square.
+
+    Bilinear interpolation is linear interpolation along each axis in turn, so the weight of a cell
+    is that of its row times that of its column.
+    """
+    x, y = points.long().T  # the pixels in which the points lie
     height, width = feats.shape[1:]
-    rows = pixel_weights(height, size, feats.device)[:, y]                        # [h, K]
-    columns = pixel_weights(width, size, feats.device)[:, x]                      # [w, K]
-    return torch.einsum("chw,hk,wk->ck", feats, rows, columns)
+    row_weights = pixel_weights(height, size, feats.device)[:, y]                 # [h, K]
+    column_weights = pixel_weights(width, size, feats.device)[:, x]               # [w, K]
+    return torch.einsum("chw,hk,wk->ck", feats, row_weights, column_weights)
 
 
 def best_pixels(source: Described, target: Described, points: Tensor, size: int) -> Tensor:
@@ -332,13 +342,15 @@ def best_pixels(source: Described, target: Described, points: Tensor, size: int)
     so this is the similarity with the interpolated descriptors, whose S x S x C tensor is never
     needed.
     """
-    queries = descriptors_at(source.feats, points, size)
-    similarity = torch.einsum("ck,chw->khw", queries, target.feats)
-    similarity = F.interpolate(similarity[None], (size, size), mode="bilinear")[0]  # [K, S, S]
+    queries = descriptors_at(source.feats, points, size)                          # [C, K]
+    at_cells = torch.einsum("ck,chw->khw", queries, target.feats)                 # [K, h, w]
+    similarity = F.interpolate(at_cells[None], (size, size), mode="bilinear")[0]  # [K, S, S]
+
+    # the length of a query does not change which of its pixels is best, the target's lengths do
     if target.norm is not None:
         similarity = similarity / target.norm
     best = similarity.flatten(1).argmax(dim=1).cpu()                              # [K]
-    return torch.stack([best % size, best // size], dim=1)
+    return torch.stack([best % size, best // size], dim=1)                        # (x, y)
 
 
 def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
@@ -354,25 +366,26 @@ def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
 def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
     """Split pairs into lists that need at most `capacity` images each, which is 2 or more.
 
-    Where all images are too many, they are numbered in blocks of half the capacity, and pairs of
-    the same two blocks go together. So an image is in few of the lists.
+    Where there are more images, they are cut into blocks of half the capacity. The pairs whose
+    images lie in the same two blocks make one list. So an image is in few of the lists.
     """
     images = images_of(pairs)
     if len(images) <= capacity:
         return [pairs]
-    block = {}
+    block_size = capacity // 2
+    block_of = {}
     for number, image in enumerate(images):
-        block[image] = number // (capacity // 2)
+        block_of[image] = number // block_size
 
-    together = defaultdict(list)
+    by_blocks = defaultdict(list)
     for pair in pairs:
-        first, second = sorted((block[pair.source], block[pair.target]))
-        together[first, second].append(pair)
-    return [together[blocks] for blocks in sorted(together)]
+        first, second = sorted((block_of[pair.source], block_of[pair.target]))
+        by_blocks[first, second].append(pair)
+    return [by_blocks[blocks] for blocks in sorted(by_blocks)]
 
 
 def default_batch(size: int) -> int:
-    """Images a forward pass: as many pixels as four images of 224, and one image at least."""
+    """How many images make the pixels of four images of 224, but one at least."""
     return max(1, 4 * 224**2 // size**2)
 
 
@@ -396,11 +409,13 @@ def match_pairs(
         batch_size: images a call of `features`; default_batch(size) where it is left out.
     """
     batch_size = batch_size or default_batch(size)
-    by_category = defaultdict(dict)  # a pair that was drawn twice is matched once
+
+    # {category: {annotation file: pair}}, so that a pair that was drawn twice is matched once
+    by_category: dict[str, dict[Path, Pair]] = defaultdict(dict)
     for pair in pairs:
         by_category[pair.category][pair.path] = pair
 
-    # the first image tells how many fit
+    # all images take as much memory as the first, which tells how many fit
     images = describe(features, [pairs[0].source], size, cosine)
     first = images[pairs[0].source]
     bytes_each = first.feats.nbytes
@@ -409,16 +424,18 @@ def match_pairs(
     capacity = max(2, cache_mb * 2**20 // bytes_each)
 
     work = []
-    for category in by_category.values():
-        work.extend(chunks(list(category.values()), capacity))
+    for by_path in by_category.values():
+        work.extend(chunks(list(by_path.values()), capacity))
 
     found = {}
     with tqdm(total=sum(map(len, work)), unit="pair", disable=None) as bar:
         for chunk in work:
+            # of the last chunk's images only those stay that this one needs, too
             needed = images_of(chunk)
             images = {path: images[path] for path in needed if path in images}
             missing = [path for path in needed if path not in images]
             for pair in chunk:
+                # the missing are in the order of the pairs: a batch or two bring this pair's images
                 while pair.source not in images or pair.target not in images:
                     images.update(describe(features, missing[:batch_size], size, cosine))
                     missing = missing[batch_size:]
@@ -431,10 +448,11 @@ def match_pairs(
 
 
 def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
-    """Which keypoints [K] of a Match are nearer than alpha times the object's longer side.
+    """Which keypoints [K] of a Match are predicted near enough to the annotated points.
 
     Args:
-        threshold: "lt" for nearer, "le" for at most as far.
+        alpha: the limit of the distance, as a share of the longer side of the target's box.
+        threshold: "lt" for distances below the limit, "le" for the limit itself, too.
     """
     distance = (match.predicted - match.target).norm(dim=1)
     limit = alpha * match.extent
@@ -444,14 +462,18 @@ def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
 
 
 def pck(matches: list[Match], alpha: float, threshold: str, per_image: bool) -> float:
-    """Percentage of correct keypoints over all keypoints, or as the mean over the pairs."""
-    shares = []
+    """Percentage of correct keypoints.
+
+    Args:
+        per_image: take the percentage of each pair, and the mean of those.
+    """
+    scores = []
     for match in matches:
-        hits = correct(match, alpha, threshold).double()
+        hits = correct(match, alpha, threshold).double()                          # [K]
         if per_image:
-            hits = hits.mean(dim=0, keepdim=True)
-        shares.append(hits)
-    return 100 * torch.cat(shares).mean().item()
+            hits = hits.mean(dim=0, keepdim=True)                                 # [1]
+        scores.append(hits)
+    return 100 * torch.cat(scores).mean().item()
 
 
 def evaluate(
@@ -517,9 +539,9 @@ def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448)
     point a disc. The line that joins them is green if the prediction is correct, else red.
 
     Args:
-        size: S.
-        alpha, threshold: what is correct.
-        side: pixels of each of the two squares.
+        size: S, the side of the squares in which the points of the Match are.
+        alpha, threshold: what counts as correct (see `correct`).
+        side: of the two squares in the picture, in pixels.
     """
     picture = Image.new("RGB", (2 * side, side))
     source, _, _ = letterbox(read_image(match.pair.source), side)
@@ -529,14 +551,17 @@ def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448)
 
     pen = ImageDraw.Draw(picture)
     zoom = side / size
-    right = torch.tensor([side, 0])
+    to_the_right = torch.tensor([side, 0])
     points = (match.source * zoom).tolist()
-    truths = (match.target * zoom + right).tolist()
-    guesses = (match.predicted * zoom + right).tolist()
+    truths = (match.target * zoom + to_the_right).tolist()
+    guesses = (match.predicted * zoom + to_the_right).tolist()
     hits = correct(match, alpha, threshold).tolist()
-    for number, (point, truth, guess, hit) in enumerate(zip(points, truths, guesses, hits)):
-        colour = ImageColor.getrgb(f"hsv({360 * number // len(points)}, 100%, 100%)")
-        pen.line([*truth, *guess], fill=line_colour(hit), width=2)
+    for number, point in enumerate(points):
+        truth = truths[number]
+        guess = guesses[number]
+        hue = 360 * number // len(points)
+        colour = ImageColor.getrgb(f"hsv({hue}, 100%, 100%)")
+        pen.line([*truth, *guess], fill=line_colour(hits[number]), width=2)
         draw_disc(pen, point, colour)
         draw_ring(pen, truth, colour)
         draw_disc(pen, guess, colour, radius=4)  # fits into the ring
@@ -563,7 +588,7 @@ def draw_disc(
 
 
 def with_legend(picture: Image.Image, alpha: float) -> Image.Image:
-    """The picture of `draw` above a line that says what disc, ring and line are."""
+    """The picture of `draw`, and below it a legend of disc, ring and line."""
     bar = 32
     sheet = Image.new("RGB", (picture.width, picture.height + bar), "white")
     sheet.paste(picture, (0, 0))
@@ -573,6 +598,7 @@ def with_legend(picture: Image.Image, alpha: float) -> Image.Image:
     middle = picture.height + bar // 2
     colour = ImageColor.getrgb("hsv(210, 100%, 100%)")
 
+    # the columns are measured by hand: each text ends before the next mark
     draw_disc(pen, [16, middle], colour)
     text = "keypoint of the source (left), and where it was found (right)"
     pen.text((28, middle), text, "black", font, anchor="lm")
@@ -590,7 +616,8 @@ def save_pictures(
 ) -> None:
     """Draw `count` matches, spread evenly over all, into PNG files of `folder`."""
     count = min(count, len(matches))
-    for number in np.linspace(0, len(matches) - 1, count).astype(int):
+    chosen = np.linspace(0, len(matches) - 1, count).astype(int)
+    for number in chosen:
         match = matches[number]
         name = match.pair.path.stem.replace(":", "_")
         picture = with_legend(draw(match, size, alpha, threshold), alpha)
@@ -615,6 +642,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Match all pairs, print the table and the JSON line, draw pictures."""
     check(args)
     pairs = read_pairs(
         args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
@@ -655,8 +683,11 @@ def main(args: argparse.Namespace) -> None:
         "results": results,
     }
     report(line, args.json)
+
+    # in pictures, whatever is correct at any alpha is correct
+    largest = max(args.alpha)
     save_pictures(
-        matches, args.visualize, args.output_dir, args.imsize, max(args.alpha), args.threshold
+        matches, args.visualize, args.output_dir, args.imsize, largest, args.threshold
     )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a line of the speed table, a count of products, the machine."""
+"""What the benchmarks share: a line of the speed table, counted products, CPU and memory."""
 
 import platform
 from collections.abc import Callable
@@ -10,35 +10,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Case(NamedTuple):
-    """A line of the speed table: up to three callables without arguments, on the same inputs.
+    """A line of the speed table: one piece of work, done in two or three ways.
 
-    `setup()` returns them in this order:
+    `setup()` makes the inputs and returns callables without arguments, in this order:
 
     1. the reference's algorithm as it runs;
     2. ours;
     3. where there is one, what a user of today would write with well-kept parts, such as timm's
        fused forward, torchvision or scipy.
 
-    `same(result of a baseline, our result)` raises AssertionError where they differ.
+    The first and the third are the baselines. `same(result of a baseline, our result)` raises
+    AssertionError where they differ.
     """
 
     name: str
-    target: float  # asked ratio of the reference's time to ours
+    target: float  # the time of the reference over ours is asked to be this
     setup: Callable[[], tuple[Callable[[], Any], ...]]
     same: Callable[[Any, Any], None]
-    memory: float | None = None  # asked ratio of the smaller baseline's peak to ours
+    memory: float | None = None  # the same for peak memory, of the baseline that takes less
     dtype: str = "float32"  # precision of our products
 
 
 def count_macs(run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of run(), half of the FLOPs that torch.utils.flop_counter counts.
+    """Multiply-accumulates of run().
 
-    Those are of linear layers, convolutions and attention; element-wise work is free. The fused
-    attention of CPUs is not counted, so the plain one, which has as many, takes its place.
+    Linear layers, convolutions and attention count; element-wise work is free.
     """
+    # torch's counter passes over the fused attention of CPUs; the plain one multiplies as often
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # a multiply-accumulate is two FLOPs
 
 
 def processor() -> str:
@@ -52,8 +53,12 @@ def processor() -> str:
 
 
 def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, in MiB; Linux only."""
+    """Memory that this process holds, in MiB; Linux only.
+
+    Args:
+        field: VmRSS for now, VmHWM for the peak.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
+        if line.startswith(field):  # as "VmRSS:   123456 kB"
             return int(line.split()[1]) / 1024
     raise ValueError(f"the system does not tell {field}: pass --no_memory")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from case import Case
 from PIL import Image
 from plain_extract import plain_lift, todays_lift, todays_map
-from plain_extract import plain_map as plain_keys
+from plain_extract import plain_map as plain_keys  # the plain_map below is of pixels
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
@@ -34,7 +34,9 @@ from extractor import ViTExtractor
 from lift import LiFT
 
 Features = Callable[[Tensor], Tensor]  # images [1, 3, S, S] in 0..1 -> descriptors [1, C, h, w]
-Scores = tuple[dict[str, Any], list[Tensor]]  # as evaluate gives them, and the predicted points
+
+# the results of evaluate, and the predicted points [K, 2] of every pair
+Scores = tuple[dict[str, Any], list[Tensor]]
 
 # ---- the reference ------------------------------------------------------------------------------
 
@@ -45,12 +47,14 @@ def plain_square(path: Path, size: int) -> tuple[Image.Image, float, tuple[int, 
     width, height = image.size
     scale = size / max(width, height)
     if width >= height:
-        small = image.resize((size, int(np.around(size * height / width))), Image.LANCZOS)
+        shorter = int(np.around(size * height / width))
+        small = image.resize((size, shorter), Image.LANCZOS)
         x = 0
-        y = int((size - small.height) / 2)
+        y = int((size - shorter) / 2)
     else:
-        small = image.resize((int(np.around(size * width / height)), size), Image.LANCZOS)
-        x = int((size - small.width) / 2)
+        shorter = int(np.around(size * width / height))
+        small = image.resize((shorter, size), Image.LANCZOS)
+        x = int((size - shorter) / 2)
         y = 0
     square = Image.new("RGB", (size, size))
     square.paste(small, (x, y))
@@ -69,7 +73,12 @@ def plain_map(features: Features, path: Path, size: int) -> tuple[Tensor, float,
 def plain_pair(
     features: Features, path: Path, root: Path, size: int, cosine: bool = False
 ) -> tuple[Tensor, Tensor, float]:
-    """One pair: predicted and annotated points [K, 2] in the target square, and the box's side."""
+    """Match one pair.
+
+    Returns:
+        In the target's square: the predicted points [K, 2], the annotated points [K, 2], and the
+        longer side of the object's box.
+    """
     entry = json.loads(path.read_text())
     images = Path(root, "JPEGImages", entry["category"])
     source, source_scale, (source_x, source_y) = plain_map(
@@ -85,7 +94,7 @@ def plain_pair(
     predicted = []
     for x, y in entry["src_kps"]:
         column = int(x * source_scale + source_x)
-        row = int(np.floor(y * source_scale + source_y))
+        row = int(y * source_scale + source_y)
         similarity = source[:, row, column] @ target.flatten(1)                   # [S*S]
         best = int(similarity.argmax())
         predicted.append([best % size, best // size])
@@ -106,7 +115,7 @@ def plain_spair(
     alphas: tuple[float, ...] = (0.1, 0.05, 0.01),
     cosine: bool = False,
 ) -> Scores:
-    """PCK over all test pairs."""
+    """PCK in percent over all test pairs, and the predictions, category by category."""
     results = {}
     predictions = []
     for category in sorted(os.listdir(Path(root, "JPEGImages"))):
@@ -114,8 +123,8 @@ def plain_spair(
         paths = sorted(Path(root, "PairAnnotation/test").glob(f"*[:_]{category}.json"))
         for path in paths:
             predicted, truth, extent = plain_pair(features, path, Path(root), size, cosine)
-            for p, t in zip(predicted, truth):
-                distance = (p - t).norm()
+            for point, true_point in zip(predicted, truth):
+                distance = (point - true_point).norm()
                 for alpha in alphas:
                     hits[alpha].append(float(distance < alpha * extent))
             predictions.append(predicted)
@@ -174,11 +183,14 @@ def write_tree(
     separator: str = ":",
     seed: int = 0,
 ) -> Path:
-    """A small SPair-71k: smooth images of several shapes, all ordered pairs of a category.
+    """Write a small SPair-71k: smooth random images, and all ordered pairs of each category.
 
     Args:
-        images, keypoints: how many a category, and a pair.
+        images: how many in a category; they have several shapes.
+        keypoints: how many in a pair.
         separator: what stands before the category in the names of the annotation files.
+    Returns:
+        `root`.
     """
     random = np.random.RandomState(seed)
     shapes = [(120, 90), (90, 120), (100, 100), (127, 61)]
@@ -215,7 +227,10 @@ def write_tree(
 
 
 def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
-    """The three for all pairs below `root`, with ViT-S/16 and one LiFT, both of random weights."""
+    """The three callables of a Case: all pairs below `root`, with ViT-S/16 and one LiFT.
+
+    Both have random weights.
+    """
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0, img_size=size)
     extractor = ViTExtractor("dino_vits16", stride=16, model=vit, device="cpu")
@@ -223,7 +238,8 @@ def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
 
     def of_reference(images):
         images = extractor.normalize(images)
-        return plain_lift(lift, images, plain_keys(vit, images, 11, "key", 16))
+        feats = plain_keys(vit, images, layer=11, facet="key", stride=16)
+        return plain_lift(lift, images, feats)
 
     def of_ours(images):
         images = extractor.normalize(images)
@@ -248,7 +264,11 @@ def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
 
 
 def setup_shared(size: int = 224) -> tuple[Callable[[], Scores], ...]:
-    """The 22 pairs of the shared sample."""
+    """The three callables for the 22 pairs of the shared sample.
+
+    Raises:
+        FileNotFoundError: the sample is not there.
+    """
     shared = os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared")
     root = Path(shared, "data/SPair-71k")
     if not root.is_dir():
@@ -257,19 +277,19 @@ def setup_shared(size: int = 224) -> tuple[Callable[[], Scores], ...]:
 
 
 def setup_dense(size: int = 224, images: int = 8) -> tuple[Callable[[], Scores], ...]:
-    """A list in which each image stands in many pairs: all ordered pairs of some images."""
+    """The three callables for all ordered pairs of some images, so each is in many pairs."""
     folder = tempfile.TemporaryDirectory()
     root = write_tree(folder.name, ("cat",), images, keypoints=8)
     callables = setup(root, size)
     for call in callables:
-        call.folder = folder  # lives as long as the callables
+        call.folder = folder  # it is deleted with the last of the callables
     return callables
 
 
 def same(baseline: Scores, ours: Scores) -> None:
-    """At least 95 % of the predicted pixels agree, and PCK within one point.
+    """Assert that 95 % of the predicted pixels are equal, and PCK within one percentage point.
 
-    Cells at the border make ties, which rounding decides.
+    All cannot be: outside the centres of border cells pixels tie, and rounding decides.
     """
     base_results, base_points = baseline
     our_results, our_points = ours
@@ -289,6 +309,10 @@ CASES = [
     Case("SPair, 22 pairs at 224, S/16 + LiFT", 4, setup_shared, same),
     Case("SPair, each image in 14 pairs, 224, S/16 + LiFT", 12, setup_dense, same),
     Case(
-        "SPair, 6 pairs of 3 images at 448, S/16 + LiFT", 1, partial(setup_dense, 448, 3), same, 10
+        "SPair, 6 pairs of 3 images at 448, S/16 + LiFT",
+        1,
+        partial(setup_dense, 448, 3),
+        same,
+        memory=10,
     ),
 ]

@@ -108,8 +108,7 @@ are followed by their standard errors: over photos, image pairs, or objects of v
 antialiasing. "x2" is what is made of the halved photo, "x4" of the photo halved twice (backbone:
 nearest neighbour). Both are compared with the backbone's own features of the whole photo.
 "Centred" subtracts the mean feature of {FIT_PHOTOS} other photos from both sides first. "Probe" is
-a
-linear classifier of {KINDS} k-means labels, fitted on the backbone's own features of the other
+a linear classifier of {KINDS} k-means labels, fitted on the backbone's own features of the other
 photos and applied unchanged: the percentage of cells whose label it finds.
 
 "Self-match" compares each photo at --imsize with {COPIES} copies of it, turned by up to 20 degrees,
@@ -131,29 +130,30 @@ Figures taken second-hand; neither DINO's weights nor the full data sets were at
 100 pairs a category, drawn.
 
 """
-MODULE = """
+TRAINED = "lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448"  # the folder of the run below
+MODULE = f"""
 To reproduce them on the full data, first a module:
 
     python train_lift.py --dataroot imagenet/train --model_type dino_vits16 --epochs 5 --augment
-    cp lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448/lift.pth pretrained/lift_dino_vits16.pth
-    cp lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448/lift.json pretrained/lift_dino_vits16.json
-"""  # noqa: E501
+    cp {TRAINED}/lift.pth pretrained/lift_dino_vits16.pth
+    cp {TRAINED}/lift.json pretrained/lift_dino_vits16.json
+"""
 
 
 # ---- statistics ---------------------------------------------------------------------------------
 
 
 class Units(NamedTuple):
-    """A figure as the weighted mean over what was drawn: photos, image pairs, or objects."""
+    """The values whose weighted mean is a figure: one for each photo, image pair, or object."""
 
-    values: np.ndarray
-    weights: np.ndarray
+    values: np.ndarray   # [n]
+    weights: np.ndarray  # [n], of any sum
 
     def mean(self) -> float:
         return float(np.average(self.values, weights=self.weights))
 
     def error(self) -> float:
-        """The standard error of the mean."""
+        """The standard error of the mean, if the units are drawn independently."""
         share = self.weights / self.weights.sum()
         return float(np.sqrt((share**2 * (self.values - self.mean()) ** 2).sum()))
 
@@ -163,20 +163,18 @@ def alike(values: list[float]) -> Units:
     return Units(np.array(values, dtype=float), np.ones(len(values)))
 
 
-class Column(NamedTuple):
-    """A cell of the tables: a script's own figure, and the units behind it."""
+class Cell(NamedTuple):
+    """A cell of the tables: a figure as its script tells it, and the units behind it."""
 
     value: float
     units: Units
 
 
-def column(units: Units) -> Column:
-    """The cell of a figure that is the mean of its units."""
-    return Column(units.mean(), units)
-
-
 def interval(units: Units, other: Units) -> dict[str, float]:
-    """The difference of two figures over the same units, and its 95 % interval by the bootstrap."""
+    """The difference of two figures over the same units, and its 95 % interval by the bootstrap.
+
+    Both have the same weights.
+    """
     differences = units.values - other.values
     count = len(differences)
     random = np.random.default_rng(0)
@@ -185,15 +183,19 @@ def interval(units: Units, other: Units) -> dict[str, float]:
         drawn = random.integers(count, size=count)
         means.append(np.average(differences[drawn], weights=units.weights[drawn]))
     low, high = np.percentile(means, (2.5, 97.5))
-    both = np.average(differences, weights=units.weights)
-    return {"difference": float(both), "low": float(low), "high": float(high)}
+    difference = np.average(differences, weights=units.weights)
+    return {"difference": float(difference), "low": float(low), "high": float(high)}
 
 
 # ---- what is compared ---------------------------------------------------------------------------
 
 
 def module_rows(lift_paths: list[str]) -> dict[str, str]:
-    """{row name: path} of the modules; several are told apart by their names or folders."""
+    """The names of the modules' rows: {row name: path}.
+
+    Several modules are told apart by their files' names or, where these are equal, by their
+    folders, too.
+    """
     if len(lift_paths) == 1:
         return {"+ LiFT": lift_paths[0]}
     names = [Path(path).stem for path in lift_paths]
@@ -205,7 +207,10 @@ def module_rows(lift_paths: list[str]) -> dict[str, str]:
 
 
 def table_rows(lift_paths: list[str], imsize: int) -> dict[str, dict[str, Any]]:
-    """{row name: settings besides the backbone's}."""
+    """The rows of the tables: {row name: flags besides the backbone's}.
+
+    The last one is the backbone at twice the size.
+    """
     rows: dict[str, dict[str, Any]] = {
         "backbone": {"imsize": imsize},
         "+ bilinear": {"imsize": imsize, "upsample": "bilinear"},
@@ -218,7 +223,7 @@ def table_rows(lift_paths: list[str], imsize: int) -> dict[str, dict[str, Any]]:
 
 
 def compared(lift_paths: list[str]) -> list[tuple[str, str]]:
-    """Pairs of rows whose differences are told."""
+    """Pairs of rows (one, other) whose differences are told: figure of one less that of other."""
     modules = list(module_rows(lift_paths))
     pairs = [(module, "+ bilinear") for module in modules]
     for later in modules[1:]:
@@ -231,36 +236,40 @@ def compared(lift_paths: list[str]) -> list[tuple[str, str]]:
 
 
 class Fitted(NamedTuple):
-    """What is fitted on other photos: the mean feature, the k-means labels, and the probe."""
+    """What is fitted on other photos: the mean feature, the k-means clusters, and the probe."""
 
     mean: Tensor     # [C, 1, 1]
-    centres: Tensor  # [K, C], of centred unit features
-    weight: Tensor   # [K, C], of unit features
+    centres: Tensor  # [K, C], of the clusters; for features minus the mean, at unit length
+    weight: Tensor   # [K, C], of the probe; for features at unit length
     bias: Tensor     # [K]
 
     def labels(self, feats: Tensor) -> Tensor:
-        """The cluster of every cell of a map [C, h, w]: [h, w]."""
+        """The clusters [h, w] to which the cells of a map [C, h, w] belong."""
         unit = F.normalize(feats - self.mean, dim=0)
-        return torch.einsum("chw,kc->khw", unit, self.centres).argmax(0)
+        cosines = torch.einsum("chw,kc->khw", unit, self.centres)
+        return cosines.argmax(0)
 
     def agreement(self, feats: Tensor, labels: Tensor) -> float:
-        """The share in percent of the cells of [C, h, w] to which the probe gives their labels."""
-        scores = torch.einsum("chw,kc->khw", F.normalize(feats, dim=0), self.weight)
-        found = (scores + self.bias[:, None, None]).argmax(0)
+        """The percentage of cells of a map [C, h, w] for which the probe finds labels [h, w]."""
+        unit = F.normalize(feats, dim=0)
+        scores = torch.einsum("chw,kc->khw", unit, self.weight) + self.bias[:, None, None]
+        found = scores.argmax(0)                                           # [h, w]
         return 100 * (found == labels).double().mean().item()
 
 
 def fit(maps: Tensor) -> Fitted:
     """Fit mean, clusters and probe on the backbone's maps [N, C, h, w]."""
     mean = maps.mean((0, 2, 3))
-    cells = maps.permute(0, 2, 3, 1).flatten(0, 2)                         # [n, C]
+    cells = maps.permute(0, 2, 3, 1).flatten(0, 2)                         # [n, C], n = N*h*w
 
+    # the labels: clusters by cosine
     centred = F.normalize(cells - mean, dim=1)
     clusters = MiniBatchKMeans(KINDS, random_state=0, batch_size=8192, n_init=3)
     clusters.fit(centred.numpy())
     centres = F.normalize(torch.from_numpy(clusters.cluster_centers_).float(), dim=1)
     labels = (centred @ centres.t()).argmax(1)                             # [n]
 
+    # the probe is fitted on standardised inputs, which L-BFGS needs
     unit = F.normalize(cells, dim=1)
     unit_mean = unit.mean(0)
     unit_std = unit.std()
@@ -276,13 +285,15 @@ def fit(maps: Tensor) -> Fitted:
         return value
 
     optimizer.step(loss)
-    weight = probe.weight.detach() / unit_std  # standardisation goes into the weights
+
+    # the standardisation goes into the weights, so that the probe takes unit features
+    weight = probe.weight.detach() / unit_std
     bias = probe.bias.detach() - weight @ unit_mean
     return Fitted(mean[:, None, None], centres, weight, bias)
 
 
-def square(path: Path, side: int) -> Tensor:
-    """A photo as a square [3, S, S] of uint8, as train_lift.py reads it."""
+def read_square(path: Path, side: int) -> Tensor:
+    """Read a photo as a square [3, S, S] of uint8, as train_lift.py does."""
     photo = resize(read_image(path), [side, side], InterpolationMode.BILINEAR)
     return pil_to_tensor(photo)
 
@@ -293,8 +304,14 @@ def smaller(photo: Tensor, factor: int) -> Tensor:
     return resize(photo, [side, side], antialias=True)
 
 
+def encode(extractor: DenseExtractor, photos: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised images [B, 3, S, S] of uint8 photos, and their features [B, C, h, w]."""
+    images = extractor.normalize(photos.to(extractor.device).float() / 255)
+    return images, extractor(images)
+
+
 def turned_copy(photo: Tensor, random: np.random.RandomState) -> tuple[Tensor, np.ndarray]:
-    """A copy of a square, turned, scaled, shifted and jittered, and where its pixels come to lie.
+    """Turn, scale, shift and jitter a square [3, S, S] at random.
 
     Returns:
         The copy [3, S, S], and a matrix [2, 3] from (x, y, 1) in the photo to (x, y) in the copy.
@@ -302,13 +319,15 @@ def turned_copy(photo: Tensor, random: np.random.RandomState) -> tuple[Tensor, n
     side = photo.shape[-1]
     angle = np.deg2rad(random.uniform(-20, 20))
     scale = random.uniform(0.75, 1.25)
-    shift = random.uniform(-side * 25 / 224, side * 25 / 224, 2)
+    shift = random.uniform(-side * 25 / 224, side * 25 / 224, 2)  # up to 11 % of the side
     cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
     turn = np.array([[cosine, -sine], [sine, cosine]])
-    centre = np.array([(side - 1) / 2, (side - 1) / 2])
-    matrix = np.column_stack([turn, centre + shift - turn @ centre])
 
-    pixels = photo.permute(1, 2, 0).numpy()
+    # around the centre: x -> turn @ (x - centre) + centre + shift
+    centre = np.array([(side - 1) / 2, (side - 1) / 2])
+    matrix = np.column_stack([turn, centre + shift - turn @ centre])       # [2, 3]
+
+    pixels = photo.permute(1, 2, 0).numpy()                                # [S, S, 3]
     turned = cv2.warpAffine(pixels, matrix, (side, side), flags=cv2.INTER_LINEAR)
     brightness, contrast = random.uniform(0.8, 1.2, 2)
     jittered = turned.astype(np.float32) * brightness
@@ -320,7 +339,14 @@ def turned_copy(photo: Tensor, random: np.random.RandomState) -> tuple[Tensor, n
 def points_in_both(
     matrix: np.ndarray, side: int, random: np.random.RandomState
 ) -> tuple[Tensor, Tensor]:
-    """Random points of a photo that its copy shows too, and their places there: (x, y) each."""
+    """Random points of a photo that its copy shows too, and their places in the copy.
+
+    Args:
+        matrix: [2, 3], from photo to copy (see turned_copy).
+    Returns:
+        Both [P, 2] as (x, y), P = POINTS; less if the copy shows too little of the photo.
+    """
+    # five times as many as needed, as some leave the copy; a few pixels from all borders
     points = random.uniform(8, side - 8, (5 * POINTS, 2))
     places = points @ matrix[:, :2].T + matrix[:, 2]
     inside = ((places >= 4) & (places <= side - 5)).all(axis=1)
@@ -329,49 +355,49 @@ def points_in_both(
 
 
 def self_match(feats: Tensor, copy: Tensor, points: Tensor, places: Tensor, side: int) -> Tensor:
-    """The shares in percent of the points that are found again, for each of ALPHAS.
+    """The percentages of points that are found again, one for each of ALPHAS.
+
+    Each point is looked for among places 4 pixels apart.
 
     Args:
         feats, copy: maps [C, h, w] of a photo of side x side pixels and of its copy.
         points, places: [P, 2] as (x, y), in pixels, pixel centres being whole numbers.
     """
-    grid = (points + 0.5) / side * 2 - 1
-    found = F.grid_sample(
-        feats[None], grid[None, None], padding_mode="border", align_corners=False
-    )
-    queries = F.normalize(found[0, :, 0], dim=0)                           # [C, P]
+    corners = (points + 0.5) / side * 2 - 1  # in -1..1 from corner to corner, for grid_sample
+    sampled = F.grid_sample(
+        feats[None], corners[None, None], padding_mode="border", align_corners=False
+    )                                                                      # [1, C, 1, P]
+    queries = F.normalize(sampled[0, :, 0], dim=0)                         # [C, P]
 
     per_side = side // 4
     dense = F.interpolate(copy[None], (per_side, per_side), mode="bilinear", align_corners=False)
-    best = (queries.t() @ F.normalize(dense[0].flatten(1), dim=0)).argmax(1)
+    keys = F.normalize(dense[0].flatten(1), dim=0)                         # [C, per_side^2]
+    best = (queries.t() @ keys).argmax(1)                                  # [P]
     cells = torch.stack([best % per_side, best // per_side], dim=1)        # [P, 2] as (x, y)
-    distances = ((cells + 0.5) * 4 - 0.5 - places).norm(dim=1) / side
+    found = (cells + 0.5) * 4 - 0.5                                        # the cells' centres
+    distances = (found - places).norm(dim=1) / side
     return torch.stack([100 * (distances < alpha).double().mean() for alpha in ALPHAS])
 
 
 def measure_photo(
-    photo: Tensor, number: int, extractor: DenseExtractor, ups: dict[str, Upsampler], fitted: Fitted
+    photo: Tensor, seed: int, extractor: DenseExtractor, ups: dict[str, Upsampler], fitted: Fitted
 ) -> dict[str, dict[str, float]]:
     """All figures of one photo: {row name: {column name: value}}.
 
     Args:
-        photo: a square [3, S, S] of uint8, S twice the size of the table.
-        number: its place in the list, the seed of its copies.
-        ups: of every row; the last is the backbone at S, the others read S/2.
+        photo: a square [3, S, S] of uint8, S twice the --imsize of the tables.
+        seed: of its copies.
+        ups: {row name: its upsampler}. The last row is the backbone on photos of side S; those
+            before it read photos of side S/2.
     """
     side = photo.shape[-1]
+    at_full_size = list(ups)[-1]
+    _, full_feats = encode(extractor, photo[None])
+    full = full_feats[0].cpu()                                             # [C, h, w]
+    half_images, half = encode(extractor, smaller(photo[None], 2))         # [1, C, h/2, w/2]
+    quarter_images, quarter = encode(extractor, smaller(photo[None], 4))   # [1, C, h/4, w/4]
 
-    def read(photos: Tensor) -> tuple[Tensor, Tensor]:
-        images = extractor.normalize(photos.to(extractor.device).float() / 255)
-        return images, extractor(images)
-
-    half_photo = smaller(photo[None], 2)
-    _, full_feats = read(photo[None])
-    full = full_feats[0].cpu()
-    half_images, half = read(half_photo)
-    quarter_images, quarter = read(smaller(photo[None], 4))
-
-    # what is made of the smaller photos
+    # what each row makes of the smaller photos: [1, C, h, w]
     x2 = {"backbone": F.interpolate(half, scale_factor=2)}
     x4 = {"+ bilinear": F.interpolate(quarter, scale_factor=4, mode="bilinear")}
     for name, up in ups.items():
@@ -385,31 +411,35 @@ def measure_photo(
     for size, made in (("x2", x2), ("x4", x4)):
         for name, feats in made.items():
             mine = feats[0].cpu()
-            raw = F.cosine_similarity(mine, full, dim=0).mean().item()
+            cosines = F.cosine_similarity(mine, full, dim=0)
             centred = F.cosine_similarity(mine - fitted.mean, full - fitted.mean, dim=0)
-            figures[name][f"cosine {size}"] = raw
+            figures[name][f"cosine {size}"] = cosines.mean().item()
             figures[name][f"centred {size}"] = centred.mean().item()
             figures[name][f"probe {size}"] = fitted.agreement(mine, labels)
-    double = list(ups)[-1]
-    figures[double]["probe x2"] = fitted.agreement(full, labels)
+
+    # the most that the probe can find: on the features whose labels are asked for
+    figures[at_full_size]["probe x2"] = fitted.agreement(full, labels)
 
     # the photo against its copies
-    random = np.random.RandomState(number)
-    copies, targets = [], []
+    random = np.random.RandomState(seed)
+    copies = []
+    points_and_places = []
     for _ in range(COPIES):
         copy, matrix = turned_copy(photo, random)
         copies.append(copy)
-        targets.append(points_in_both(matrix, side, random))
-    stacked = torch.stack(copies)
-    half_copies = read(smaller(stacked, 2))
+        points_and_places.append(points_in_both(matrix, side, random))
+    stacked = torch.stack(copies)                                          # [COPIES, 3, S, S]
+    half_copy_images, half_copy_feats = encode(extractor, smaller(stacked, 2))
     for name, up in ups.items():
-        if name == double:
-            mine, others = full, read(stacked)[1].cpu()
+        if name == at_full_size:
+            mine = full
+            _, of_copies = encode(extractor, stacked)
         else:
             mine = up(half_images, half)[0].cpu()
-            others = up(*half_copies).cpu()
+            of_copies = up(half_copy_images, half_copy_feats)
+
         shares = torch.zeros(len(ALPHAS))
-        for feats, (points, places) in zip(others, targets):
+        for feats, (points, places) in zip(of_copies.cpu(), points_and_places):
             shares += self_match(mine, feats, points, places, side) / COPIES
         for alpha, share in zip(ALPHAS, shares.tolist()):
             figures[name][f"self-match@{alpha}"] = share
@@ -421,18 +451,21 @@ def maps_to_fit(paths: list[Path], extractor: DenseExtractor, side: int) -> Tens
     """The backbone's maps [N, C, h, w] of FIT_PHOTOS photos, evenly spread over the list."""
     count = min(len(paths), FIT_PHOTOS)
     maps = []
-    for number in tqdm(range(count), desc="fit", unit="photo", disable=None):
-        photo = square(paths[number * len(paths) // count], side)
-        images = extractor.normalize(photo[None].to(extractor.device).float() / 255)
-        maps.append(extractor(images).cpu())
+    for index in tqdm(range(count), desc="fit", unit="photo", disable=None):
+        photo = read_square(paths[index * len(paths) // count], side)
+        _, feats = encode(extractor, photo[None])
+        maps.append(feats.cpu())
     return torch.cat(maps)
 
 
 @torch.no_grad()
 def measure_photos(
     args: Namespace, extractor: DenseExtractor, ups: dict[str, Upsampler]
-) -> dict[str, dict[str, Column]]:
-    """The columns of every row that need no annotations; no columns without photos."""
+) -> dict[str, dict[str, Cell]]:
+    """The figures that need no annotations: {row name: {title: cell}}.
+
+    Without photos the rows are empty, and a note on stderr says so.
+    """
     folder = args.fit_photos or str(Path(args.dataroot, "train_images"))
     if not args.photos or not Path(folder).exists():
         what = "no figures without annotations"
@@ -440,23 +473,27 @@ def measure_photos(
         return {name: {} for name in ups}
 
     side = 2 * args.imsize
-    with torch.enable_grad():
-        fitted = fit(maps_to_fit(list_images(folder), extractor, side))
+    maps = maps_to_fit(list_images(folder), extractor, side)
+    with torch.enable_grad():  # the probe is trained
+        fitted = fit(maps)
     paths = []
     for root in args.photos:
         paths += list_images(root)
 
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ups}
-    for number, path in enumerate(tqdm(paths, desc="photos", unit="photo", disable=None)):
-        figures = measure_photo(square(path, side), number, extractor, ups, fitted)
+    for index, path in enumerate(tqdm(paths, desc="photos", unit="photo", disable=None)):
+        photo = read_square(path, side)
+        figures = measure_photo(photo, index, extractor, ups, fitted)
         for name, row in figures.items():
             for title, value in row.items():
                 found[name][title].append(value)
 
-    columns = {}
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in ups}
     for name, row in found.items():
-        columns[name] = {title: column(alike(values)) for title, values in row.items()}
-    return columns
+        for title, values in row.items():
+            units = alike(values)
+            cells[name][title] = Cell(units.mean(), units)
+    return cells
 
 
 # ---- on annotated data --------------------------------------------------------------------------
@@ -473,6 +510,7 @@ def find_root(dataroot: str, folders: tuple[str, ...], markers: tuple[str, ...])
 
 def find_roots(dataroot: str) -> dict[str, Path]:
     """{data set: its folder} of those that are there."""
+    # {data set: (names that its folder may have, what lies in it)}
     places = {
         "SPair": (("SPair-71k", "."), ("PairAnnotation",)),
         "DAVIS": (("DAVIS", "."), ("ImageSets/2017/val.txt",)),
@@ -513,81 +551,95 @@ def run(script: str, argv: list[str]) -> dict[str, Any]:
 
 
 def pair_units(matches: list[eval_spair.Match], alpha: float) -> Units:
-    """PCK as a mean over pairs, so weighed that every category's keypoints count as one."""
-    keypoints: dict[str, int] = defaultdict(int)
+    """The PCK of every pair, so weighed that their mean is the mean over the categories.
+
+    A keypoint weighs the same as the others of its category, and all categories weigh the same.
+    """
+    keypoints: dict[str, int] = defaultdict(int)  # of each category
     for match in matches:
         keypoints[match.pair.category] += len(match.source)
-    values, weights = [], []
+    values = []
+    weights = []
     for match in matches:
+        share_of_category = len(match.source) / keypoints[match.pair.category]
         values.append(100 * eval_spair.correct(match, alpha).double().mean().item())
-        weights.append(len(match.source) / keypoints[match.pair.category] / len(keypoints))
+        weights.append(share_of_category / len(keypoints))
     return Units(np.array(values), np.array(weights))
 
 
 def spair_columns(
     root: Path, extractor: DenseExtractor, up: Upsampler, imsize: int
-) -> dict[str, Column]:
-    """PCK of all pairs, by dot products and by cosines."""
+) -> dict[str, Cell]:
+    """PCK of all pairs, by dot products and by cosines; the units are pairs."""
 
     def features(images: Tensor) -> Tensor:
         images = extractor.normalize(images.to(extractor.device))
         return up(images, extractor(images))
 
     pairs = eval_spair.read_pairs(root, per_category=0)
-    columns = {}
-    for cosine, titles in (
-        (False, {"SPair PCK@.1": 0.1, "PCK@.05": 0.05}),
-        (True, {"PCK@.1 cos": 0.1}),
-    ):
+    alphas_by_dot = {"SPair PCK@.1": 0.1, "PCK@.05": 0.05}
+    alphas_by_cosine = {"PCK@.1 cos": 0.1}
+    cells = {}
+    for cosine, alphas in ((False, alphas_by_dot), (True, alphas_by_cosine)):
         matches = eval_spair.match_pairs(features, pairs, imsize, cosine)
         means = eval_spair.evaluate(matches)["mean"]
-        for title, alpha in titles.items():
-            columns[title] = Column(means[f"pck@{alpha}"], pair_units(matches, alpha))
-    return columns
+        for title, alpha in alphas.items():
+            cells[title] = Cell(means[f"pck@{alpha}"], pair_units(matches, alpha))
+    return cells
 
 
-def davis_columns(argv: list[str]) -> dict[str, Column]:
+def davis_columns(argv: list[str]) -> dict[str, Cell]:
     """J&F of DAVIS; the units are objects."""
     results = run("eval_davis", argv)
     objects = []
     for region, contour in results["per_object"].values():
         if region is not None:  # None: nothing of a short video is scored
-            objects.append(50 * (region + contour))
-    return {"DAVIS J&F": Column(100 * results["J&F-Mean"], alike(objects))}
+            objects.append(50 * (region + contour))  # the mean of both, in percent
+    return {"DAVIS J&F": Cell(100 * results["J&F-Mean"], alike(objects))}
 
 
-def corloc_columns(dataset: str, argv: list[str]) -> dict[str, Column]:
-    """CorLoc of a data set of TokenCut; the units are photos, read from its predictions."""
+def corloc_columns(dataset: str, argv: list[str], folder: Path) -> dict[str, Cell]:
+    """CorLoc of a data set of TokenCut; the units are photos, read from its predictions.
+
+    Args:
+        folder: where these flags let eval_tokencut.py write its predictions.
+    """
     results = run("eval_tokencut", argv)
-    folder = argv[argv.index("--output_dir") + 1]
     photos = []
     for line in Path(folder, "predictions.jsonl").read_text().splitlines():
         entry = json.loads(line)
         if "correct" in entry:
-            photos.append(100.0 * entry["correct"])
-    return {f"{dataset} CorLoc": Column(results["corloc"], alike(photos))}
+            photos.append(100.0 * entry["correct"])  # 0 or 100
+    return {f"{dataset} CorLoc": Cell(results["corloc"], alike(photos))}
 
 
 def data_columns(
     args: Namespace, name: str, row: dict[str, Any], extractor: DenseExtractor, up: Upsampler
-) -> tuple[dict[str, Column], list[str]]:
-    """The columns of all data sets that are there, for one row, and the commands that give them."""
+) -> tuple[dict[str, Cell], list[str]]:
+    """The figures of one row on all data sets that are there.
+
+    Args:
+        name, row: of table_rows.
+    Returns:
+        {title: cell}, and the command lines that give these figures.
+    """
     folder = Path(args.runs, args.model_type, name.replace(" ", "_").replace("/", "_"))
     backbone = {flag: getattr(args, flag) for flag in BACKBONE}
     given = as_flags({**backbone, **row})
-    columns: dict[str, Column] = {}
+    cells: dict[str, Cell] = {}
     commands = []
     for dataset, root in find_roots(args.dataroot).items():
         argv = ["--dataroot", str(root)]
         if dataset == "SPair":
+            # both commands in one, with the extractor that is here
             argv += ["--pairs_per_category", "0", *given]
             commands.append(as_command("eval_spair", argv))
             commands.append(as_command("eval_spair", [*argv, "--match", "cosine"]))
-            columns.update(spair_columns(root, extractor, up, row["imsize"]))
+            cells.update(spair_columns(root, extractor, up, row["imsize"]))
         elif dataset == "DAVIS":
             argv += [*given, "--output_dir", str(folder)]
             commands.append(as_command("eval_davis", argv))
-            columns.update(davis_columns(argv))
+            cells.update(davis_columns(argv))
         else:
             argv += ["--dataset", dataset]
             if dataset == "COCO20k":
@@ -596,8 +648,8 @@ def data_columns(
                 argv += ["--set", "trainval"]
             argv += [*given, "--output_dir", str(folder / dataset)]
             commands.append(as_command("eval_tokencut", argv))
-            columns.update(corloc_columns(dataset, argv))
-    return columns, commands
+            cells.update(corloc_columns(dataset, argv, folder / dataset))
+    return cells, commands
 
 
 # ---- cost ---------------------------------------------------------------------------------------
@@ -627,7 +679,7 @@ COST = ("GMACs", "ms", "MiB")
 
 
 def number(value: float | None) -> str:
-    """A figure as text: three decimals below 1, two below 100, else none; nothing for None."""
+    """A figure as text: three decimals below 1, two below 100, else none. None is empty text."""
     if value is None:
         return ""
     decimals = 0
@@ -671,14 +723,21 @@ def is_of_photos(title: str) -> bool:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """The tables of one backbone: data sets, photos, cost; those that have columns."""
+    """The tables of one backbone: on data sets, on photos, and of cost.
+
+    A table without columns is left out.
+    """
     errors = record.get("errors", {})
     lines: dict[str, dict[str, str]] = {}
     for name, row in record["rows"].items():
-        of_row = errors.get(name, {})
-        lines[name] = {title: with_error(row[title], of_row.get(title)) for title in row}
+        row_errors = errors.get(name, {})
+        lines[name] = {}
+        for title, value in row.items():
+            lines[name][title] = with_error(value, row_errors.get(title))
 
-    of_photos, of_data, of_cost = [], [], []
+    of_photos: list[str] = []
+    of_data: list[str] = []
+    of_cost: list[str] = []
     for title in titles_of(lines):
         if title in COST:
             of_cost.append(title)
@@ -697,17 +756,22 @@ def differences_table(differences: list[dict[str, Any]]) -> str:
         decimals = 1
         if entry["column"].startswith(("cosine", "centred")):
             decimals = 3
-        numbers = [f"{entry[key]:+.{decimals}f}" for key in ("difference", "low", "high")]
-        text = f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+        difference = f"{entry['difference']:+.{decimals}f}"
+        low = f"{entry['low']:+.{decimals}f}"
+        high = f"{entry['high']:+.{decimals}f}"
+        text = f"{difference} ({low} to {high})"
         if entry["low"] > 0 or entry["high"] < 0:
             text = f"**{text}**"
-        lines[f"{entry['row']} less {entry['than'].removeprefix('+ ')}"][entry["column"]] = text
+
+        name = f"{entry['row']} less {entry['than'].removeprefix('+ ')}"
+        lines[name][entry["column"]] = text
     return table(lines, titles_of(lines))
 
 
 def section(model: str, record: dict[str, Any]) -> str:
-    """All that the tables' file says of one backbone."""
-    versions = ", ".join(f"{name} {v}" for name, v in record["settings"]["versions"].items())
+    """The section of one backbone in the Markdown file."""
+    libraries = record["settings"]["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in libraries.items())
     text = f"\n## {model}\n\n    {record['command']}\n\n{record['machine']}; {versions}.\n\n"
     text += tables(record)
     if record.get("differences"):
@@ -724,10 +788,10 @@ def paper() -> str:
         lines[row] = {title: number(value) for title, value in zip(titles, values)}
     text = NOT_RUN + table(lines, titles) + MODULE
 
-    rows = table_rows(["pretrained/lift_dino_vits16.pth"], 224)
-    for count, row in enumerate(PAPER):
+    rows = table_rows(["pretrained/lift_dino_vits16.pth"], 224)  # PAPER's rows are among them
+    for index, row in enumerate(PAPER):
         given = as_flags({"model_type": "dino_vits16", **rows[row]})
-        output = ["--output_dir", f"paper/{count}"]
+        output = ["--output_dir", f"paper/{index}"]
         coco = ["--dataset", "COCO20k", "--tau", "0.3", *output]
         commands = [
             as_command("eval_spair", ["--dataroot", "SPair-71k", *given]),
@@ -748,16 +812,21 @@ def default_photos(dataroot: str) -> list[str]:
 
 
 def differences_of(
-    columns: dict[str, dict[str, Column]], pairs: list[tuple[str, str]]
+    cells: dict[str, dict[str, Cell]], pairs: list[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """The differences of pairs of rows in every column that both have."""
+    """The differences of pairs of rows in every column that both have.
+
+    Args:
+        cells: {row name: {title: cell}}.
+        pairs: as `compared` gives them.
+    """
     found = []
     for row, than in pairs:
-        for title in columns[row]:
-            if title in columns[than]:
-                mine, other = columns[row][title].units, columns[than][title].units
-                entry = {"row": row, "than": than, "column": title}
-                found.append({**entry, **interval(mine, other)})
+        for title, cell in cells[row].items():
+            if title in cells[than]:
+                entry: dict[str, Any] = {"row": row, "than": than, "column": title}
+                entry.update(interval(cell.units, cells[than][title].units))
+                found.append(entry)
     return found
 
 
@@ -766,32 +835,35 @@ def measure_all(args: Namespace, extractor: DenseExtractor) -> dict[str, Any]:
     rows = table_rows(args.lift_path, args.imsize)
     ups = {}
     for name, row in rows.items():
-        ups[name] = upsampler(Namespace(**{**NO_LIFT, **row}), extractor)
+        flags = {**NO_LIFT, **row}  # all that `upsampler` reads
+        ups[name] = upsampler(Namespace(**flags), extractor)
 
     of_photos = measure_photos(args, extractor, ups)
-    columns, commands, values, errors = {}, [], {}, {}
+    cells = {}
+    commands = []
+    values: dict[str, dict[str, float | None]] = {}
+    errors = {}
     for name, row in rows.items():
         of_data, used = data_columns(args, name, row, extractor, ups[name])
-        columns[name] = {**of_data, **of_photos[name]}
         commands += used
-        values[name] = {title: cell.value for title, cell in columns[name].items()}
+        cells[name] = {**of_data, **of_photos[name]}
+        values[name] = {title: cell.value for title, cell in cells[name].items()}
+        errors[name] = {title: cell.units.error() for title, cell in cells[name].items()}
         values[name].update(cost(extractor, ups[name], row["imsize"]))
-        errors[name] = {title: cell.units.error() for title, cell in columns[name].items()}
     return {
         "rows": values,
         "errors": errors,
-        "differences": differences_of(columns, compared(args.lift_path)),
+        "differences": differences_of(cells, compared(args.lift_path)),
         "commands": commands,
     }
 
 
 def main(args: Namespace) -> None:
-    """Measure, write the tables, print."""
+    """Measure one backbone, write both files anew, and print its section and its JSON."""
     check_range(args, imsize=1)
     if not find_roots(args.dataroot):
         what = f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k"
         raise ValueError(f"{what}: correct --dataroot")
-    given = list(sys.argv[1:])
     if args.photos is None:
         args.photos = default_photos(args.dataroot)
     extractor = build_extractor(args)
@@ -801,9 +873,11 @@ def main(args: Namespace) -> None:
         if args.runs is None:
             args.runs = temporary
         measured = measure_all(args, extractor)
+
+    # the commands name a folder of no machine in particular
     measured["commands"] = [line.replace(args.runs, "runs") for line in measured["commands"]]
     record = {
-        "command": shlex.join(["python", "benchmarks/quality.py", *given]),
+        "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": used,
         "machine": machine(extractor.device),
         **measured,
@@ -814,7 +888,11 @@ def main(args: Namespace) -> None:
     if everything.is_file():
         records = json.loads(everything.read_text())
     records[args.model_type] = plain(record)
-    text = ABOUT + "".join(section(*item) for item in records.items()) + paper()
+
+    text = ABOUT
+    for model, of_model in records.items():
+        text += section(model, of_model)
+    text += paper()
     write_text(everything, json.dumps(records, indent=1) + "\n")
     write_text(f"{args.output}.md", text)
     print(section(args.model_type, record))

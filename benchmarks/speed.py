@@ -9,8 +9,8 @@ Each line of the table compares with two baselines, which are checked to give ou
 
 The floor is the time that the multiplications of our own run take at the highest matrix rate that
 this run has measured, in the precision of the line. Times are medians, beside the range of ours.
-The memory ratio is the smaller baseline's peak over ours, each in a process of its own, on a second
-call, above what stands before it.
+The memory ratio is the peak of the baseline that takes less over our peak. Each is measured in a
+process of its own, during a second call, above what is held before that call.
 
 WORDS choose the lines whose names contain any of them. All lines take about 25 minutes on two
 cores.
@@ -123,6 +123,7 @@ def matrix_rates() -> dict[str, float]:
     same as a 1x1 convolution, for which torch may choose another library.
     """
     tokens, width, hidden = 8 * 196, 384, 1536
+    layer_products = tokens * width * hidden
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         layer = torch.randn(hidden, width).to(dtype)
@@ -132,22 +133,26 @@ def matrix_rates() -> dict[str, float]:
         small = torch.randn(512, 512).to(dtype)
         large = torch.randn(2048, 2048).to(dtype)
 
+        # the rate so far spares a slow machine the larger products
         rate = highest_rate(512**3, partial(torch.mm, small, small))
-        rate = max(rate, highest_rate(tokens * width * hidden, partial(F.linear, x, layer), rate))
-        rate = max(
-            rate, highest_rate(tokens * width * hidden, partial(F.conv2d, pixels, kernel), rate)
-        )
-        rate = max(rate, highest_rate(2048**3, partial(torch.mm, large, large), rate))
+        as_linear = highest_rate(layer_products, partial(F.linear, x, layer), rate)
+        rate = max(rate, as_linear)
+        as_convolution = highest_rate(layer_products, partial(F.conv2d, pixels, kernel), rate)
+        rate = max(rate, as_convolution)
+        of_large = highest_rate(2048**3, partial(torch.mm, large, large), rate)
+        rate = max(rate, of_large)
         rates[str(dtype).removeprefix("torch.")] = rate
     return rates
 
 
 def highest_rate(products: int, call: Callable[[], Any], expected: float | None = None) -> float:
-    """The highest rate in up to 20 calls, or as many as take 2 seconds.
+    """The highest rate of multiplications a second, in up to 20 calls or about 2 seconds.
 
     Args:
         products: multiplications of a call.
-        expected: a rate at which no call is made if it would take longer than that.
+        expected: a known rate. If a call would take over 2 seconds at it, none is made.
+    Returns:
+        The rate; 0 where no call was made.
     """
     if expected and products / expected > 2:
         return 0.0
@@ -163,20 +168,27 @@ def highest_rate(products: int, call: Callable[[], Any], expected: float | None 
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """above / below; None where either is missing or nothing."""
+    """above / below; None where either is None or 0."""
     if not above or not below:
         return None
     return above / below
 
 
 def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]:
-    """Check that all sides agree, then time them in turn: a row of the table."""
-    sides = dict(zip(SIDES, case.setup()))
+    """Check that all sides agree, then time them in turn.
+
+    Args:
+        rates: as matrix_rates gives them.
+    Returns:
+        A row of the table, {column: value}; the memory ratio is left None.
+    """
+    sides = dict(zip(SIDES, case.setup()))  # "today" is left out where there are two
     expected = sides["ours"]()
     for name, run in sides.items():
         if name != "ours":
             case.same(run(), expected)
 
+    # in turn, so that a slow moment of the machine meets all sides
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -189,7 +201,7 @@ def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]
         "case": case.name,
         "reference s": median["reference"],
         "today s": median.get("today"),
-        "floor s": floor or None,
+        "floor s": floor or None,  # 0 where ours does not multiply
         "ours s": ours,
         "spread": f"{min(times['ours']):.3g}-{max(times['ours']):.3g}",
         "reference/ours": median["reference"] / ours,
@@ -205,31 +217,32 @@ def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]
 
 
 def print_peak(case: Case, side: str) -> None:
-    """Print the MiB that one side takes above what stands before it is called.
+    """Print the MiB by which memory grows at most while one side is called.
 
-    It is called once before, which loads libraries. Prints "none" for a side that does not exist.
+    That call is the second one: the first loads libraries and fills caches. Prints "none" for a
+    side that does not exist.
     """
-    sides = dict(zip(SIDES, case.setup()))  # all of them: each may hold on to files of another
+    sides = dict(zip(SIDES, case.setup()))
     if side not in sides:
         print("none")
         return
     sides[side]()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed but kept would hide the growth
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts anew from here
     before = resident("VmRSS")
     sides[side]()
     print(resident("VmHWM") - before)
 
 
 def memory_ratio(case: Case) -> float:
-    """The smaller baseline's peak over ours, each side in a fresh process."""
+    """The peak of the baseline that takes less over ours, each side in a fresh process."""
     peaks = {}
     for side in SIDES:
         command = [sys.executable, __file__, "--peak", case.name, side]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        last = ran.stdout.split()[-1]
+        last = ran.stdout.split()[-1]  # what print_peak prints; a library may print before it
         if last != "none":
-            peaks[side] = max(float(last), 1.0)
+            peaks[side] = max(float(last), 1.0)  # below 1 MiB is noise
     ours = peaks.pop("ours")
     return min(peaks.values()) / ours
 
@@ -238,7 +251,7 @@ def memory_ratio(case: Case) -> float:
 
 
 def machine(rates: dict[str, float]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on: CPU, threads, load, matrix rates and versions."""
     facts: dict[str, Any] = {"cpu": processor(), "cores": os.cpu_count()}
     facts["threads"] = torch.get_num_threads()
     facts["load"] = os.getloadavg()[0]
@@ -251,7 +264,7 @@ def machine(rates: dict[str, float]) -> dict[str, Any]:
 
 
 def cell(value: Any) -> str:
-    """A table cell: three significant digits."""
+    """The text of a table cell: three significant digits of a float, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -270,13 +283,13 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 
 def main(args) -> None:
-    """Measure, line by line."""
+    """Measure line by line, then print and write the table; with --peak, print one peak."""
     check_range(args, repeats=1)
     torch.manual_seed(0)
     if args.peak:
         name, side = args.peak
         for case in chosen_cases([name]):
-            if case.name == name:  # and not a longer one
+            if case.name == name:  # a longer name may contain this one
                 print_peak(case, side)
         return
 
@@ -285,7 +298,7 @@ def main(args) -> None:
     facts = machine(rates)
     rows = []
     for case in cases:
-        if rates[case.dtype] < rates["float32"]:
+        if rates[case.dtype] < rates["float32"]:  # the machine only emulates this precision
             slower = f"{case.dtype} is slower than float32 on this machine"
             print(f"{case.name}: left out, {slower}", file=sys.stderr)
             continue
