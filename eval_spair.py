@@ -170,7 +170,7 @@ def read_pair(path: Path, images: Path) -> Pair:
             raise ValueError(f"trg_bndbox {entry['trg_bndbox']}")
         source_name = Path(entry["src_imname"])
         target_name = Path(entry["trg_imname"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{path} is no SPair-71k annotation ({error!r})"
         raise ValueError(f"{what}: extract the data set again") from error
 
