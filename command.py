@@ -127,7 +127,8 @@ def check_range(args: argparse.Namespace, **lowest: float) -> None:
     """Raise ValueError for the first flag that is given and below its lowest value."""
     for flag, least in lowest.items():
         value = getattr(args, flag)
-        if value is not None and value < least:
+        # "not >=" is true for NaN, as "<" is not
+        if value is not None and not value >= least:
             raise ValueError(f"--{flag} {value} is too small: pass {least} or more")
 
 

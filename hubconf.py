@@ -126,12 +126,12 @@ class _LoadedAgain(torch.nn.Module):
         return load, (str(_ROOT), entry), self.state_dict()
 
     def __setstate__(self, state: dict[str, typing.Any]) -> None:
-        """Take over the weights, after going to their device and precision."""
+        """Take over the weights, after going to their device; each keeps its own precision."""
         # LiFT's last layer stands for all of them: it is there in every _LoadedAgain
         for key, weight in state.items():
             if key.endswith("outc.weight"):
-                self.to(weight.device, weight.dtype)
-        self.load_state_dict(state)
+                self.to(weight.device)
+        self.load_state_dict(state, assign=True)
 
     def __deepcopy__(self, memo: dict[int, typing.Any]) -> "_LoadedAgain":
         """Copy what is there, without reading files again."""

@@ -429,7 +429,9 @@ def match_loss(pairs: Tensor, warp: Tensor, centre: Tensor) -> Tensor:
     x = (2 * (cells % width) + 1) / width - 1
     y = (2 * (cells // width) + 1) / height - 1
     centres = torch.stack([x, y, torch.ones_like(x)])                     # [3, P]
-    places = (warp @ centres).transpose(1, 2)                             # [B, P, 2]
+    # not as a matrix product, which autocast would round to a tenth of a cell
+    places = (warp[:, :, :, None] * centres).sum(dim=2)                   # [B, 2, P]
+    places = places.transpose(1, 2)                                       # [B, P, 2]
     inside = (places.abs() <= 1).all(dim=2)                               # [B, P]
     in_photo = F.grid_sample(
         photos, places[:, None], padding_mode="border", align_corners=False

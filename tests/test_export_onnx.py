@@ -196,6 +196,21 @@ def test_a_file_that_differs_is_not_put_in_place(cli, runtime, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_gives_nan_is_refused(runtime, tmp_path):
+    batches = [{"images": torch.rand(1, 3, 32, 32)}, {"images": torch.full((1, 3, 32, 32), -1.0)}]
+    plan = export_onnx.Plan(Root(), batches, {"images": {}}, "32x32", {})
+    export_onnx.write(plan, tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match="onnxruntime differs by nan"):
+        export_onnx.check(plan, tmp_path / "x.onnx")
+
+
+class Root(torch.nn.Module):
+    """Square roots, which are NaN below zero."""
+
+    def forward(self, images):
+        return images.sqrt()
+
+
 def test_a_file_that_onnxruntime_does_not_take_is_told_in_one_line(runtime, tmp_path):
     """One that cannot be loaded, and one that is loaded but does not take the inputs."""
     images = {"images": torch.rand(1, 3, 32, 32)}

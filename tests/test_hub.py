@@ -145,6 +145,16 @@ def test_a_deep_copy_has_weights_of_its_own(features):
     torch.testing.assert_close(changed(IMAGES), before + 1)
 
 
+def test_a_pickle_keeps_each_precision(files):
+    """With dtype=bfloat16 the mean and std of the normalisation stay float32."""
+    model = hub("lift", **files, dtype="bfloat16")
+    again = pickle.loads(pickle.dumps(model))
+    precisions = {name: value.dtype for name, value in model.state_dict().items()}
+    assert len(set(precisions.values())) == 2
+    assert {name: value.dtype for name, value in again.state_dict().items()} == precisions
+    torch.testing.assert_close(again(IMAGES), model(IMAGES), rtol=0, atol=0)
+
+
 def test_a_pickle_is_the_same_model(files, tmp_path, monkeypatch):
     """Also from another folder, where it was loaded by relative paths, and with its options."""
     relative = dict(files)

@@ -417,6 +417,17 @@ def test_matching_is_best_under_the_true_warp():
         assert true < other - 0.05
 
 
+def test_matching_in_bfloat16_rounds_no_places():
+    torch.manual_seed(0)
+    warp = train_lift.random_warp()
+    pair = places_as_features(warp)
+    centre = torch.zeros(16, 1, 1)
+    exact = train_lift.match_loss(pair, warp[None], centre)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = train_lift.match_loss(pair, warp[None], centre)
+    assert rounded == pytest.approx(exact.item(), rel=1e-2)
+
+
 def test_matching_of_known_features():
     """All alike: each point has as many candidates as cells. All unlike: nothing is mistaken."""
     same = torch.eye(2, 3)[None]  # a copy that is the photo
@@ -979,6 +990,7 @@ BAD = {
     "warmup": (["--warmup", -1], "--warmup -1 is too small: pass 0 or more"),
     "save_steps": (["--save_steps", -3], "--save_steps -3 is too small: pass 0 or more"),
     "attend": (["--attend", -1], "--attend -1 is too small: pass 0 or more"),
+    "no match": (["--match", "nan"], "--match nan is too small: pass 0 or more"),
     "match": (["--match", -0.1], "--match -0.1 is too small: pass 0 or more"),
     "ema": (["--ema", 1], "--ema 1.0 never moves: pass less than 1"),
     "no folder": (["--dataroot", "nowhere"], "no images at nowhere"),
