@@ -116,6 +116,7 @@ def parser() -> Command:
     add("--json", help="write the last line to this file too")
 
     add = command.add_argument_group("beyond the paper").add_argument
+    add("--residual", action="store_true", help="LiFT adds to the bilinearly doubled features")
     add("--attend", type=int, default=0, metavar="R", help="LiFT weighs features R cells around")
     add(
         "--match", type=float, default=0.0, metavar="WEIGHT",
@@ -656,6 +657,7 @@ class Run:
             extractor.patch,
             pre_shape=False,
             post_shape=False,
+            residual=args.residual,
             attend=args.attend,
         )
         self.lift = lift.to(extractor.device)
@@ -823,6 +825,7 @@ class Run:
             "width": extractor.width,
             "mean": extractor.mean,
             "std": extractor.std,
+            "residual": self.args.residual,
             "attend": self.args.attend,
             "downsample": self.args.downsample,
             "imsize": self.args.imsize,
@@ -919,6 +922,8 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
             parts.append(f"layer{extractor.layer}")
         if extractor.facet != "key":
             parts.append(extractor.facet)
+    if args.residual:
+        parts.append("residual")
     if args.attend:
         parts.append(f"attend{args.attend}")
     if args.match:

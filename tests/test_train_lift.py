@@ -224,6 +224,7 @@ def test_the_command_equals_the_plain_loop(train, folder, tmp_path, rule_feature
         "facet": "key",
         "patch": 16,
         "width": 192,
+        "residual": False,
         "attend": 0,
         "downsample": "stride",
     }
@@ -312,8 +313,9 @@ def test_evaluation_needs_no_four_patches(measure, folder, rule_lift, rule_featu
     assert ran.code == 2 and "correct --evaluate" in ran.err and ran.err.count("\n") == 1
 
 
-def test_an_untrained_attend_module_is_bilinear(train, tmp_path, folder):
-    more = ["--attend", 1, "--lr", 0, "--downsample", "resize", "--epochs", 1]
+@pytest.mark.parametrize("variant", [["--residual"], ["--attend", 1]])
+def test_an_untrained_variant_is_bilinear(train, tmp_path, folder, variant):
+    more = [*variant, "--lr", 0, "--downsample", "resize", "--epochs", 1]
     ran = train(*more, "--val_dataroot", folder)
     assert ran.code == 0, ran.err
     _, about, lines = read_run(tmp_path)
@@ -323,7 +325,9 @@ def test_an_untrained_attend_module_is_bilinear(train, tmp_path, folder):
     assert val["bilinear_centred"] != val["bilinear"]
     assert val["lift_twice"] == pytest.approx(val["bilinear_twice"], abs=0.05)
     assert val["bilinear"] != val["nearest"]
-    assert about["attend"] == 1 and about["downsample"] == "resize"
+    assert about["residual"] == (variant == ["--residual"])
+    assert about["attend"] == int(variant == ["--attend", 1])
+    assert about["downsample"] == "resize"
     assert about["metrics"]["val"] == val
 
 
@@ -905,6 +909,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
         (["--layer", 9], "_64_layer9"),
         (["--facet", "token"], "_64_token"),
         (["--layer", 3, "--facet", "query", "--attend", 1], "_64_layer3_query_attend1"),
+        (["--residual"], "_64_residual"),
         (["--match", 0.5], "_64_match0.5"),
     ],
 )
