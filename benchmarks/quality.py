@@ -875,7 +875,10 @@ def main(args: Namespace) -> None:
         measured = measure_all(args, extractor)
 
     # the commands name a folder of no machine in particular
-    measured["commands"] = [line.replace(args.runs, "runs") for line in measured["commands"]]
+    commands = []
+    for line in measured["commands"]:
+        commands.append(line.replace(f" {args.runs}/", " runs/"))
+    measured["commands"] = commands
     record = {
         "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": used,
