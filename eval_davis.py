@@ -688,9 +688,7 @@ def memory_needed(
     """
     width, height = size
     rows, columns = extractor.grid(height, width)
-    channels = extractor.width
-    if channels is None:  # the facet attn: each head's attention to every cell
-        channels = extractor.heads * rows * columns
+    channels = extractor.channels(rows * columns)
     cells = rows * columns * up.factor**2
     sources = cells  # of a block of targets, in each frame of the context
     if radius > 0:

@@ -640,11 +640,8 @@ def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: 
     width, height = size
     rows, columns = extractor.grid(height, width)
     cells = rows * columns
-    channels = extractor.width     # of a map of the photo
-    channels_2x = extractor.width  # of a map of the photo at double size
-    if extractor.width is None:  # the facet attn: each head's attention to every cell
-        channels = extractor.heads * cells
-        channels_2x = 4 * channels
+    channels = extractor.channels(cells)         # of a map of the photo
+    channels_2x = extractor.channels(4 * cells)  # of a map of the photo at double size
 
     numbers = cells * channels              # backbone
     numbers += 4 * cells * channels         # the same, doubled bilinearly

@@ -320,7 +320,8 @@ class DenseExtractor(nn.Module):
     """A frozen network from normalised images [B, 3, H, W] to a map of descriptors [B, C, h, w].
 
     Attributes: name, tag (the name that a LiFT module's origin is compared with), layer, facet,
-    patch and step (pixels), width (C), mean, std, digest (of the weights).
+    patch and step (pixels), width (C; None for the facet attn), heads (1 where attn is no facet),
+    mean, std, digest (of the weights).
     """
 
     name: str
@@ -330,6 +331,7 @@ class DenseExtractor(nn.Module):
     patch: int
     step: int
     width: int | None
+    heads: int = 1
     digest: str
     mean_rgb: Tensor
     std_rgb: Tensor
@@ -357,6 +359,13 @@ class DenseExtractor(nn.Module):
         rows = 1 + (height - self.patch) // self.step
         columns = 1 + (width - self.patch) // self.step
         return rows, columns
+
+    def channels(self, cells: int) -> int:
+        """Channels of a map of so many cells: C, or for the facet attn a cell's whole attention.
+
+        That is each head's attention to every cell.
+        """
+        return self.width or self.heads * cells
 
     def size(
         self, width: int, height: int, load_size: int | tuple[int, int] | None = None

@@ -136,7 +136,7 @@ def cache_key(photos, extractor: DenseExtractor) -> str:
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     seed = None  # does not count where nothing is random
-    if photos.jitter or photos.warp:
+    if photos.is_random():
         seed = photos.seed
     random = (photos.jitter is not None, photos.warp, seed)
 

@@ -374,10 +374,9 @@ class Memory(NamedTuple):
 
 def memory_of(extractor: DenseExtractor, up: Upsampler) -> Memory:
     """The Memory of a backbone and what upsamples it."""
-    heads = 1
-    if isinstance(extractor, ViTExtractor):
-        heads = extractor.heads
-    return Memory(extractor.patch, extractor.step, extractor.width, heads, up.factor)
+    return Memory(
+        extractor.patch, extractor.step, extractor.width, extractor.heads, up.factor
+    )
 
 
 class Photos(Dataset):

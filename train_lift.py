@@ -211,6 +211,10 @@ class Photos(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def is_random(self) -> bool:
+        """Whether a photo looks different in each epoch, and with another seed."""
+        return self.jitter is not None or self.warp
+
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
         # this photo, those behind it, and then those from the first one on
@@ -1383,7 +1387,7 @@ def train_into(
             workers=args.workers,
         )
         views = 1
-        if args.augment or args.match:
+        if photos.is_random():
             views = args.views
         photos = cache(photos, views=views)
         val_photos = cache(val_photos, views=1)
