@@ -57,8 +57,10 @@ def resident(field: str) -> float:
 
     Args:
         field: VmRSS for now, VmHWM for the peak.
+    Raises:
+        ValueError: the system does not tell it.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):  # as "VmRSS:   123456 kB"
             return int(line.split()[1]) / 1024
-    raise ValueError(f"the system does not tell {field}: pass --no_memory")
+    raise ValueError(f"the system does not tell {field}: run this under Linux")

@@ -247,14 +247,18 @@ def our_context(context):
     return ours
 
 
-def one_frame(patch: int) -> tuple[Callable[[], Any], ...]:
-    """A frame of 224 x 224 through ViT-S and LiFT, and its labels from a full context of eight."""
+def few_frames(patch: int) -> tuple[Callable[[], Any], ...]:
+    """Frames of 224 x 224 through ViT-S and LiFT, and their labels from a full context of eight.
+
+    They are as many as eval_davis.py passes through the backbone at once. The version of today does
+    so, too; the reference takes one after the other.
+    """
     torch.manual_seed(0)
     model = timm.create_model(f"vit_small_patch{patch}_224", num_classes=0)
     extractor = ViTExtractor(f"dino_vits{patch}", patch, model=deepcopy(model), device="cpu")
     lift = LiFT(extractor.width, patch).eval().requires_grad_(False)
     fast_lift = deepcopy(lift).to(memory_format=torch.channels_last)
-    image = torch.randn(1, 3, 224, 224)
+    images = torch.randn(eval_davis.BATCH, 3, 224, 224)
     side = 2 * 224 // patch
     context = random_context(extractor.width, side)
     ready = our_context(context)
@@ -264,20 +268,27 @@ def one_frame(patch: int) -> tuple[Callable[[], Any], ...]:
 
     @torch.no_grad()
     def reference():
-        feats = plain_lift(lift, image, plain_map(model, image, 11, "key", patch))
-        return harden(transfer(feats[0], context, mask, 5), patch, size)
+        labels = []
+        for image in images.split(1):
+            feats = plain_lift(lift, image, plain_map(model, image, 11, "key", patch))
+            labels.append(harden(transfer(feats[0], context, mask, 5), patch, size))
+        return np.stack(labels)
 
     @torch.inference_mode()
     def ours():
-        feats = upsample(lift, image, extractor(image))
-        cells = F.normalize(feats, dim=1)[0].permute(1, 2, 0).contiguous()
-        segmentation = eval_davis.transfer(cells, ready, 12, 5).permute(2, 0, 1)
-        return eval_davis.harden(segmentation, patch, size)
+        maps = F.normalize(upsample(lift, images, extractor(images)), dim=1)
+        labels = []
+        for cells in maps.permute(0, 2, 3, 1).contiguous():
+            segmentation = eval_davis.transfer(cells, ready, 12, 5).permute(2, 0, 1)
+            labels.append(eval_davis.harden(segmentation, patch, size))
+        return np.stack(labels)
 
     @torch.inference_mode()
     def today():
-        feats = todays_lift(fast_lift, image, todays_map(model, image))
-        return harden(todays_transfer(feats[0], context, far, 5), patch, size)
+        labels = []
+        for feats in todays_lift(fast_lift, images, todays_map(model, images)):
+            labels.append(harden(todays_transfer(feats, context, far, 5), patch, size))
+        return np.stack(labels)
 
     return reference, ours, today
 
@@ -347,8 +358,8 @@ def close(baseline, ours):
 
 
 CASES = [
-    Case("davis: a frame, S/16 + LiFT (28x28)", 1.8, partial(one_frame, 16), same_labels),
-    Case("davis: a frame, S/8 + LiFT (56x56)", 4.0, partial(one_frame, 8), same_labels),
+    Case("davis: four frames, S/16 + LiFT (28x28)", 1.8, partial(few_frames, 16), same_labels),
+    Case("davis: four frames, S/8 + LiFT (56x56)", 4.0, partial(few_frames, 8), same_labels),
     Case("davis: affinity alone (56x56)", 4.0, affinity, close, memory=5.0),
     Case("davis: J&F of three videos", 5.0, scores, np.testing.assert_allclose),
 ]

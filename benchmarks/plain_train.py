@@ -9,7 +9,9 @@ two products and a softmax. Then LiFT takes one Adam step.
 Notation: B batch, C channels, h w the patch grid, S pixels of the square photos.
 """
 
+import atexit
 import itertools
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -232,6 +234,7 @@ def setup(dtype="float32", cache=False):
         the losses.
     """
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     files = []
     for k in range(4):
         pixels = np.random.RandomState(k).randint(0, 256, (47, 63, 3), np.uint8)

@@ -7,12 +7,14 @@ Each line of the table compares with two baselines, which are checked to give ou
 - the reference's algorithm as it runs (`plain_*.py`);
 - "today": what a user of today would write with well-kept parts, where that is something else.
 
-The floor is the time that the multiplications of our own run take at the highest matrix rate that
-this run has measured, in the precision of the line. Times are medians, beside the range of ours.
-The memory ratio is the peak of the baseline that takes less over our peak. Each is measured in a
-process of its own, during a second call, above what is held before that call.
+The floor is the time that the multiplications of our own run take at the machine's matrix rate, in
+the precision of the line. The rate is the highest that is seen just before and just after the line
+is timed, because a machine's speed changes over minutes. Times are medians, beside the range of
+ours. The memory ratio is the peak of the baseline that takes less over our peak. Each is measured
+in a process of its own, during a second call, above what is held before that call; this needs
+Linux.
 
-WORDS choose the lines whose names contain any of them. All lines take about 25 minutes on two
+WORDS choose the lines whose names contain any of them. All lines take about half an hour on two
 cores.
 """
 
@@ -69,6 +71,8 @@ import torch
 import torch.nn.functional as F
 from case import Case, count_macs, processor, resident
 
+from extractor import DTYPES
+
 PLAINS = (
     plain_extract,
     plain_train,
@@ -106,6 +110,18 @@ def chosen_cases(words: list[str]) -> list[Case]:
     return chosen
 
 
+def named_case(name: str) -> Case:
+    """The line of this name. The names of others may contain it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for case in all_cases():
+        if case.name == name:
+            return case
+    raise ValueError(f"no line is named {name!r}: pass a whole name of the table")
+
+
 # ---- time ---------------------------------------------------------------------------------------
 
 
@@ -116,33 +132,33 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def matrix_rates() -> dict[str, float]:
-    """The highest rate of multiplications a second that this machine shows, by precision.
+def matrix_rate(precision: str) -> float:
+    """The highest rate of multiplications a second that this machine shows just now.
 
     It is the best of square products, of one of the size of a ViT-S's layer at batch 8, and of the
     same as a 1x1 convolution, for which torch may choose another library.
+
+    Args:
+        precision: a key of DTYPES.
     """
+    dtype = DTYPES[precision]
     tokens, width, hidden = 8 * 196, 384, 1536
     layer_products = tokens * width * hidden
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = torch.randn(hidden, width).to(dtype)
-        x = torch.randn(tokens, width).to(dtype)
-        kernel = layer[:, :, None, None].contiguous(memory_format=torch.channels_last)
-        pixels = torch.randn(8, width, 14, 14).to(dtype).to(memory_format=torch.channels_last)
-        small = torch.randn(512, 512).to(dtype)
-        large = torch.randn(2048, 2048).to(dtype)
+    layer = torch.randn(hidden, width).to(dtype)
+    x = torch.randn(tokens, width).to(dtype)
+    kernel = layer[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    pixels = torch.randn(8, width, 14, 14).to(dtype).to(memory_format=torch.channels_last)
+    small = torch.randn(512, 512).to(dtype)
+    large = torch.randn(2048, 2048).to(dtype)
 
-        # the rate so far spares a slow machine the larger products
-        rate = highest_rate(512**3, partial(torch.mm, small, small))
-        as_linear = highest_rate(layer_products, partial(F.linear, x, layer), rate)
-        rate = max(rate, as_linear)
-        as_convolution = highest_rate(layer_products, partial(F.conv2d, pixels, kernel), rate)
-        rate = max(rate, as_convolution)
-        of_large = highest_rate(2048**3, partial(torch.mm, large, large), rate)
-        rate = max(rate, of_large)
-        rates[str(dtype).removeprefix("torch.")] = rate
-    return rates
+    # the rate so far spares a slow machine the larger products
+    rate = highest_rate(512**3, partial(torch.mm, small, small))
+    as_linear = highest_rate(layer_products, partial(F.linear, x, layer), rate)
+    rate = max(rate, as_linear)
+    as_convolution = highest_rate(layer_products, partial(F.conv2d, pixels, kernel), rate)
+    rate = max(rate, as_convolution)
+    of_large = highest_rate(2048**3, partial(torch.mm, large, large), rate)
+    return max(rate, of_large)
 
 
 def highest_rate(products: int, call: Callable[[], Any], expected: float | None = None) -> float:
@@ -174,11 +190,9 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return above / below
 
 
-def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]:
+def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Check that all sides agree, then time them in turn.
 
-    Args:
-        rates: as matrix_rates gives them.
     Returns:
         A row of the table, {column: value}; the memory ratio is left None.
     """
@@ -188,6 +202,7 @@ def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]
         if name != "ours":
             case.same(run(), expected)
 
+    rate = matrix_rate(case.dtype)
     # in turn, so that a slow moment of the machine meets all sides
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
@@ -195,7 +210,8 @@ def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]
             times[name].append(seconds(run))
     median = {name: statistics.median(values) for name, values in times.items()}
 
-    floor = count_macs(sides["ours"]) / rates[case.dtype]
+    rate = max(rate, matrix_rate(case.dtype))
+    floor = count_macs(sides["ours"]) / rate
     ours = median["ours"]
     return {
         "case": case.name,
@@ -288,13 +304,15 @@ def main(args) -> None:
     torch.manual_seed(0)
     if args.peak:
         name, side = args.peak
-        for case in chosen_cases([name]):
-            if case.name == name:  # a longer name may contain this one
-                print_peak(case, side)
+        print_peak(named_case(name), side)
         return
 
     cases = chosen_cases(args.words)
-    rates = matrix_rates()
+    with_memory = not args.no_memory
+    if with_memory and platform.system() != "Linux":
+        print("note: peak memory is read under Linux only: left out", file=sys.stderr)
+        with_memory = False
+    rates = {precision: matrix_rate(precision) for precision in ("float32", "bfloat16")}
     facts = machine(rates)
     rows = []
     for case in cases:
@@ -303,11 +321,11 @@ def main(args) -> None:
             print(f"{case.name}: left out, {slower}", file=sys.stderr)
             continue
         try:
-            row = measure(case, args.repeats, rates)
+            row = measure(case, args.repeats)
         except FileNotFoundError as error:
             print(f"{case.name}: left out, {first_line(error)}", file=sys.stderr)
             continue
-        if case.memory and not args.no_memory:
+        if case.memory and with_memory:
             row["memory ratio"] = memory_ratio(case)
         rows.append(row)
         told = [f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None]

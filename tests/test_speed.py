@@ -40,36 +40,41 @@ def test_words_choose_lines():
     assert len({case.name for case in speed.all_cases()}) == len(speed.all_cases())
 
 
-def test_ratios_are_those_of_the_times():
+def test_ratios_are_those_of_the_times(monkeypatch):
+    monkeypatch.setattr(speed, "matrix_rate", lambda precision: 1e9)
     case = timed_case(partial(sleep, 0.2), partial(sleep, 0.05), partial(sleep, 0.1))
-    row = speed.measure(case, 3, {"float32": 1e9})
+    row = speed.measure(case, 3)
     assert set(row) == set(speed.COLUMNS)
     assert row["reference/ours"] == pytest.approx(4, rel=0.25)
     assert row["today/ours"] == pytest.approx(2, rel=0.25)
     assert row["asked"] == 2.0
     assert row["floor s"] is None and row["ours/floor"] is None  # nothing is multiplied
 
-    row = speed.measure(timed_case(partial(sleep, 0.02), partial(sleep, 0.01)), 1, {"float32": 1e9})
+    row = speed.measure(timed_case(partial(sleep, 0.02), partial(sleep, 0.01)), 1)
     assert row["today s"] is None and row["today/ours"] is None
 
 
-def test_the_floor_is_counted_multiplications_at_the_rate():
+def test_the_floor_is_counted_multiplications_at_the_rate(monkeypatch):
+    """That is the higher one of those before and after the line is timed."""
+    rates = {"float32": [1e6, 5e5]}
+    monkeypatch.setattr(speed, "matrix_rate", lambda precision: rates[precision].pop())
     x, weight = torch.ones(30, 50), torch.ones(50, 70)
 
     def product():
         return (x @ weight).sum().item()
 
-    row = speed.measure(timed_case(product, product), 1, {"float32": 1e6})
+    row = speed.measure(timed_case(product, product), 1)
     assert row["floor s"] == pytest.approx(30 * 50 * 70 / 1e6)
     assert row["ours/floor"] == pytest.approx(row["ours s"] / row["floor s"])
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_baselines_of_another_result_are_told(number):
+    """Before anything is timed."""
     sides = [partial(sleep, 0), partial(sleep, 0), partial(sleep, 0)]
     sides[number] = lambda: 2
     with pytest.raises(AssertionError):
-        speed.measure(timed_case(*sides), 1, {"float32": 1e9})
+        speed.measure(timed_case(*sides), 1)
 
 
 def test_rates_are_bounded_in_time():
@@ -86,7 +91,8 @@ def test_table_holds_every_line(cli, tmp_path, monkeypatch):
 
     absent = case._replace(name="fake: absent", setup=missing)
     monkeypatch.setattr(speed, "all_cases", lambda: [case, slow, absent])
-    monkeypatch.setattr(speed, "matrix_rates", lambda: {"float32": 2e9, "bfloat16": 1e9})
+    rates = {"float32": 2e9, "bfloat16": 1e9}
+    monkeypatch.setattr(speed, "matrix_rate", lambda precision: rates[precision])
     files = {"--json": tmp_path / "speed.json", "--markdown": tmp_path / "speed.md"}
     flags = [part for pair in files.items() for part in pair]
     ran = cli("speed", "--repeats", 2, *flags)
@@ -101,6 +107,21 @@ def test_table_holds_every_line(cli, tmp_path, monkeypatch):
     assert table.startswith("| case | reference s | today s |")
     assert "| fake: sleep | 0.02" in table and table in ran.out
     assert cli("speed", "--repeats", 0).code == 2
+
+    # peak memory is known under Linux only; elsewhere the table stands without it
+    monkeypatch.setattr(speed.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(speed, "all_cases", lambda: [case._replace(memory=1.0)])
+    ran = cli("speed", "--repeats", 1)
+    assert ran.code == 0 and "note: peak memory is read under Linux only" in ran.err
+
+
+def test_a_peak_is_of_a_whole_name(cli):
+    """A part of it, which might be several lines, is refused."""
+    ran = cli("speed", "--peak", "log-bin", "ours")
+    assert ran.code == 2 and not ran.out
+    assert ran.err.endswith("no line is named 'log-bin': pass a whole name of the table\n")
+    (case,) = speed.chosen_cases(["log-bin"])
+    assert speed.named_case(case.name) == case
 
 
 def test_peak_is_the_memory_above_what_stands(capsys):
