@@ -61,6 +61,7 @@ class Command(argparse.ArgumentParser):
         """
         args = self.parse_args(argv)
         try:
+            check_json(args)
             main(args)
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
@@ -80,18 +81,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
-def check_memory(needed: int, what: str, remedy: str) -> None:
+def check_memory(needed: int, what: str, remedy: str, device: Any = "cpu") -> None:
     """Raise ValueError if this machine has less memory than `needed` bytes, which `what` take.
 
     This is about main memory: a GPU that is too small raises an error by itself, but where main
     memory runs out the system ends the process without a word.
+
+    Args:
+        device: where the bytes are needed; nothing is checked on another device than the CPU.
     """
-    if not hasattr(os, "sysconf"):  # Windows
+    if str(device) != "cpu" or not hasattr(os, "sysconf"):  # Windows tells no sizes
         return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         sizes = f"{needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
         raise ValueError(f"{what} take {sizes}: {remedy}")
+
+
+def check_json(args: argparse.Namespace) -> None:
+    """Raise ValueError if --json, where a script has it, is a folder: told before the work."""
+    path = getattr(args, "json", None)
+    if path and Path(path).is_dir():
+        raise ValueError(f"--json {path} is a folder: pass a file")
 
 
 def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:

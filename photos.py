@@ -32,9 +32,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read any image file as an RGB PIL image, upright; 16-bit greys are scaled to 8 bits.
+def read_image(path: str | Path, upright: bool = True) -> Image.Image:
+    """Read any image file as an RGB PIL image; 16-bit greys are scaled to 8 bits.
 
+    Args:
+        upright: turn the photo as its EXIF orientation says. Annotations count the pixels as they
+            are stored: pass False for a data set.
     Raises:
         FileNotFoundError, ValueError: in one line that names the file, for a missing, damaged or
             over-large one.
@@ -43,10 +46,12 @@ def read_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}: correct the path")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I") or upright.mode == "F":
-                upright = eight_bits(upright)
-            return upright.convert("RGB")
+            photo: Image.Image = image
+            if upright:
+                photo = ImageOps.exif_transpose(image)
+            if photo.mode.startswith("I") or photo.mode == "F":
+                photo = eight_bits(photo)
+            return photo.convert("RGB")
     except Image.DecompressionBombError as error:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error

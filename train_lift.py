@@ -1376,6 +1376,10 @@ def train_into(
     run = Run(args, extractor, folder, args.epochs * steps, len(photos))
     if args.resume:
         run.resume()
+    if run.step > args.epochs * steps:  # a module of more training than its record would say
+        enough = math.ceil(run.step / steps)
+        what = f"{folder} holds {run.step} steps, more than the {args.epochs * steps} of --epochs"
+        raise ValueError(f"{what} {args.epochs}: pass --epochs {enough} or more")
     note_what_is_too_little(args, len(photos), len(val_photos), args.epochs * steps)
 
     if args.cache_features:

@@ -1,14 +1,17 @@
 """Fixtures: the golden rule weights, the shared data, and command lines run in this process."""
 
 import importlib
+import json
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# one thread, here and in the processes that tests start: on so small problems more threads wait for
-# each other, above all on a busy machine. It is read when numpy and torch are imported.
+# One thread, here and in the processes that tests start: on small problems threads mostly wait for
+# each other. numpy and torch read this when they are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything; timm reads it when imported
 
 import numpy as np
 import pytest
@@ -17,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from extractor import ViTExtractor
 from lift import LiFT
 
 ROOT = Path(__file__).parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything
+torch.set_num_threads(1)  # whatever OMP_NUM_THREADS the user has set
 
 
 def rule_state(module):
@@ -83,11 +87,32 @@ def vit_tiny(shared):
 
 
 @pytest.fixture(scope="session")
-def rule_backbone(tmp_path_factory):
-    """Flags of a vit_tiny_patch16_224 with rule weights."""
+def rule_weights(tmp_path_factory):
+    """The weight file of a vit_tiny_patch16_224 with rule weights."""
     path = tmp_path_factory.mktemp("backbone") / "rule.safetensors"
     save_file(rule_vit("vit_tiny_patch16_224").state_dict(), path)
-    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(path)]
+    return path
+
+
+@pytest.fixture(scope="session")
+def rule_backbone(rule_weights):
+    """Flags of a vit_tiny_patch16_224 with rule weights."""
+    return ["--model_type", "vit_tiny_patch16_224", "--backbone_path", str(rule_weights)]
+
+
+@pytest.fixture
+def rule_extractor(rule_weights):
+    """rule_extractor(layer=..., facet=..., stride=...) -> the same ViT as an extractor on the CPU.
+
+    The stride is the patch, where it is left out.
+    """
+
+    def build(stride=None, **options):
+        return ViTExtractor(
+            "vit_tiny_patch16_224", stride, backbone_path=rule_weights, device="cpu", **options
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +127,25 @@ class Ran(NamedTuple):
     code: int
     out: str
     err: str
+
+    def report(self):
+        """The JSON of the last line printed."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def import_path(tmp_path, monkeypatch):
+    """tmp_path as the working directory, from which modules can be imported until the test ends."""
+    monkeypatch.chdir(tmp_path)
+    path_before = list(sys.path)
+    modules_before = set(sys.modules)
+    sys.path.insert(0, str(tmp_path))
+    yield tmp_path
+    sys.path[:] = path_before
+    for name in set(sys.modules) - modules_before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(tmp_path):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -711,6 +711,19 @@ def test_what_decides_the_weights_must_stay(train, folder, tmp_path, other_weigh
     assert "processes 2, not 1: start it by torchrun --nproc_per_node 2" in ran.err
 
 
+def test_a_run_is_not_resumed_to_fewer_epochs(train, tmp_path):
+    """Its module would be of more training than its settings and metrics tell."""
+    assert train().code == 0
+    (lift,) = tmp_path.glob("runs/*/lift.pth")
+    before = lift.read_bytes()
+    ran = train("--epochs", 1, "--resume")
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    told = "holds 6 steps, more than the 3 of --epochs 1: pass --epochs 2 or more\n"
+    assert ran.err.endswith(told)
+    assert lift.read_bytes() == before
+    assert train("--resume").code == 0  # as many as were made is no error
+
+
 def test_a_damaged_checkpoint_is_not_resumed(train, tmp_path):
     run = tmp_path / "runs" / "vit_tiny_patch16_224_0.001_cosine_noaug_64"
     run.mkdir(parents=True)
