@@ -98,6 +98,16 @@ def check_memory(needed: int, what: str, remedy: str, device: Any = "cpu") -> No
         raise ValueError(f"{what} take {sizes}: {remedy}")
 
 
+def truth(text: str) -> bool:
+    """The bool of a word on the command line: true, yes, t, y, 1, or false, no, f, n, 0."""
+    word = text.lower()
+    if word in ("true", "yes", "t", "y", "1"):
+        return True
+    if word in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text} is neither: pass True or False")
+
+
 def check_json(args: argparse.Namespace) -> None:
     """Raise ValueError if --json, where a script has it, is a folder: told before the work."""
     path = getattr(args, "json", None)
@@ -107,6 +117,8 @@ def check_json(args: argparse.Namespace) -> None:
 
 def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the flags that extractor.build_extractor reads; `defaults` overrides theirs by name."""
+    stride = defaults.get("stride", "patch")
+    device = defaults.get("device", "auto")
     group = parser.add_argument_group("backbone")
     add = group.add_argument
     add("--model_type", "--model", default="dino_vits8", help="of the README, or a ViT of timm")
@@ -117,10 +129,13 @@ def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     )  # fmt: skip
     add("--facet", default="key", choices=FACETS, help="facet of the descriptors (default: key)")
     add("--layer", type=int, help="layer, counted from 0 (default: the last)")
-    add("--stride", type=int, help="pixels between descriptors, divides the patch (default: patch)")
+    add(
+        "--stride", type=int,
+        help=f"pixels between descriptors, divides the patch (default: {stride})",
+    )  # fmt: skip
     add("--channel", type=int, help="channels of the descriptors; only checked")
     add("--patch", type=int, help="patch of the backbone; only checked")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--device", default="auto", help=f"auto, cpu, cuda, cuda:N or mps (default: {device})")
     add("--dtype", default="float32", choices=PRECISIONS, help="precision (default: float32)")
     parser.set_defaults(**defaults)
 
@@ -151,6 +166,13 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes a torchrun has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_torchrun() -> None:
+    """Raise ValueError where torchrun's RANK and WORLD_SIZE are set, but not by torchrun."""
+    if world_size() > 1 and "MASTER_ADDR" not in os.environ:
+        what = "RANK and WORLD_SIZE are set, but this is no torchrun"
+        raise ValueError(f"{what}: start it by torchrun, or unset them")
 
 
 def check_one_process() -> None:
@@ -343,7 +365,7 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
     """The dict of a .pth or .safetensors file, on the CPU; nothing in the file is executed.
 
     Args:
-        if_missing, if_damaged: the remedies at the ends of the messages.
+        if_missing, if_damaged: what to do, for the end of each message.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, unsafe or compressed, or holds no dict with text keys.

@@ -41,6 +41,7 @@ from command import (
     report,
     save_tensors,
     settings,
+    truth,
     weights_digest,
 )
 
@@ -51,8 +52,11 @@ def parser() -> Command:
     add = command.add_argument
     add("--image_path", required=True, help="the image")
     add("--output_path", required=True, help="the .pth to write")
-    add("--load_size", type=int, default=224, help="pixels of the shorter side (default: 224)")
-    add("--bin", nargs="?", const="True", default="False", help="log-binned (True or False)")
+    add(
+        "--load_size", type=int, default=224,
+        help="pixels of the shorter side; 0 leaves the photo's own (default: 224)",
+    )  # fmt: skip
+    add("--bin", nargs="?", type=truth, const=True, default=False, help="log-binned (True, False)")
     add_backbone_args(command, stride=4)
     return command
 
@@ -196,10 +200,13 @@ def hub_unreachable() -> bool:
     The hub's own client would try for a minute before it says so.
     """
     hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if getproxies():
+    if hub.scheme in getproxies():  # then there is no direct way, and need be none
         return False
+    port = hub.port
+    if port is None:
+        port = 80 if hub.scheme == "http" else 443
     try:
-        socket.create_connection((str(hub.hostname), hub.port or 443), timeout=5).close()
+        socket.create_connection((str(hub.hostname), port), timeout=5).close()
         return False
     except OSError:
         return True
@@ -227,6 +234,8 @@ def download_backbone(tag: str) -> nn.Module:
     Raises:
         ValueError: neither is possible; names the file to fetch.
     """
+    if not timm.get_pretrained_cfg(tag).has_weights:
+        raise ValueError(f"timm has no weights of {tag}: pass --backbone_path FILE")
     try:
         with hub_offline_if_unreachable():
             return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
@@ -271,8 +280,10 @@ def pick_device(device: str | torch.device | None, dtype: str = "float32") -> to
     """The torch.device of auto, cpu, cuda, cuda:N or mps; under torchrun, cuda is this process's.
 
     Raises:
-        ValueError: it is not there, or cannot multiply in `dtype`.
+        ValueError: it is not there, cannot multiply in `dtype`, or there is no such dtype.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(DTYPES)}")
     if device in (None, "auto"):
         device = "cpu"
         if torch.cuda.is_available():
@@ -337,10 +348,15 @@ class DenseExtractor(nn.Module):
     std_rgb: Tensor
 
     def set_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Keep mean and std as numbers, and as buffers, which are on the device already."""
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.register_buffer("mean_rgb", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std_rgb", torch.tensor(std).view(3, 1, 1), persistent=False)
+        """Keep mean and std as numbers, and as buffers, which are on the device already.
+
+        Args:
+            mean, std: of red, green and blue; a module of one's own may have them as tensors.
+        """
+        for name, values in (("mean", mean), ("std", std)):
+            of_channels = torch.as_tensor(values, dtype=torch.float32).flatten().cpu()
+            setattr(self, name, tuple(round(value, 7) for value in of_channels.tolist()))
+            self.register_buffer(f"{name}_rgb", of_channels.view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images [..., 3, H, W] in 0..1 -> normalised, where they are."""
@@ -512,6 +528,10 @@ class ViTExtractor(DenseExtractor):
         if not of_rgb_patches or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
             what = f"{self.name} is no plain ViT (patches of RGB, then blocks with attention)"
             raise ValueError(f"{what}: pass a ViT of timm")
+        for foreign in ("register_tokens", "storage_tokens", "rope_embed"):
+            if getattr(self.model, foreign, None) is not None:  # would silently be left out
+                what = f"the module has {foreign}, which is not timm's name of it"
+                raise ValueError(f"{what}: pass the --model_type of timm")
 
         self.patch = projection.kernel_size[0]
         embed.patch_size = Side(self.patch)
@@ -588,7 +608,7 @@ class ViTExtractor(DenseExtractor):
             native = (side, side)
         if tuple(grid) == tuple(native):
             return patches, prefix
-        if self.name in BACKBONES:
+        if self.tag in BACKBONES or any(row.tag == self.tag for row in BACKBONES.values()):
             return interpolate_positions(patches, native, grid), prefix
         resampled = resample_abs_pos_embed(patches, list(grid), list(native), num_prefix_tokens=0)
         return resampled, prefix
@@ -992,7 +1012,10 @@ class MyExtractor(DenseExtractor):
         try:
             with torch.no_grad():
                 out = self.module(torch.zeros(1, 3, imsize, imsize).to(self.device, self.dtype))
-            if out.ndim == 3:  # tokens [1, T, C]; the prefix is fewer than it takes for a row more
+            if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+                raise TypeError(f"it gives {describe(out)}, not [B, C, h, w] or [B, T, C]")
+            if out.ndim == 3:
+                # tokens [1, T, C]; isqrt rounds down: a prefix is too short for one more row
                 rows = math.isqrt(out.shape[1])
                 self.width = out.shape[2]
             else:  # a map [1, C, h, w]
@@ -1019,11 +1042,18 @@ class MyExtractor(DenseExtractor):
         return x.float()
 
 
+def describe(out: Any) -> str:
+    """What something is, for a message: the shape of a tensor, else its type."""
+    if isinstance(out, Tensor):
+        return f"a tensor of shape {list(out.shape)}"
+    return f"a {type(out).__name__}"
+
+
 def call_function(name: str, args: argparse.Namespace) -> nn.Module:
     """Call `module:function`, with the flags if it takes an argument.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or it returns no torch module.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:  # the module is looked for beside the user, too
@@ -1034,8 +1064,13 @@ def call_function(name: str, args: argparse.Namespace) -> nn.Module:
         remedy = "pass --my_extractor module:function"
         raise ValueError(f"no function {name} ({error}): {remedy}") from error
     if inspect.signature(build).parameters:
-        return build(args)
-    return build()
+        built = build(args)
+    else:
+        built = build()
+    if not isinstance(built, nn.Module):
+        what = f"{name} returns {describe(built)}"
+        raise ValueError(f"{what}: return a torch.nn.Module from images to features")
+    return built
 
 
 # ---- from flags ---------------------------------------------------------------------------------
@@ -1082,14 +1117,16 @@ def check_facts(
 
 def main(args: argparse.Namespace) -> None:
     """Write the descriptors [1, 1, t, C] of one image."""
-    check_range(args, load_size=1)
+    check_range(args, load_size=0)
+    if Path(args.output_path).suffix not in (".pth", ".pt"):
+        what = f"--output_path {args.output_path} would hold a tensor of torch.save"
+        raise ValueError(f"{what}: let it end in .pth")
     as_photo(args.image_path)  # a missing photo is told before a backbone is built
     extractor = build_extractor(args)
-    images, _ = extractor.preprocess(args.image_path, args.load_size)
-    bin = args.bin.lower() in ("true", "1", "yes")
+    images, _ = extractor.preprocess(args.image_path, args.load_size or None)
     if not isinstance(extractor, ViTExtractor):
         raise ValueError("this script shows a ViT's facets: leave --my_extractor out")
-    descriptors = extractor.extract_descriptors(images, bin=bin).cpu()
+    descriptors = extractor.extract_descriptors(images, bin=args.bin).cpu()
     save_tensors(args.output_path, descriptors)
     grid = extractor.grid(*images.shape[-2:])
     report({**settings(args, **extractor.facts()), "shape": list(descriptors.shape), "grid": grid})

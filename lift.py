@@ -64,10 +64,9 @@ class ConvLayers(nn.Sequential):
         for number, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 x = conv_with_norm(layer, layers[number + 1], x)
-                continue
-            is_norm = hasattr(layer, "running_var")
-            if not is_norm:  # a norm has been applied with the convolution before it
+            elif not hasattr(layer, "running_var"):
                 x = layer(x)
+            # what is left are batch norms: each was applied with the convolution before it
         return x
 
 
@@ -203,19 +202,18 @@ class LiFT(nn.Module):
         """Raise ValueError unless the features are those of the patches of the images."""
         p = self.patch_size
         height, width = images.shape[2:]
-        if tuple(feats.shape[2:]) == grid:
-            if (height, width) == (grid[0] * p, grid[1] * p):
-                return
+        if tuple(feats.shape[2:]) != grid:
+            given = "x".join(str(size) for size in feats.shape[1:])
+            if feats.ndim == 4:
+                given = f"{feats.shape[2]}x{feats.shape[3]}"
+            raise ValueError(
+                f"the feature grid is {given} but an image of {height}x{width} gives "
+                f"{grid[0]}x{grid[1]}: resize the image to a multiple of the patch ({p}) and take "
+                f"its features at stride {p}"
+            )
+        if (height, width) != (grid[0] * p, grid[1] * p):
             what = f"an image of {height}x{width} has a side that is no multiple of the patch"
             raise ValueError(f"{what}: resize the image to a multiple of the patch ({p})")
-        given = "x".join(str(size) for size in feats.shape[1:])
-        if feats.ndim == 4:
-            given = f"{feats.shape[2]}x{feats.shape[3]}"
-        raise ValueError(
-            f"the feature grid is {given} but an image of {height}x{width} gives "
-            f"{grid[0]}x{grid[1]}: resize the image to a multiple of the patch ({p}) and take its "
-            f"features at stride {p}"
-        )
 
 
 def start_at_zero(layer: Any) -> None:
@@ -529,7 +527,7 @@ def how_to_upsample(args: argparse.Namespace) -> str:
         raise ValueError(f"--lift_iter {args.lift_iter} is negative: pass 0 or more")
     if how == "none" and args.lift_iter > 1:
         what = f"--lift_iter {args.lift_iter} has nothing to repeat"
-        raise ValueError(f"{what}: pass --lift_path FILE or --upsample bilinear")
+        raise ValueError(f"{what}: pass --upsample bilinear, or lift with --lift_path FILE")
     if how == "lift" and not args.lift_path:
         raise ValueError("--upsample lift needs a module: pass --lift_path FILE")
     return how

@@ -10,6 +10,7 @@ Notation: C channels, H W image pixels, h w the grid of a map.
 import glob
 import os
 import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,9 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}: correct the path")
     try:
         with Image.open(path) as image:
-            photo: Image.Image = image
             if upright:
-                photo = ImageOps.exif_transpose(image)
-            if photo.mode.startswith("I") or photo.mode == "F":
-                photo = eight_bits(photo)
-            return photo.convert("RGB")
+                return rgb(ImageOps.exif_transpose(image))
+            return rgb(image)
     except Image.DecompressionBombError as error:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error
@@ -61,9 +59,21 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
         raise ValueError(f"{what}: replace or remove it") from error
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = eight_bits(image)
+    return image.convert("RGB")
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits as one of 8; Pillow itself would clip it at 255."""
+    """A grey image of 16 or 32 bits as one of 8; Pillow itself would clip it at 255.
+
+    Floating point values that are all in 0..1 are taken for shares of white.
+    """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    if image.mode == "F" and values.max(initial=0) <= 1:
+        values *= 255
     if values.max(initial=0) > 255:
         values /= 257  # 65535 becomes 255
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -81,7 +91,7 @@ def as_photo(image: Any) -> Image.Image:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return rgb(ImageOps.exif_transpose(image))
     if isinstance(image, torch.Tensor):
         return tensor_photo(image)
     array = np.asarray(image)
@@ -162,7 +172,8 @@ def fitted_size(
     Raises:
         ValueError: a side is less than one patch.
     """
-    if isinstance(load_size, int):
+    if isinstance(load_size, Integral):  # numpy's integers, too
+        load_size = int(load_size)
         shorter = min(width, height)
         longer = int(load_size * max(width, height) / shorter)
         if width == height:

@@ -408,6 +408,22 @@ def test_positions_are_dinos_for_the_named_and_timms_for_others(small):
     torch.testing.assert_close(extractor(small)._positions((12, 7))[0], timms)
 
 
+def test_a_named_backbone_has_the_same_positions_by_timms_name_of_it():
+    model = rule_vit("vit_small_patch16_224.dino")
+    tables = []
+    for name in ("dino_vits16", "vit_small_patch16_224.dino"):
+        vit = ViTExtractor(name, stride=None, model=copy.deepcopy(model), device="cpu")
+        tables.append(vit._positions((12, 7))[0])
+    assert torch.equal(tables[0], tables[1])
+
+
+def test_registers_of_another_name_are_not_left_out_in_silence(small):
+    small = copy.deepcopy(small)
+    small.register_tokens = torch.nn.Parameter(torch.zeros(1, 4, 64))
+    with pytest.raises(ValueError, match="has register_tokens, .*: pass the --model_type of timm"):
+        extractor(small)
+
+
 # ---- weight files -------------------------------------------------------------------------------
 
 
@@ -553,6 +569,26 @@ def test_a_failed_connection_leaves_the_hubs_client_as_it_was(monkeypatch):
     assert constants.HF_HUB_OFFLINE is False
 
 
+def test_a_hub_is_probed_at_the_port_of_its_scheme(monkeypatch):
+    probed = []
+
+    def connect(address, timeout):
+        probed.append(address)
+        raise OSError
+
+    monkeypatch.setattr(extractor_module.socket, "create_connection", connect)
+    monkeypatch.setattr(extractor_module, "getproxies", lambda: {"no": "example.org"})
+    for hub in ("http://mirror", "https://mirror", "http://mirror:8080"):
+        monkeypatch.setenv("HF_ENDPOINT", hub)
+        assert extractor_module.hub_unreachable()
+    assert probed == [("mirror", 80), ("mirror", 443), ("mirror", 8080)]
+
+
+def test_a_vit_that_was_never_trained_has_no_page_to_fetch():
+    with pytest.raises(ValueError, match="no weights of vit_giant_patch14_224.*: pass --backbone_"):
+        build_backbone("vit_giant_patch14_224")
+
+
 def test_offline_by_the_users_will_probes_nothing(monkeypatch):
     def probe():
         raise AssertionError("the hub was probed")
@@ -574,6 +610,7 @@ def test_offline_by_the_users_will_probes_nothing(monkeypatch):
         ({"layer": 6}, "layer 6 is out of range: .* has layers 0 to 5"),
         ({"layer": -1}, "layer -1"),
         ({"facet": "keys"}, "unknown facet keys: pass one of key, query"),
+        ({"dtype": "fp16"}, "unknown dtype fp16: pass one of float32, bfloat16, float16"),
     ],
 )
 def test_bad_settings(small, kwargs, message):
@@ -636,9 +673,10 @@ def maps():
     return torch.nn.Conv2d(3, 5, 8, stride=8)
 
 class Tokens(torch.nn.Module):
-    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
     def __init__(self, channels):
         super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
         self.conv = torch.nn.Conv2d(3, channels, 8, stride=8)
     def forward(self, images):
         tokens = self.conv(images).flatten(2).transpose(1, 2)
@@ -646,12 +684,28 @@ class Tokens(torch.nn.Module):
 
 def tokens(args):
     return Tokens(args.channel)
+
+def nothing():
+    Tokens(5)
+
+class Pair(Tokens):
+    def forward(self, images):
+        return super().forward(images), images
+
+def pair():
+    return Pair(5)
+
+class Vector(Tokens):
+    def forward(self, images):
+        return super().forward(images).mean(1)
+
+def vector():
+    return Vector(5)
 """
 
 
-def test_ones_own_backbone(tmp_path, monkeypatch):
-    (tmp_path / "two_networks.py").write_text(TWO_NETWORKS)
-    monkeypatch.chdir(tmp_path)
+def test_ones_own_backbone(import_path):
+    (import_path / "two_networks.py").write_text(TWO_NETWORKS)
     maps = build_extractor(flags("--my_extractor", "two_networks:maps", "--device", "cpu"))
     tokens = build_extractor(
         flags("--my_extractor", "two_networks:tokens", "--channel", 7, "--device", "cpu")
@@ -660,12 +714,26 @@ def test_ones_own_backbone(tmp_path, monkeypatch):
     assert maps(images).shape == (2, 5, 4, 6)
     assert (maps.patch, maps.width, maps.layer) == (8, 5, None)
     assert tokens(images).shape == (2, 7, 4, 6)
-    assert tokens.mean == (0.5, 0.5, 0.5)
+    assert tokens.mean == (0.4, 0.5, 0.6)  # numbers, which JSON can hold
     torch.testing.assert_close(tokens(images), tokens.module.conv(images))
     with pytest.raises(ValueError, match=r"no function two_networks:none .*: pass --my_extractor"):
         build_extractor(flags("--my_extractor", "two_networks:none"))
     with pytest.raises(ValueError, match="is still empty"):
         build_extractor(flags("--my_extractor"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nothing", "two_networks:nothing returns a NoneType: return a torch.nn.Module"),
+        ("pair", "it gives a tuple, not .*: pass a backbone that does"),
+        ("vector", r"it gives a tensor of shape \[1, 5\], not .*: pass a backbone that does"),
+    ],
+)
+def test_what_is_no_backbone_of_ones_own(import_path, name, message):
+    (import_path / "two_networks.py").write_text(TWO_NETWORKS)
+    with pytest.raises(ValueError, match=message):
+        build_extractor(flags("--my_extractor", f"two_networks:{name}", "--device", "cpu"))
 
 
 def test_own_command_line(cli, tmp_path, rule_backbone):
@@ -680,6 +748,12 @@ def test_own_command_line(cli, tmp_path, rule_backbone):
     assert binned.shape == (1, 1, 6, 17 * 192)
     centre = binned[0, 0, :, 4 * 192 : 5 * 192]  # the fifth bin is the cell itself
     torch.testing.assert_close(centre, plain[0, 0])
+
+    ran = cli("extractor", *args, "--output_path", binned_path, "--bin", "ture")
+    assert ran.code == 2 and "ture is neither: pass True or False" in ran.err
+    ran = cli("extractor", *args, "--output_path", tmp_path / "x.npz")
+    assert ran.code == 2 and ran.err.endswith("let it end in .pth\n")
+    assert not (tmp_path / "x.npz").exists()
 
 
 def test_a_missing_photo_is_told_before_a_backbone_is_built(cli, tmp_path, monkeypatch):

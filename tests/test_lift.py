@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, rule_image, rule_state
 from plain_extract import plain_lift
 
-from command import Command, add_lift_args
+from command import Command, add_lift_args, weights_digest
 from lift import (
     LiFT,
     attend,
@@ -389,17 +389,21 @@ def test_upsampler(tmp_path):
     slow = plain_lift(rule_lift(), images, feats, 2)
     torch.testing.assert_close(lifted(images, feats), slow, rtol=0, atol=1e-5)
     assert upsampler(flags("--lift_path", path, "--upsample", "none"), EXTRACTOR).factor == 1
-    assert lifted.facts()["lift_digest"] != none.facts().get("lift_digest")
+    assert none.facts() == {"upsample": "none"}
+    digest = weights_digest(lifted.lift)
+    assert lifted.facts() == {"upsample": "lift", "lift_digest": digest}
 
+    nothing_to_repeat = "pass --upsample bilinear, or lift with --lift_path FILE"
     contradictions = [
-        ["--upsample", "lift"],
-        ["--lift_path", path, "--lift_iter", -1],
-        ["--lift_iter", 3],
+        (["--upsample", "lift"], "needs a module: pass --lift_path FILE"),
+        (["--lift_path", path, "--lift_iter", -1], "-1 is negative: pass 0 or more"),
+        (["--lift_iter", 3], nothing_to_repeat),
+        (["--lift_path", path, "--upsample", "none", "--lift_iter", 2], nothing_to_repeat),
     ]
-    for bad in contradictions:
-        with pytest.raises(ValueError, match="pass"):
+    for bad, message in contradictions:
+        with pytest.raises(ValueError, match=message):
             upsampler(flags(*bad), EXTRACTOR)
-        with pytest.raises(ValueError, match="pass"):
+        with pytest.raises(ValueError, match=message):
             check_lift_args(flags(*bad))
 
 

@@ -28,6 +28,7 @@ READABLE = {
     "grey.png": lambda path: Image.fromarray(GREY).save(path),
     "16bit.png": lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path),
     "float.tiff": lambda path: Image.fromarray(GREY.astype(np.float32)).save(path),
+    "0 to 1.tiff": lambda path: Image.fromarray(GREY.astype(np.float32) / 255).save(path),
     "palette.png": lambda path: Image.fromarray(RGB).quantize(256).save(path),
     "rgba.png": save_with_alpha,
     "cmyk.tiff": lambda path: Image.fromarray(RGB).convert("CMYK").save(path),
@@ -43,6 +44,20 @@ def test_images_are_read_upright_as_rgb(tmp_path, name):
     assert image.size == (16, 16)
     tolerance = 3 if name == "palette.png" else 0
     assert np.abs(np.asarray(image).astype(int) - GREY[..., None]).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["16bit.png", "rotated.png"])
+def test_an_open_image_is_read_as_its_file_is(tmp_path, name):
+    READABLE[name](tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert np.array_equal(as_photo(image), read_image(tmp_path / name))
+
+
+def test_pixels_as_they_are_stored(tmp_path):
+    """As the annotations of a data set count them, whatever EXIF says."""
+    save_rotated(tmp_path / "rotated.png")
+    stored = np.asarray(read_image(tmp_path / "rotated.png", upright=False))
+    assert np.array_equal(stored, np.rot90(RGB))
 
 
 def test_images_that_cannot_be_read(tmp_path, monkeypatch):
