@@ -234,7 +234,8 @@ def download_backbone(tag: str) -> nn.Module:
     Raises:
         ValueError: neither is possible; names the file to fetch.
     """
-    if not timm.get_pretrained_cfg(tag).has_weights:
+    cfg: Any = timm.get_pretrained_cfg(tag)
+    if not cfg.has_weights:
         raise ValueError(f"timm has no weights of {tag}: pass --backbone_path FILE")
     try:
         with hub_offline_if_unreachable():

@@ -10,7 +10,6 @@ Notation: C channels, H W image pixels, h w the grid of a map.
 import glob
 import os
 import warnings
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +171,7 @@ def fitted_size(
     Raises:
         ValueError: a side is less than one patch.
     """
-    if isinstance(load_size, Integral):  # numpy's integers, too
+    if isinstance(load_size, int | np.integer):
         load_size = int(load_size)
         shorter = min(width, height)
         longer = int(load_size * max(width, height) / shorter)

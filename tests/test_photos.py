@@ -53,6 +53,10 @@ def test_an_open_image_is_read_as_its_file_is(tmp_path, name):
         assert np.array_equal(as_photo(image), read_image(tmp_path / name))
 
 
+def test_numbers_of_numpy_are_sizes():
+    assert fitted_size(640, 480, 16, np.int64(224)) == fitted_size(640, 480, 16, 224)
+
+
 def test_pixels_as_they_are_stored(tmp_path):
     """As the annotations of a data set count them, whatever EXIF says."""
     save_rotated(tmp_path / "rotated.png")
