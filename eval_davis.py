@@ -5,8 +5,9 @@
     python eval_davis.py --dataroot DAVIS --score_only masks_of_another_method --output_dir scores
 
 The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{sequence}/ and scores
-them. Interrupted, it goes on at the next sequence. The folder keeps a record of the settings and
-weights that made its masks. A run with others is refused there and needs another --output_dir.
+them. Interrupted, it keeps the sequences that are done and begins the interrupted one anew. The
+folder keeps a record of the settings and weights that made its masks. A run with others is refused
+there and needs another --output_dir.
 
 The second command scores a folder of {sequence}/*.png and writes nothing into it.
 
@@ -91,7 +92,7 @@ def parser() -> Command:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports below
 
 import cv2
 import numpy as np
@@ -112,6 +113,7 @@ BATCH = 4  # frames that go through the backbone at once
 VOID = 255  # pixels that nobody labelled; with --binary the object
 FPS = 24
 LONGEST_NAME = 255  # characters of a folder's name
+REMEDY = "pass another --output_dir"  # where a folder has masks of something else
 
 CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
 METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -323,7 +325,7 @@ def read_frame(
     Raises:
         ValueError: it is unreadable, or has another size than its annotation.
     """
-    photo = read_image(path)
+    photo = read_image(path, upright=False)  # annotations count the pixels as stored
     if photo.size != size:
         what = f"{path} has {pixels(photo.size)}, its annotation {pixels(size)}"
         raise ValueError(f"{what}: take both of one resolution")
@@ -343,11 +345,11 @@ def batches(
     for start in range(0, len(paths), BATCH):
         chunks.append(paths[start : start + BATCH])
 
-    # each round begins to read the next chunk before it yields; in the last one that is empty
     reading = pool.map(read, chunks[0])
-    for following in [*chunks[1:], []]:
+    for number in range(len(chunks)):
         frames = list(reading)
-        reading = pool.map(read, following)
+        if number + 1 < len(chunks):
+            reading = pool.map(read, chunks[number + 1])
         yield torch.stack(frames)
 
 
@@ -506,10 +508,9 @@ def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         others the values of what is too small are -inf.
     """
     count = cosine.shape[1]
-    k = topk
+    # one more than is needed shows whether there are ties with the last one
+    k = min(topk + 1, count)
     while True:
-        # one more than is needed shows whether there are ties with the last one
-        k = min(k + 1, count)
         values, indices = cosine.topk(k)
         least = values[:, min(topk, k) - 1, None]                     # [a, 1]
         least = least.clamp(min=-2)  # below all cosines, and above -inf
@@ -517,7 +518,7 @@ def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         # done if the last value of every row is too small: then no tie lies beyond it
         if k == count or (values[:, -1:] < least).all():
             return values.masked_fill(values < least, -math.inf), indices
-        k *= 2
+        k = min(2 * k, count)
 
 
 def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
@@ -574,21 +575,19 @@ def finished(sequence: Sequence, folder: Path) -> bool:
     return all((folder / path.name).is_file() for path in sequence.masks)
 
 
-def claim(folder: Path, sequences: list[Sequence], made_by: dict[str, Any]) -> None:
-    """Keep a record of what makes the masks of a folder.
+def claim(folder: Path, made_by: dict[str, Any]) -> None:
+    """Keep a record of what makes the masks of a folder, before the first of them is made.
 
-    A record of a run that came to no mask is replaced.
+    A record of a run that came to no mask is replaced. So two runs that start at once may both get
+    through here, and `propagate_all` looks again before each mask.
 
     Raises:
         ValueError: they were made by something else, or nobody knows by what.
     """
-    remedy = "pass another --output_dir"
-    if not (folder / RECORD).is_file():
-        for sequence in sequences:
-            place = folder / sequence.name
-            if any(place.glob("*.png")):
-                raise ValueError(f"{place} has masks and no record of what made them: {remedy}")
-    claim_folder(folder, made_by, remedy, renew=not any(folder.rglob("*.png")))
+    has_masks = any(folder.rglob("*.png"))  # of any sequence: a later run may score them all
+    if has_masks and not (folder / RECORD).is_file():
+        raise ValueError(f"{folder} has masks and no record of what made them: {REMEDY}")
+    claim_folder(folder, made_by, REMEDY, renew=not has_masks)
 
 
 def propagate_all(
@@ -607,14 +606,16 @@ def propagate_all(
     facts = {**extractor.facts(), **up.facts()}
 
     size = str(args.imsize)
+    flag = "--imsize"
     if args.short_side:
         size = f"short{args.short_side}"
+        flag = "--short_side"
     source = f"layer{extractor.layer}"
     if args.my_extractor:
         source = "my_extractor"  # has no layers
     folder = Path(args.output_dir, f"davis_vidseg_{size}_{source}")
     made_by = record(args, leave_out=NOT_IN_MASKS, paths=("dataroot",), **facts)
-    claim(folder, sequences, made_by)
+    claim(folder, made_by)
     for name in CSVS:
         (folder / name).unlink(missing_ok=True)  # it tells of other masks
 
@@ -625,6 +626,12 @@ def propagate_all(
             remedy = "pass --dtype float32, or another --lift_path"
             raise ValueError(f"the features of the frames are not finite: {remedy}")
         return feats
+
+    def harden_all(soft, size):
+        for segmentation in soft:
+            # another run may have claimed the folder before this one had a mask in it
+            claim_folder(folder, made_by, REMEDY)
+            yield harden(segmentation, extractor.patch, size)
 
     count = sum(len(sequence.masks) - 1 for sequence in sequences)
     with torch.inference_mode(), tqdm(total=count, unit="frame", disable=None) as bar:
@@ -637,14 +644,18 @@ def propagate_all(
             first = read_first_labels(sequence, args.binary)
             height, width = first.shape
             input_size = frame_size(width, height, args.imsize, args.short_side, extractor.patch)
-            check_frame_size(input_size, extractor.patch)
+            check_frame_size(input_size, extractor.patch, flag)
             context = 1 + min(args.n_last_frames, len(sequence.frames))
             needed = memory_needed(
                 extractor, up, input_size, int(first.max()) + 1, context,
                 args.size_mask_neighborhood,
             )  # fmt: skip
-            remedy = "pass a smaller --imsize, --short_side or --lift_iter"
-            check_memory(needed, f"frames of {pixels(input_size)}", remedy)
+            check_memory(
+                needed,
+                f"frames of {pixels(input_size)}",
+                f"pass a smaller {flag} or --lift_iter",
+                device=extractor.device,
+            )
             read = partial(
                 read_frame,
                 size=(width, height),
@@ -659,16 +670,16 @@ def propagate_all(
                 args.size_mask_neighborhood,
                 args.topk,
             )
-            hard = (harden(one, extractor.patch, (width, height)) for one in soft)
+            hard = harden_all(soft, (width, height))
             write_masks(sequence, folder / sequence.name, hard, pool, bar, args.binary)
     return folder, settings(args, device=str(extractor.device), **facts)
 
 
-def check_frame_size(size: tuple[int, int], patch: int) -> None:
-    """Raise ValueError unless both sides (W, H) are multiples of the patch."""
+def check_frame_size(size: tuple[int, int], patch: int, flag: str) -> None:
+    """Raise ValueError unless both sides (W, H), which `flag` sets, are multiples of the patch."""
     if size[0] % patch or size[1] % patch:
         what = f"frames are read at {pixels(size)}, which is no multiple of the patch ({patch})"
-        raise ValueError(f"{what}: pass another --imsize or --short_side")
+        raise ValueError(f"{what}: pass another {flag}")
 
 
 def memory_needed(
@@ -696,6 +707,9 @@ def memory_needed(
 
     # a batch as it is read, the next one, normalised, and channels last for LiFT
     numbers = 4 * BATCH * 3 * width * height
+    # one block of a ViT: its input and output, queries, keys and values, and an MLP of four times
+    # the width; the facet attn has no width, and its map is larger than these
+    numbers += 14 * BATCH * rows * columns * (extractor.width or 0)
     # its features about three times: as they are made, normalised, and channels last
     numbers += 3 * BATCH * cells * channels
     if up.factor > 1:
@@ -946,7 +960,7 @@ def pictures(masks: Path, sequences: list[Sequence]) -> Iterator[tuple[str, str,
             values, palette = read_indexed(mask)
             height, width = values.shape
             colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
-            photo = np.asarray(read_image(path).resize((width, height)))
+            photo = np.asarray(read_image(path, upright=False).resize((width, height)))
             tinted = photo // 2 + colours[values] // 2
             picture = np.where(values[..., None] > 0, tinted, photo)
             picture[boundary(values) > 0] = 255
@@ -969,7 +983,7 @@ def write_video(path: str, masks: Path, sequences: list[Sequence]) -> None:
     Raises:
         ValueError: OpenCV has no encoder for it.
     """
-    width, height = read_image(sequences[0].frames[0]).size
+    width, height = read_image(sequences[0].frames[0], upright=False).size
     size = (width - width % 2, height - height % 2)
     with replacing(path) as temporary:
         writer = open_video(temporary, path, size)
@@ -1046,14 +1060,15 @@ def main(args: argparse.Namespace) -> None:
             folder = masks
         results = evaluate(masks, sequences, pool, args.binary)
 
-    # printed before anything is written that might fail
     frames = sum(len(sequence.masks) for sequence in sequences)
     line = {"settings": used, "sequences": len(sequences), "frames": frames, "results": results}
     print(table(results))
-    report(line, args.json)
-
-    write_csv(folder, results)
+    try:
+        write_csv(folder, results)
+    finally:  # where that fails, the line is still printed
+        report(line, args.json)
     print(f"note: the scores are in {folder / CSVS[0]} and {CSVS[1]}", file=sys.stderr)
+
     if args.overlay:
         write_overlays(folder / "overlay", masks, sequences)
     if args.video:

@@ -163,6 +163,8 @@ def read_pair(path: Path, images: Path) -> Pair:
         if not are_points or source_points.shape != target_points.shape:
             shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"
             raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
+        if not target_points.isfinite().all():
+            raise ValueError(f"trg_kps {entry['trg_kps']}")
 
         left, top, right, bottom = entry["trg_bndbox"]
         extent = float(max(right - left, bottom - top))
@@ -268,7 +270,8 @@ def describe(
     Raises:
         ValueError: an image cannot be read, or its features are not finite.
     """
-    images = [read_image(path) for path in paths]
+    # keypoints count the pixels as they are stored
+    images = [read_image(path, upright=False) for path in paths]
     boxed = [letterbox(image, size) for image in images]
     squares = torch.stack([to_tensor(square) for square, _, _ in boxed])          # [B, 3, S, S]
     batch = features(squares)                                                     # [B, C, h, w]
@@ -298,13 +301,11 @@ def pixel_norms(feats: Tensor, size: int) -> Tensor:
     return sum_of_squares.sqrt()
 
 
-def place(points: Tensor, image: Described, path: Path) -> Tensor:
-    """Map points [K, 2] of an original image to its square.
+def check_within(points: Tensor, image: Described, path: Path) -> None:
+    """Raise ValueError unless all points [K, 2] lie in their image.
 
     Args:
         path: the annotation file, for the message.
-    Raises:
-        ValueError: a point lies outside the image.
     """
     within = ((points >= 0) & (points < torch.tensor(image.size))).all(dim=1)     # [K]
     if not within.all():
@@ -312,6 +313,10 @@ def place(points: Tensor, image: Described, path: Path) -> Tensor:
         width, height = image.size
         what = f"{path}: keypoint {point} is outside its {width}x{height} image"
         raise ValueError(f"{what}: correct or remove this file")
+
+
+def place(points: Tensor, image: Described) -> Tensor:
+    """Map points [K, 2] of an original image to its square."""
     return points * image.scale + image.offset
 
 
@@ -354,11 +359,17 @@ def best_pixels(source: Described, target: Described, points: Tensor, size: int)
 
 
 def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
-    """Find the keypoints of a pair's source in its target."""
+    """Find the keypoints of a pair's source in its target.
+
+    Raises:
+        ValueError: a keypoint lies outside the source.
+    """
     source = images[pair.source]
     target = images[pair.target]
-    points = place(pair.source_points, source, pair.path)
-    truth = place(pair.target_points, target, pair.path)
+    # a point outside the source has no descriptor; of the target's only the distance is taken
+    check_within(pair.source_points, source, pair.path)
+    points = place(pair.source_points, source)
+    truth = place(pair.target_points, target)
     predicted = best_pixels(source, target, points, size)
     return Match(pair, points, truth, predicted, pair.extent * target.scale)
 
@@ -434,11 +445,11 @@ def match_pairs(
             needed = images_of(chunk)
             images = {path: images[path] for path in needed if path in images}
             missing = [path for path in needed if path not in images]
+            for start in range(0, len(missing), batch_size):
+                images.update(describe(features, missing[start : start + batch_size], size, cosine))
+                bar.set_postfix(images=len(images))  # the bar itself stands still meanwhile
+
             for pair in chunk:
-                # the missing are in the order of the pairs: a batch or two bring this pair's images
-                while pair.source not in images or pair.target not in images:
-                    images.update(describe(features, missing[:batch_size], size, cosine))
-                    missing = missing[batch_size:]
                 found[pair.path] = match_pair(pair, images, size)
                 bar.update()
     return [found[pair.path] for pair in pairs]
@@ -544,8 +555,8 @@ def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448)
         side: of the two squares in the picture, in pixels.
     """
     picture = Image.new("RGB", (2 * side, side))
-    source, _, _ = letterbox(read_image(match.pair.source), side)
-    target, _, _ = letterbox(read_image(match.pair.target), side)
+    source, _, _ = letterbox(read_image(match.pair.source, upright=False), side)
+    target, _, _ = letterbox(read_image(match.pair.target, upright=False), side)
     picture.paste(source, (0, 0))
     picture.paste(target, (side, 0))
 

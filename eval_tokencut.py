@@ -19,8 +19,9 @@ ROOT holds VOC2012/VOCdevkit or VOCdevkit. For COCO20k it holds coco_20k_filenam
 COCO/{annotations,images}. The paper takes tau 0.2 for VOC and 0.3 for COCO20k.
 
 Prints CorLoc and, as the last line, the same and all settings as JSON. Each image is a line of
-OUTPUT_DIR/predictions.jsonl, and a run that was stopped goes on from it. 60 photos at 224 with
-ViT-Ti and LiFT take about 7 s on one CPU core.
+OUTPUT_DIR/predictions.jsonl, and a run that was stopped goes on from it. Of --image_path, what
+cannot be read or is too large is named at the end; in a data set it ends the run. 60 photos at 224
+with ViT-Ti and LiFT take about 7 s on one CPU core.
 
 Sources: TokenCut, Wang et al., CVPR 2022 (arXiv 2202.11539); LOST, Simeoni et al., BMVC 2021
 (arXiv 2109.14279).
@@ -35,7 +36,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from os.path import abspath, commonpath
+from os.path import abspath
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -53,6 +54,7 @@ from command import (
     replacing,
     report,
     settings,
+    truth,
     write_text,
 )
 
@@ -75,15 +77,6 @@ class NoEffect(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         # a new list: the first one is the parser's default, which the next parse starts from
         namespace.no_effect = [*namespace.no_effect, option_string]
-
-
-def truth(text: str) -> bool:
-    """True or False of a word on the command line."""
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text} is neither: pass True or False")
 
 
 def parser() -> Command:
@@ -122,7 +115,7 @@ def parser() -> Command:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports below
 
 import cv2
 import numpy as np
@@ -150,6 +143,15 @@ class Sample(NamedTuple):
     name: str
     path: Path
     boxes: np.ndarray | None = None  # annotated, [n, 4] in its pixels; None: nobody annotated it
+    upright: bool = False            # turn it as its EXIF says; annotations count pixels as stored
+
+
+class Source(NamedTuple):
+    """The photo of a Sample, and what the backbone sees of it."""
+
+    photo: Image.Image
+    images: torch.Tensor    # [1, 3, H, W], normalised and, right and below, maybe padded
+    inner: tuple[int, int]  # width and height of the photo in the images, without padding
 
 
 class Part(NamedTuple):
@@ -361,8 +363,8 @@ def read_coco20k(root: str | Path) -> list[Sample]:
 def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
     """Samples without annotation of a photo, a folder or a pattern.
 
-    A Sample is named by the path of its photo below the folder that all photos share. Pictures that
-    an earlier run wrote into `output_dir` are no photos.
+    A Sample is named by the path of its photo below `naming_root`. Pictures that an earlier run
+    wrote into `output_dir` are no photos.
 
     Raises:
         ValueError: there are none.
@@ -378,12 +380,28 @@ def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
     if not files:
         raise ValueError(f"no images at {path} but those of an earlier run: pass photos")
 
-    shared = commonpath([place.parent for place in files])
+    root = abspath(naming_root(path))
     samples = []
     for place, file in files.items():
-        name = place.relative_to(shared).as_posix()
-        samples.append(Sample(name, file))
+        name = place.relative_to(root).as_posix()
+        samples.append(Sample(name, file, upright=True))
     return samples
+
+
+def naming_root(path: str | Path) -> Path:
+    """The folder below which the photos of a file, a folder or a pattern are named.
+
+    It is the folder itself, or what precedes the first wildcard. It does not depend on which photos
+    are there: one that is added later must not get the name, and the box, of another.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    folders = []
+    for part in Path(path).parent.parts:
+        if set(part) & set("*?["):
+            break
+        folders.append(part)
+    return Path(*folders)
 
 
 # ---- TokenCut -----------------------------------------------------------------------------------
@@ -430,8 +448,10 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
 
     degree = graph.sum(1, dtype=np.float64)
     if len(graph) <= SMALL_GRAPH:
-        # the second and third of the eigenvectors, as TokenCut asks for them; the second is wanted
-        _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, 2])
+        # the second and third of the eigenvectors, as TokenCut asks for them; the second is wanted,
+        # and two cells have no third
+        last = min(2, len(graph) - 1)
+        _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, last])
         return vectors[:, 0]
 
     # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda, and the eigenvectors D^1/2 v: what is wanted
@@ -498,13 +518,8 @@ def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
 
     It is the largest connected part of the cells that hold `mass` of one head's attention.
 
-    Raises:
-        ValueError: there is no such head.
     Source: LOST, section 4.
     """
-    if not 0 <= head < len(attention):
-        heads = f"0 to {len(attention) - 1}"
-        raise ValueError(f"--dinoseg_head {head} is out of range: pass one of the heads {heads}")
     heat = attention[head].cpu().numpy()
 
     # from the weakest cell on, leave out those that together hold the rest
@@ -579,18 +594,39 @@ def to_input(
     if size:
         photo = photo.resize((size, size), Image.Resampling.BILINEAR)
     width, height = photo.size
-    if width * height > most:
-        raise ValueError(
-            f"{width}x{height} pixels are more than {MOST} cells, whose graph takes 1 GiB: "
-            "pass a smaller --imsize or --lift_iter, or leave out --native"
-        )
+    check_cells(width, height, most)
     images = normalize(to_tensor(photo))[None]                    # [1, 3, H, W]
     if not size:  # -n % patch is what n lacks to the next multiple
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
     return images, (width, height)
 
 
-def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -> Found:
+def check_cells(width: int, height: int, most: float) -> None:
+    """Raise ValueError for an input of more pixels than `most`, which take MOST cells."""
+    if width * height > most:
+        raise ValueError(
+            f"{width}x{height} pixels are more than {MOST} cells, whose graph takes 1 GiB: "
+            "pass a smaller --imsize or --lift_iter, or leave out --native"
+        )
+
+
+def read_source(sample: Sample, prepare: Callable) -> Source:
+    """The Source of a Sample.
+
+    Args:
+        prepare: see `evaluate`.
+    Raises:
+        ValueError, FileNotFoundError: the photo cannot be read, or is too large.
+    """
+    photo = read_image(sample.path, upright=sample.upright)
+    try:
+        images, inner = prepare(photo)
+    except ValueError as error:
+        raise ValueError(f"{sample.path}: {error}") from error
+    return Source(photo, images, inner)
+
+
+def discover(sample: Sample, source: Source, maps: Callable, cut: Callable) -> Found:
     """Search one Sample.
 
     The entry of what is found holds `box` in pixels of the input, `photo_box` in pixels of the
@@ -598,12 +634,11 @@ def discover(sample: Sample, maps: Callable, cut: Callable, prepare: Callable) -
     annotated box, and `correct`, whether that is 0.5 or more.
 
     Args:
-        maps, cut, prepare: see `evaluate`.
+        maps, cut: see `evaluate`.
     Raises:
-        ValueError, FileNotFoundError: the photo cannot be read, or its features are not finite.
+        ValueError: its features are not finite.
     """
-    photo = read_image(sample.path)
-    images, inner = prepare(photo)  # inner: width and height of the photo in the images
+    photo, images, inner = source
     feats = maps(images)[0]                                       # [C, h, w]
     if not torch.isfinite(feats).all():
         what = f"the features of {sample.path} are not finite"
@@ -651,6 +686,7 @@ def evaluate(
     prepare: Callable,
     done: dict[str, dict] | None = None,
     keep: Callable[[Found], None] | None = None,
+    skip: bool = False,
 ) -> dict[str, Any]:
     """Search all Samples that are not done, and take CorLoc over all.
 
@@ -660,8 +696,10 @@ def evaluate(
         prepare: from a photo to images [1, 3, H, W] and its size (W, H) in there.
         done: {name: entry} of Samples that were searched before.
         keep: called with each Found.
+        skip: leave out photos that cannot be read or are too large, instead of raising.
     Returns:
-        {"corloc", "found", "images", "predictions": {name: entry}}, entries as from `discover`.
+        {"corloc", "found", "images", "predictions": {name: entry}, "skipped"}, entries as from
+        `discover`, and a line for each photo that is left out.
     """
     done = done or {}
     predictions = {}
@@ -673,16 +711,24 @@ def evaluate(
             left.append(sample)
 
     searched_before = len(samples) - len(left)
+    skipped = []
     bar = tqdm(left, initial=searched_before, total=len(samples), unit="image", disable=None)
     for sample in bar:
-        found = discover(sample, maps, cut, prepare)
+        try:
+            source = read_source(sample, prepare)
+        except (ValueError, OSError) as error:
+            if not skip:
+                raise
+            skipped.append(str(error))
+            continue
+        found = discover(sample, source, maps, cut)
         if keep:
             keep(found)
         predictions[sample.name] = found.entry
         if "correct" in found.entry:
             score = corloc(predictions)["corloc"]
             bar.set_postfix_str(f"CorLoc {score:.2f}", refresh=False)
-    return {**corloc(predictions), "predictions": predictions}
+    return {**corloc(predictions), "predictions": predictions, "skipped": skipped}
 
 
 # ---- predictions on disk ------------------------------------------------------------------------
@@ -904,6 +950,16 @@ def check(args: argparse.Namespace) -> None:
     check_one_process()
 
 
+def check_dinoseg(extractor: Any, head: int) -> None:
+    """Raise ValueError if a backbone has no CLS, whose attention is cut, or not this head."""
+    if getattr(extractor.model, "cls_token", None) is None:
+        what = f"--dinoseg needs a backbone with a CLS token, {extractor.name} has none"
+        raise ValueError(f"{what}: pass another --model_type, or leave out --dinoseg")
+    if head >= extractor.heads:
+        heads = f"0 to {extractor.heads - 1}"
+        raise ValueError(f"--dinoseg_head {head} is out of range: pass one of the heads {heads}")
+
+
 def read_samples(args: argparse.Namespace) -> list[Sample]:
     """The Samples that --image_path, or --dataset, --dataroot and --set, ask for.
 
@@ -953,6 +1009,7 @@ def main(args: argparse.Namespace) -> None:
         return up(images, extractor(images))
 
     if args.dinoseg:
+        check_dinoseg(extractor, args.dinoseg_head)
         cut = partial(dinoseg, head=args.dinoseg_head)
     else:
         cut = partial(tokencut, tau=args.tau, eps=args.eps, binary=not args.no_binary_graph)
@@ -969,10 +1026,13 @@ def main(args: argparse.Namespace) -> None:
 
     # a cell of the map takes step / factor pixels a side, so MOST cells are this many pixels
     most = MOST * (extractor.step / up.factor) ** 2
+    if size:  # then all photos are alike: told before the first
+        check_cells(size, size, most)
     prepare = partial(to_input, size=size, normalize=normalize, patch=extractor.patch, most=most)
 
-    # left out: --channel and --patch, which are only checked, and where the output goes; all other
-    # flags decide what is found
+    # left out: --channel and --patch, which are only checked, and where the output goes. All other
+    # flags decide what is found, but for --visualize and --save-feat-dir. They count because an
+    # image that has a line is not searched again: it must have its pictures and its map.
     facts = {**extractor.facts(), **up.facts()}
     made_by = record(
         args,
@@ -1001,8 +1061,15 @@ def main(args: argparse.Namespace) -> None:
         if args.save_predictions:  # last: an image that has a line has its map and pictures, too
             append_line(file, {"name": found.sample.name, **found.entry})
 
-    results = evaluate(samples, maps, cut, prepare, done, keep)
+    results = evaluate(samples, maps, cut, prepare, done, keep, skip=bool(args.image_path))
     predictions = results.pop("predictions")
+    skipped = results.pop("skipped")
+    if len(samples) == 1 and skipped:
+        raise ValueError(skipped[0])
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if args.image_path:
+        results["unreadable"] = len(skipped)
     print(table(results, predictions))
     if apart:
         print(
@@ -1013,6 +1080,10 @@ def main(args: argparse.Namespace) -> None:
         )
     used = settings(args, device=str(extractor.device), **facts)
     report({"settings": used, "results": results}, args.json)
+
+    left = [sample for sample in samples if sample.name not in done]
+    if skipped and len(skipped) == len(left):
+        raise ValueError(f"none of {len(left)} photos could be read: replace or remove them")
 
 
 if __name__ == "__main__":

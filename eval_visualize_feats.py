@@ -5,7 +5,8 @@
         --query 120,80 --query 9,210
     python eval_visualize_feats.py --dataroot photos/ --lift_path lift.pth --html page.html
 
-Writes sheets for each photo, into the same subfolder of OUTPUT_DIR that it has in DATAROOT:
+Writes sheets for 20 photos, drawn at random, or for --limit of them. A photo's sheets go into the
+same subfolder of OUTPUT_DIR that it has in DATAROOT:
 
     PHOTO_alternatives.png   the photo, backbone, that doubled bilinearly, backbone on the photo at
                              double size, LiFT
@@ -47,6 +48,7 @@ from command import (
     replacing,
     report,
     settings,
+    weights_digest,
     write_text,
 )
 
@@ -96,7 +98,7 @@ def parser() -> Command:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # --help and wrong flags are answered before the dear imports below
+    parser().parse_args()  # --help and wrong flags are answered before the slow imports below
 
 import cv2
 import numpy as np
@@ -338,12 +340,18 @@ def make_sheets(
     pca: bool,
 ) -> dict[str, list[list[Panel]]]:
     """The sheets of one photo, {name of SHEETS: rows of panels}; arguments as similarity_rows."""
-    rows = similarity_rows(photo, maps, points, size, marker)
-    # a row: 0 the photo, 1 backbone, 2 bilinear, 3 backbone at 2x, 4 LiFT once, 5 LiFT twice, ...
-    sheets = {"alternatives": [row[:5] for row in rows]}
+    alternatives = []
+    iterations = []
+    for row in similarity_rows(photo, maps, points, size, marker):
+        shown, backbone, bilinear, large = row[:4]  # shown: the photo
+        lifted = row[4:]                            # LiFT once, twice, ...; none without a module
+        alternatives.append([shown, backbone, bilinear, large, *lifted[:1]])
+        iterations.append([shown, backbone, *lifted])
+
+    sheets = {"alternatives": alternatives}
     with_lift = len(maps) > 3
     if with_lift:
-        sheets["iterations"] = [row[:2] + row[4:] for row in rows]
+        sheets["iterations"] = iterations
     if pca:
         sheets["pca"] = [pca_row(photo, maps, size)]
     return sheets
@@ -580,14 +588,17 @@ def find_photos(dataroot: str, limit: int, seed: int) -> tuple[list[Path], Path]
 
     Returns:
         The photos, in the order in which they were listed or, where drawn, sorted; and the folder
-        that all photos share, drawn or not.
+        below which their subfolders count. It is `dataroot` or, where that is a pattern or a photo,
+        the folder that all photos share, drawn or not.
     Raises:
         ValueError: there is no photo.
     """
     found = [path for path in list_images(dataroot) if not is_sheet(path)]
     if not found:
         raise ValueError(f"no images but our own sheets at {dataroot}: pass a folder of photos")
-    root = Path(os.path.commonpath([path.parent for path in found]))
+    root = Path(dataroot)
+    if not root.is_dir():
+        root = Path(os.path.commonpath([path.parent for path in found]))
     if 0 < limit < len(found):
         found = sorted(random.Random(seed).sample(found, limit))
     return found, root
@@ -662,13 +673,12 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong whatever the photos and the backbone are."""
     check_range(args, imsize=1, limit=0, lift_iter=1, fontsize=1)
     check_one_process()
-    if args.pca and args.facet == "attn" and not args.my_extractor:
-        what = "--pca cannot compare attn, which is as wide as its grid"
-        raise ValueError(f"{what}: pass another --facet or no --pca")
-    for flag in ("html", "json"):
-        path = getattr(args, flag)
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{flag} {path} is a folder: pass a file")
+    for flag in ("pca", "html"):
+        if getattr(args, flag) and args.facet == "attn" and not args.my_extractor:
+            what = f"--{flag} cannot compare attn, which is as wide as its grid"
+            raise ValueError(f"{what}: pass another --facet or no --{flag}")
+    if args.html and Path(args.html).is_dir():
+        raise ValueError(f"--html {args.html} is a folder: pass a file")
     if args.html and args.json and Path(args.html).resolve() == Path(args.json).resolve():
         raise ValueError(f"--html and --json are one file, {args.json}: pass two")
     if args.lift_path:
@@ -690,7 +700,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.keep_aspect:
         # every photo is read at one size, so that one check now tells before the first photo
         needed = memory_needed(extractor, (args.imsize, args.imsize), iterations)
-        check_memory(needed, "the maps", LESS_MEMORY)
+        check_memory(needed, "the maps", LESS_MEMORY, extractor.device)
 
     files = []
     entries = []
@@ -698,12 +708,13 @@ def main(args: argparse.Namespace) -> None:
     for path in tqdm(paths, unit="photo", disable=None):
         try:
             photo = read_image(path)
+            points = check_points(args.query, photo, path)
             size = input_size(extractor, photo, path, args.imsize, args.keep_aspect)
-            check_memory(memory_needed(extractor, size, iterations), "the maps", LESS_MEMORY)
+            needed = memory_needed(extractor, size, iterations)
+            check_memory(needed, "the maps", LESS_MEMORY, extractor.device)
         except (ValueError, OSError) as error:
             skipped[str(path)] = str(error)
             continue
-        points = check_points(args.query, photo, path)
         maps = compute_maps(extractor, lift, photo, size, iterations)
 
         shown = panel_size(photo, max(PANEL, *size))
@@ -730,7 +741,10 @@ def main(args: argparse.Namespace) -> None:
         write_page(args.html, entries)
     for error in skipped.values():
         print(f"skipped: {error}", file=sys.stderr)
-    used = settings(args, device=str(extractor.device), **extractor.facts())
+    facts = extractor.facts()
+    if lift is not None:
+        facts["lift_digest"] = weights_digest(lift)
+    used = settings(args, device=str(extractor.device), **facts)
     report({"files": files, "skipped": list(skipped), "settings": used}, args.json)
 
 

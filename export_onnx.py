@@ -41,6 +41,7 @@ from command import (
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-3  # of the largest feature
+REMEDY = "pass another backbone, or --lift_only"  # for what cannot be exported
 
 
 def parser() -> Command:
@@ -68,7 +69,9 @@ from lift import (
     Upsampler,
     check_lift_args,
     load_lift,
+    read_options,
     read_origin,
+    read_state,
     upsample,
     upsampler,
 )
@@ -217,12 +220,27 @@ def free_axes() -> tuple[Dim, Dim, Dim]:
 
 
 def plan_lift(args: argparse.Namespace) -> Plan:
-    """The Plan of --lift_only: LiFT alone."""
+    """The Plan of --lift_only: LiFT alone.
+
+    Raises:
+        FileNotFoundError: there is no file at --lift_path.
+        ValueError: it is no LiFT checkpoint, --patch or --channel are not its own, or nothing tells
+            its patch.
+    """
     if not args.lift_path:
         raise ValueError("--lift_only needs a module: pass --lift_path FILE")
-    lift = load_lift(args.lift_path)
-    patch = lift.patch_size
+    origin = read_origin(args.lift_path) or {}
+    told = read_options(read_state(args.lift_path), origin)
+    patch = told.patch or args.patch
+    if patch is None:
+        what = f"neither {args.lift_path} nor a JSON beside it tells the module's patch"
+        raise ValueError(f"{what}: pass --patch 8 or --patch 16")
+    lift = load_lift(args.lift_path, patch_size=patch)
     channels = lift.outc.out_channels
+    for flag, given, real in (("patch", args.patch, patch), ("channel", args.channel, channels)):
+        if given not in (None, real):
+            what = f"--{flag} {given}, but {args.lift_path} is for {real}"
+            raise ValueError(f"{what}: leave --{flag} out")
 
     batches = random_images(sizes_to_check(patch))
     generator = torch.Generator().manual_seed(1)
@@ -237,7 +255,6 @@ def plan_lift(args: argparse.Namespace) -> Plan:
         "feats": {0: count, 2: rows, 3: columns},
     }
     # --model_type is not used here: the JSON line tells the backbone that the module is for
-    origin = read_origin(args.lift_path) or {}
     facts = {"model_type": origin.get("backbone"), "patch": patch, "channel": channels}
     module = LiFTAlone(lift, args.lift_iter).eval()
     return Plan(module, batches, free, "any multiples of the patch", facts)
@@ -287,22 +304,32 @@ def require_packages() -> None:
 
 @torch.no_grad()
 def write(plan: Plan, path: Path) -> None:
-    """Export the module of a plan to an ONNX file."""
+    """Export the module of a plan to an ONNX file.
+
+    Raises:
+        ValueError: torch cannot export it, for example as it decides by the values of the images.
+    """
     inputs = plan.batches[0]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
+    # and this one prints the whole graph before the error that is caught below
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     with warnings.catch_warnings(), plan.exporting():
         warnings.simplefilter("ignore")  # of torch about itself
-        torch.onnx.export(
-            plan.module,
-            tuple(inputs.values()),
-            path,
-            input_names=list(inputs),
-            output_names=["features"],
-            dynamic_shapes=tuple(plan.free.values()),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                plan.module,
+                tuple(inputs.values()),
+                path,
+                input_names=list(inputs),
+                output_names=["features"],
+                dynamic_shapes=tuple(plan.free.values()),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = first_line(error.__cause__ or error)  # its own text is general advice
+            raise ValueError(f"torch does not export this model ({reason}): {REMEDY}") from error
 
 
 @torch.no_grad()
@@ -314,12 +341,11 @@ def check(plan: Plan, path: Path) -> float:
     """
     import onnxruntime
 
-    remedy = "pass another --model_type, or --lift_only"
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own, which have no common base
         what = "onnxruntime does not load this model"
-        raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
+        raise ValueError(f"{what} ({first_line(error)}): {REMEDY}") from error
 
     largest = 0.0
     for inputs in plan.batches:
@@ -330,26 +356,27 @@ def check(plan: Plan, path: Path) -> float:
             (found,) = session.run(None, arrays)
         except Exception as error:
             what = f"onnxruntime does not run this model on images of shape {shape}"
-            raise ValueError(f"{what} ({first_line(error)}): {remedy}") from error
+            raise ValueError(f"{what} ({first_line(error)}): {REMEDY}") from error
         worst = (torch.from_numpy(found) - wanted).abs().max()
         difference = (worst / wanted.abs().max()).item()
         # asked before max(), which would drop a NaN; "not <=" is true for NaN, as ">" is not
         if not difference <= TOLERANCE:
             what = f"onnxruntime differs by {difference:.1e} on images of shape {shape}"
-            raise ValueError(f"{what}: {remedy}")
+            raise ValueError(f"{what}: {REMEDY}")
         largest = max(largest, difference)
     return largest
 
 
 def main(args: argparse.Namespace) -> None:
     """Export a module, check the file, and only then put it in place."""
-    check_range(args, imsize=1, lift_iter=1)
+    check_range(args, imsize=1, lift_iter=1, patch=1)
     check_one_process()
     if Path(args.output).suffix != ".onnx":
         what = f"--output {args.output} is no ONNX file"
         raise ValueError(f"{what}: give it a name that ends in .onnx")
-    if args.dtype != "float32" or args.device != "cpu":
+    if args.dtype != "float32" or args.device not in ("cpu", "auto"):
         raise ValueError("files are made in float32 on the CPU: leave --dtype and --device out")
+    args.device = "cpu"  # what auto means here, on a machine with a GPU too
     require_packages()
     if args.lift_only:
         plan = plan_lift(args)

@@ -4,7 +4,8 @@
     images, feats = images_and_features(batch_of_photos, extractor)
 
 A backbone that is frozen gives the same features in every epoch, so training can read them instead:
-train_lift.py --cache_features. One photo of 448 pixels takes 1 MB with a ViT-S/16.
+train_lift.py --cache_features. A photo of 448 pixels takes 1 MB with a ViT-S/16, for each of its
+views (4 with --augment, see --views), and twice as much with --match.
 
 Notation: B batch, C channels, p patch size, S pixels of the square photos.
 """
@@ -75,9 +76,8 @@ class Cached(Dataset):
     An item has what Photos gives except "full". In its place come "f1", "f2" and "f3", the features
     at S, S/2 and S/4: [C, h, w], or [2, C, h, w] where photos have warped copies.
 
-    A view is one pass over all photos, each with its own random colours and warp. The file holds
-    one record a photo and view, all of the same size: first those of all photos in the first view,
-    then those in the second, and so on. Epoch e reads view e % views.
+    A view is one pass over all photos, each with its own random colours and warp. The file holds a
+    record for each (view, photo), all of one size, view by view. Epoch e reads view e % views.
     """
 
     def __init__(self, path: Path, record: np.dtype, views: int, paths: list[Path]):
@@ -158,6 +158,7 @@ def cached(
         views: how many passes over the photos it holds, see Cached.
     Raises:
         OSError: the features do not fit on the disk, or cannot be written.
+        ValueError: they are too large for float16, or the folder has no locks.
     """
     record = record_type(extractor, photos.imsize, photos.warp)
     path = Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
@@ -187,10 +188,18 @@ def cached(
 
 
 def wait_for_lock(file: BinaryIO) -> None:
-    """Wait until no other process fills this file."""
+    """Wait until no other process fills this file.
+
+    Raises:
+        ValueError: its file system has no locks. Two processes would mix up their records.
+    """
     import fcntl  # not on Windows, where only --cache_features is lost
 
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        remedy = "pass a --cache_features on a local disk"
+        raise ValueError(f"{file.name} cannot be locked ({error}): {remedy}") from error
 
 
 def fill(
@@ -204,11 +213,12 @@ def fill(
 ) -> None:
     """Append the records of `keys` (view, index) that `file` lacks.
 
-    A batch that a stopped run left incomplete is computed anew. So the batches, and with them the
-    last bits of the features, are those of a run that was never stopped.
+    A batch that a stopped run left incomplete is computed anew. So with the same batch_size the
+    batches, and with them the last bits of the features, are those of a run that was never stopped.
 
     Raises:
         OSError: there is less room on the disk than they take.
+        ValueError: features are not finite in float16.
     """
     # tell() is where the file ended when it was opened, and another process may have written since
     file.seek(0, os.SEEK_END)
@@ -231,7 +241,11 @@ def fill(
         rows = np.zeros(len(batch["broken"]), record)
         for name, value in zip(FEATURES, feats):
             # a photo and its copy are one row: [2B, C, h, w] becomes [B, 2, C, h, w]
-            rows[name] = value.reshape(rows[name].shape).cpu().numpy()
+            with np.errstate(over="ignore"):  # too large a number becomes inf, which is told below
+                rows[name] = value.reshape(rows[name].shape).cpu().numpy()
+            if not np.isfinite(rows[name]).all():
+                what = f"the features of {extractor.name} are not finite in the float16 of the file"
+                raise ValueError(f"{what}: leave out --cache_features")
         for name in record.names:
             if name not in FEATURES:
                 rows[name] = batch[name].numpy()

@@ -242,7 +242,8 @@ def lift(
     """A frozen ViT with LiFT: images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32.
 
     The model normalises the images itself. `iterations`, `out_size` and `return_backbone` can be
-    given to a call too.
+    given to a call too. On a GPU torch runs convolutions in TF32 unless the caller says
+    `torch.backends.cudnn.allow_tf32 = False`, as this repository's scripts do.
 
     Args:
         backbone: a name of the README, or a ViT of timm.
@@ -310,7 +311,7 @@ def lift_module(
     if lift_path is None:
         lift_path = _lift_file(backbone)
     module = _read_files()["lift"].load_lift(lift_path, patch_size=patch_size)
-    # load_lift has made a LiFT: give it a class that is still LiFT, and that _LiFT lets be pickled
+    # make it a LiFT that can be pickled: a class made on the spot, of _LiFT and its own
     module.__class__ = type("LiFT", (_LiFT, type(module)), {})
     module.lift_path = _absolute(lift_path)
     return module

@@ -10,8 +10,9 @@
 
 One image and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
 --output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A run over
-the same folder goes on where it was; other settings are refused, unless --overwrite is given. What
-cannot be read is named at the end.
+the same photos goes on where it was; photos that have changed are computed again. Other settings,
+and photos from other folders, are refused unless --overwrite is given. What cannot be read is named
+at the end.
 
 A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
 grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
@@ -35,6 +36,7 @@ from command import (
     add_lift_args,
     check_memory,
     check_range,
+    check_torchrun,
     claim_folder,
     rank,
     record,
@@ -50,13 +52,15 @@ FORMATS = ("pth", "npz", "safetensors")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
 
-# what a pixel takes besides its features: 3 channels in 5 copies of the photo. It is there as read,
-# in its batch, without the mean, normalised, and channels last for LiFT.
+# Numbers a pixel takes besides its features: 3 channels, and 5 copies of the photo at once (as
+# read, in the batch, minus the mean, normalised, channels last).
 PHOTO_NUMBERS = 3 * 5
 
-# how the work is done or where it goes, but not what is in a file
+# Flags that do not change what is in a file: how the work is done, where it goes, and the two that
+# are only checked. Of image_path the record holds the folders (see claim_output).
 NOT_IN_A_FILE = (
     "image_path", "output_path", "picture", "format", "batch_size", "workers", "overwrite",
+    "channel", "patch",
 )  # fmt: skip
 
 
@@ -220,22 +224,27 @@ class ViTLiFTExtractor(nn.Module):
 
 
 class Job(NamedTuple):
-    """One photo, the file of its features, and that of its picture."""
+    """One photo, the folder it was found in, the file of its features, and that of its picture."""
 
     photo: Path
+    root: Path
     output: Path
     picture: Path | None
 
     def is_done(self) -> bool:
-        """Whether all its files are there."""
-        return self.output.exists() and (self.picture is None or self.picture.exists())
+        """Whether all its files are there, and none is older than the photo."""
+        files = [self.output]
+        if self.picture:
+            files.append(self.picture)
+        changed = self.photo.stat().st_mtime
+        return all(file.exists() and file.stat().st_mtime >= changed for file in files)
 
 
 def find_photos(given: list[str]) -> dict[Path, Path]:
-    """Find the photos, each with the relative path that names its output file.
+    """Find the photos, each with its root: its path from there names its output file.
 
-    For a folder that path is relative to the folder, for a file or a pattern to the deepest folder
-    that holds everything it found.
+    The root is the given folder, and for a file or a pattern the deepest folder that holds
+    everything it found.
 
     Raises:
         ValueError: there are none, or two would get one output file.
@@ -244,16 +253,16 @@ def find_photos(given: list[str]) -> dict[Path, Path]:
     taken: dict[Path, Path] = {}
     for entry in given:
         files = list_images(entry)
-        root = entry
-        if not Path(entry).is_dir():
-            root = os.path.commonpath([file.parent for file in files])
+        root = Path(entry)
+        if not root.is_dir():
+            root = Path(os.path.commonpath([file.parent for file in files]))
         for file in files:
             name = file.relative_to(root)
             if taken.get(name, file) != file:
                 both = f"{taken[name]} and {file} would get one output file"
                 raise ValueError(f"{both}: pass the folder that holds them all")
             taken[name] = file
-            photos[file] = name
+            photos[file] = root
     return photos
 
 
@@ -282,6 +291,8 @@ def is_one_file(args: argparse.Namespace, photos: int) -> bool:
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """All photos, each with the files that are to be written, whether done or not.
 
+    Pictures that an earlier run has drawn among the photos are no photos.
+
     Under torchrun every process computes the same list and takes its part of it. What exists by
     now must not count here: the other processes may be writing already, and lists would differ.
 
@@ -289,13 +300,22 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         ValueError: --output_path or --picture are no names for what is to be written.
     """
     photos = find_photos(args.image_path)
+    if args.picture:
+        picture_file = Path(args.picture).resolve()
+        photos = {file: root for file, root in photos.items() if file.resolve() != picture_file}
+        if not photos:
+            raise ValueError(f"--picture {args.picture} is the photo itself: pass another name")
+
     one_file = is_one_file(args, len(photos))
     if args.picture and one_file and Path(args.picture).suffix.lower() not in PICTURES:
         formats = ", ".join(PICTURES)
         what = f"--picture {args.picture} is no picture's name"
         raise ValueError(f"{what}: let it end in one of {formats}")
+
     jobs = []
-    for photo, name in photos.items():
+    pictures = set()
+    for photo, root in photos.items():
+        name = photo.relative_to(root)
         output = Path(args.output_path)
         if not one_file:
             output = output / f"{name}.{args.format}"
@@ -304,26 +324,36 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             picture = Path(args.picture)
         elif args.picture:
             picture = Path(args.picture) / f"{name}.png"
-        jobs.append(Job(photo, output, picture))
-    return jobs
+            pictures.add(picture.resolve())
+        jobs.append(Job(photo, root, output, picture))
+    if not pictures:
+        return jobs
+    return [job for job in jobs if job.photo.resolve() not in pictures]
 
 
-def claim_output(
-    folder: Path, jobs: list[Job], made_by: dict[str, Any], overwrite: bool
-) -> None:
+def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwrite: bool) -> None:
     """Record these settings in the output folder, or refuse a folder of other settings.
 
-    With `overwrite`, features of other settings are removed first: a run that is stopped must not
-    leave them under the new record.
+    The photos' folders are part of the record: a photo of the same name in another folder would
+    count as done.
+
+    With `overwrite`, features of other settings, or of settings that nobody knows, are removed
+    first: a run that is stopped must not leave them under the new record.
 
     Raises:
         ValueError: it holds features of other settings, or of settings that nobody knows.
     """
+    roots = {job.root for job in jobs}
+    made_by = {**made_by, "image_folders": sorted({str(root.resolve()) for root in roots})}
     remedy = "pass --overwrite, or another --output_path"
     there = [job.output for job in jobs if job.output.exists()]
-    if there and not overwrite and not (folder / RECORD).exists():
-        what = f"{there[0]} is there, and no {RECORD} says how it was made"
-        raise ValueError(f"{what}: {remedy}")
+    if there and not (folder / RECORD).exists():
+        if not overwrite:
+            what = f"{there[0]} is there, and no {RECORD} says how it was made"
+            raise ValueError(f"{what}: {remedy}")
+        for file in there:
+            file.unlink()
+        there = []
     try:
         claim_folder(folder, made_by, remedy)
     except ValueError as error:
@@ -342,11 +372,19 @@ def claim_output(
 # ---- reading ------------------------------------------------------------------------------------
 
 
+def main_memory() -> float:
+    """The bytes of main memory that this machine has, infinite where the system tells no sizes."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return float("inf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class Memory(NamedTuple):
     """What decides how much memory a photo takes; small, to be sent to a loader's workers.
 
     Attributes: patch, step, channels of the backbone (None for the facet attn, whose number grows
-    with the photo), heads, and the factor by which the grid is upsampled.
+    with the photo), heads, the factor by which the grid is upsampled, the cells of --out_size (0
+    without it), the device, and the bytes of main memory.
     """
 
     patch: int
@@ -354,6 +392,19 @@ class Memory(NamedTuple):
     channels: int | None
     heads: int
     factor: int
+    out_cells: int = 0
+    device: str = "cpu"
+    there: float = float("inf")
+
+    def at_once(self, width: int, height: int, most: int) -> int:
+        """How many photos of this size to take at once: at most `most`, or fewer on a CPU.
+
+        Half of the memory is left for the photos that wait, and for all else.
+        """
+        if self.device != "cpu":
+            return most
+        fitting = self.there / 2 / self.needed(width, height)
+        return max(1, int(min(most, fitting)))
 
     def needed(self, width: int, height: int) -> int:
         """About how many bytes a photo fitted to this size takes in the end."""
@@ -369,13 +420,26 @@ class Memory(NamedTuple):
         if self.factor > 1:
             # the backbone's own, and the enlarged image with LiFT's convolutions
             per_cell += channels + self.factor**2 * self.patch**2
-        return int(4 * (cells * per_cell + PHOTO_NUMBERS * width * height))
+        resized = 3 * channels * self.out_cells
+        return int(4 * (cells * per_cell + resized + PHOTO_NUMBERS * width * height))
 
 
-def memory_of(extractor: DenseExtractor, up: Upsampler) -> Memory:
-    """The Memory of a backbone and what upsamples it."""
+def memory_of(
+    extractor: DenseExtractor, up: Upsampler, out_size: tuple[int, int] | None = None
+) -> Memory:
+    """The Memory of a backbone, what upsamples it, and the --out_size (h, w) of its maps."""
+    out_cells = 0
+    if out_size:
+        out_cells = out_size[0] * out_size[1]
     return Memory(
-        extractor.patch, extractor.step, extractor.width, extractor.heads, up.factor
+        extractor.patch,
+        extractor.step,
+        extractor.width,
+        extractor.heads,
+        up.factor,
+        out_cells,
+        str(extractor.device),
+        main_memory(),
     )
 
 
@@ -415,18 +479,25 @@ class Photos(Dataset):
             what = f"{path} has {photo.width}x{photo.height} pixels, a strip"
             raise ValueError(f"{what}: cut it, or pass --load_size 0")
         width, height = fitted_size(photo.width, photo.height, self.patch, self.load_size)
-        remedy = "pass a smaller --load_size or --lift_iter"
-        check_memory(self.memory.needed(width, height), f"the features of {path}", remedy)
+        remedy = "pass a smaller --load_size, --lift_iter or --out_size"
+        needed = self.memory.needed(width, height)
+        check_memory(needed, f"the features of {path}", remedy, self.memory.device)
 
 
 Item = tuple[int, Tensor | None, Any]
 
 
-def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], batch_size: int, memory: Memory) -> Iterator[list[Item]]:
     """Collect items into batches of one image size each; what cannot be read comes alone.
 
-    At most four batches' worth of photos is kept waiting. Then the fullest batch goes as it is.
+    A batch is smaller than batch_size where the memory does not hold so many. At most four batches'
+    worth of photos is kept waiting, and about a quarter of the memory. Then the fullest batch goes
+    as it is.
     """
+
+    def size_in_bytes(shape: Any) -> int:
+        return sum(image.nbytes for _, image, _ in waiting[shape])
+
     waiting: dict[Any, list[Item]] = {}
     for item in items:
         image = item[1]
@@ -435,12 +506,15 @@ def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
             continue
         queue = waiting.setdefault(image.shape, [])
         queue.append(item)
-        if len(queue) == batch_size:
+        height, width = image.shape[1:]
+        if len(queue) >= memory.at_once(width, height, batch_size):
             yield waiting.pop(image.shape)
             continue
 
         count = sum(len(others) for others in waiting.values())
-        if count >= 4 * batch_size:
+        if sum(size_in_bytes(shape) for shape in waiting) > memory.there / 4:
+            yield waiting.pop(max(waiting, key=size_in_bytes))
+        elif count >= 4 * batch_size:
             fullest = max(waiting, key=lambda size: len(waiting[size]))
             yield waiting.pop(fullest)
     yield from waiting.values()
@@ -564,7 +638,7 @@ def process(
             "image_size": (height, width),
             "input_size": input_size,
             **place,
-            "settings": run_settings,
+            "settings": {**run_settings, "image_path": [str(job.photo)]},
         }
         save(job.output, final[number], facts)
         if job.picture:
@@ -591,12 +665,9 @@ def start_processes() -> None:
     Raises:
         ValueError: torchrun's RANK and WORLD_SIZE are set, but not by torchrun.
     """
-    if world_size() == 1:
-        return
-    if "MASTER_ADDR" not in os.environ:
-        what = "RANK and WORLD_SIZE are set, but this is no torchrun"
-        raise ValueError(f"{what}: start it by torchrun, or unset them")
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    check_torchrun()
+    if world_size() > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def wait_for_all() -> None:
@@ -637,7 +708,7 @@ def main(args: argparse.Namespace) -> None:
         left = [job for job in jobs if not job.is_done()]
 
     run_settings = settings(args, **facts, device=str(extractor.device))
-    memory = memory_of(extractor, up)
+    memory = memory_of(extractor, up, args.out_size)
     photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, memory)
     loader = DataLoader(photos, batch_size=None, num_workers=args.workers)
     unreadable = []
@@ -645,7 +716,7 @@ def main(args: argparse.Namespace) -> None:
     if len(left) < 2:
         disable = True
     with tqdm(total=len(left), unit="photo", disable=disable) as bar:
-        for batch in batches(loader, args.batch_size):
+        for batch in batches(loader, args.batch_size, memory):
             _, image, size_or_error = batch[0]
             if image is None:
                 unreadable.append(size_or_error)
@@ -662,7 +733,10 @@ def main(args: argparse.Namespace) -> None:
     wanted, broken, skipped = add_up([len(left), len(unreadable), len(jobs) - len(left)])
     if rank() == 0:
         counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
-        report({**run_settings, **counts})
+        line = {**run_settings, **counts}
+        if len(args.image_path) > 3:  # an unquoted pattern may be thousands of names
+            line["image_path"] = f"{len(args.image_path)} paths"
+        report(line)
     wait_for_all()  # torchrun ends the others as soon as one fails
     if wanted and broken == wanted:
         if rank() > 0:  # the first process says why

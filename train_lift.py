@@ -18,10 +18,11 @@ A run is written to OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}: `l
 
 Every epoch prints what the module is worth on photos held out: --val_dataroot, else 2 % of
 --dataroot. It is the mean cosine of the backbone's features at S with those that LiFT, bilinear and
-nearest interpolation make at S/2, and with those that LiFT and bilinear make in two steps at S/4. A
-module that is not above bilinear is not worth using. `_centred` is the same after the mean feature
-of the training photos was subtracted from both sides: the raw cosine also rewards features that
-all look like that mean. The last line is JSON: settings, metrics, photos that could not be read.
+nearest interpolation make from those at S/2. `lift_twice` is LiFT applied twice to those at S/4,
+and `bilinear_twice` one interpolation of them by 4. A module that is not above bilinear is not
+worth using. `_centred` is the same after the mean feature of the training photos was subtracted
+from both sides: the raw cosine also rewards features that all look like that mean. The last line is
+JSON: settings, metrics, photos that could not be read.
 
 Every random choice follows from --seed, epoch and photo alone. So neither --workers, nor a stop and
 --resume, nor the number of processes changes what is seen: N processes with batch b equal one with
@@ -50,6 +51,7 @@ from command import (
     Command,
     add_backbone_args,
     check_range,
+    check_torchrun,
     difference,
     first_line,
     load_tensors,
@@ -64,8 +66,8 @@ from command import (
 
 LOSSES = ("cosine", "l1", "l2", "centred", "both")  # see loss_between
 
-# Flags that may change at --resume. They do not decide the weights, except that with --schedule
-# cosine --epochs is where the decay ends: more of them continue it on the longer curve.
+# Flags that may change at --resume, because they do not decide the weights. --epochs does with
+# --schedule cosine: a larger one goes on along the longer curve.
 ONLY_HOW = (
     "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "json", "compile",
     "output_dir", "cache_features",
@@ -129,7 +131,6 @@ def parser() -> Command:
     add("--weight_decay", type=float, default=0.0, help="AdamW's (default: 0, which is Adam)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr")
     add("--warmup", type=int, default=0, help="steps until --lr is reached (default: 0)")
-    add("--ema", type=float, default=0.0, help="use an average of the weights, e.g. 0.999")
     add("--accumulate", type=int, default=1, help="batches an optimizer step (default: 1)")
 
     add = command.add_argument_group("speed").add_argument
@@ -157,7 +158,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
@@ -499,6 +499,9 @@ def mean_feature(
     """The mean of the features at S over up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
 
     Each process computes its share of them, and all return the same mean.
+
+    Raises:
+        ValueError: the features are not finite.
     """
     count = min(len(photos), CENTRE_PHOTOS)
     chosen = [number * len(photos) // count for number in range(count)]
@@ -519,7 +522,19 @@ def mean_feature(
         all_totals += process_total
         all_images += process_images
     mean = all_totals / all_images
+    check_finite(mean, extractor)
     return mean.float()[:, None, None].to(extractor.device)
+
+
+def check_finite(feats: Tensor, extractor: DenseExtractor) -> None:
+    """Raise ValueError for features that nothing can be learned from, nor measured with."""
+    if feats.isfinite().all():
+        return
+    remedy = "pass --dtype float32"
+    if extractor.dtype == torch.float32:
+        remedy = "pass other weights"
+    precision = str(extractor.dtype).removeprefix("torch.")
+    raise ValueError(f"the features of {extractor.name} are not finite in {precision}: {remedy}")
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -631,7 +646,6 @@ class Run:
 
     Attributes:
         lift, optimizer, schedule: what is trained, and what trains it.
-        ema: the running average of lift, or None.
         centre: the mean feature [C, 1, 1], or None before it is known.
         sample: an image at S/2 and its features, a batch of one; for `check_output`.
         step: optimizer steps done.
@@ -669,12 +683,6 @@ class Run:
         if dist.is_initialized() and extractor.device.type == "cuda":
             self.lift = nn.SyncBatchNorm.convert_sync_batchnorm(self.lift)
 
-        # buffers are averaged too: they are the statistics of the batch norms
-        self.ema = None
-        if args.ema:
-            average = get_ema_multi_avg_fn(args.ema)
-            self.ema = AveragedModel(self.lift, multi_avg_fn=average, use_buffers=True)
-
         # without weight decay this is the Adam of the paper
         self.optimizer = torch.optim.AdamW(
             self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
@@ -705,23 +713,7 @@ class Run:
 
     def parts(self) -> dict[str, Any]:
         """Everything that has a state_dict of its own, by the name it has in last.pth."""
-        parts = {"lift": self.lift, "optimizer": self.optimizer, "schedule": self.schedule}
-        if self.ema:
-            parts["ema"] = self.ema
-        return parts
-
-    def best(self) -> nn.Module:
-        """The module to use and to ship: the average where there is one."""
-        if self.ema:
-            return self.ema.module
-        return self.lift
-
-    def advance(self) -> None:
-        """Do what follows an optimizer step: set the learning rate, average the weights, count."""
-        self.schedule.step()
-        if self.ema:
-            self.ema.update_parameters(self.lift)
-        self.step += 1
+        return {"lift": self.lift, "optimizer": self.optimizer, "schedule": self.schedule}
 
     def collect(self, losses: list[Tensor], broken: set[str], signal_here: int) -> int:
         """Gather what all processes have seen since the last call, check it, and keep it.
@@ -775,8 +767,8 @@ class Run:
         The last step of an epoch may have spoilt the weights, and no later loss would show it.
         """
         image, feats = self.sample
-        out = upsample(self.best().eval(), image, feats)
-        self.lift.train()  # without an average, best() is lift itself, now in eval mode
+        out = upsample(self.lift.eval(), image, feats)
+        self.lift.train()
         if not out.isfinite().all():
             raise self.diverged(f"the features are not finite after step {self.step}")
 
@@ -786,6 +778,11 @@ class Run:
         Args:
             speed: photos a second.
         """
+        # Each process has statistics of its own photos in its batch norms. What is measured must be
+        # what is exported: the module of the first one.
+        if dist.is_initialized():
+            for buffer in self.lift.buffers():
+                dist.broadcast(buffer, 0)
         self.check_output()
         results: dict[str, Any] = {
             "epoch": len(self.metrics) + 1,
@@ -794,7 +791,7 @@ class Run:
             "photos_per_s": speed,
         }
         if val_loader.dataset.paths:
-            lift = self.best().eval()
+            lift = self.lift.eval()
             val = evaluate(self.extractor, lift, val_loader, self.centre, precision)
             self.lift.train()
             # the sum of the two is finite only if both are
@@ -814,7 +811,7 @@ class Run:
             return
         # on the CPU, so that the file can be read where there is no GPU
         state = {}
-        for key, value in self.best().state_dict().items():
+        for key, value in self.lift.state_dict().items():
             state[key] = value.cpu().contiguous()
         save_tensors(self.folder / name, state)
 
@@ -988,6 +985,7 @@ def start_processes(args) -> None:
     """Join the other processes of a torchrun, if it is one."""
     if world_size() == 1:
         return
+    check_torchrun()
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")
@@ -1114,7 +1112,8 @@ def train(
             loss, unreadable = train_step(
                 model, group, count, run.extractor, run.optimizer, precision
             )
-            run.advance()
+            run.schedule.step()
+            run.step += 1
             losses.append(loss)
             broken.update(str(paths[index]) for index in unreadable)
             bar.update(photos_a_step)
@@ -1180,6 +1179,7 @@ def tell(results: dict[str, Any], tensorboard) -> None:
     if tensorboard:
         for name, value in numbers.items():
             tensorboard.add_scalar(name, value, results["step"])
+        tensorboard.flush()  # nothing else writes the last events
 
 
 def prepare(
@@ -1230,13 +1230,10 @@ def check(args) -> None:
     check_range(
         args, epochs=1, batch_size=1, imsize=1, save_every=1, accumulate=1, views=1, seed=0,
         warmup=0, save_steps=0, workers=0, weight_decay=0, attend=0, match=0, val_fraction=0,
-        ema=0,
     )  # fmt: skip
     if args.val_fraction >= 1:
         what = f"--val_fraction {args.val_fraction} leaves no photo to train on"
         raise ValueError(f"{what}: pass less than 1")
-    if args.ema >= 1:
-        raise ValueError(f"--ema {args.ema} never moves: pass less than 1, e.g. 0.999")
     if not 0 <= args.lr <= LARGEST_LR:
         raise ValueError(f"--lr {args.lr} is no learning rate: pass a smaller one, e.g. 0.001")
 
@@ -1403,6 +1400,8 @@ def train_into(
         run.centre = mean_feature(photos, extractor, rank(), world)
     # one photo at S/2, for run.check_output
     images, feats = images_and_features(default_collate([photos[0, 0]]), extractor, levels=2)
+    for features in feats:
+        check_finite(features, extractor)
     run.sample = (images[1], feats[1])
 
     # How many batches have been seen before a stop. Whole epochs are counted by their batches,

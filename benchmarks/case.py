@@ -1,5 +1,6 @@
 """What the benchmarks share: a line of the speed table, counted products, CPU and memory."""
 
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,13 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor()
+
+
+def load_average() -> float | None:
+    """How many processes were at work in the last minute; None where nobody counts (Windows)."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return os.getloadavg()[0]
 
 
 def resident(field: str) -> float:

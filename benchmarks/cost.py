@@ -26,7 +26,6 @@ import copy
 import ctypes
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -58,7 +57,7 @@ if __name__ == "__main__":
 
 import timm
 import torch
-from case import count_macs, processor, resident
+from case import count_macs, load_average, processor, resident
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -313,6 +312,10 @@ def document(
         facts: those of paper_facts.
         about: the settings of the run.
     """
+    made = f"`python benchmarks/cost.py --max_gmacs {about['max_gmacs']:g}` on {about['machine']}"
+    if about["load"] is not None:
+        made += f", load average {about['load']:.1f} before it began"
+    made += f"; torch {about['versions']['torch']}, {about['dtype']}"
     share = {key: f"{value:+.1f} %" for key, value in facts.items()}
     powers = [f"{exponent(growth, 0):.2f} alone"]
     for steps in STEPS[1:]:
@@ -320,9 +323,8 @@ def document(
 
     return f"""# What LiFT costs
 
-`python benchmarks/cost.py --max_gmacs {about["max_gmacs"]:g}` on {about["machine"]}, load average
-{about["load"]:.1f} before it began; torch {about["versions"]["torch"]}, {about["dtype"]}. How it is
-counted: top of `cost.py`; "-": above --max_gmacs.
+{made}.
+How it is counted: top of `cost.py`; "-": above --max_gmacs.
 
 {parameter_table(records)}
 {figure_tables(records)}
@@ -461,7 +463,7 @@ def main(args: argparse.Namespace) -> None:
         args,
         backbones=names,
         device=str(device),
-        load=os.getloadavg()[0],
+        load=load_average(),
         machine=machine(device),
     )
 

@@ -81,15 +81,17 @@ def transfer(target, context, mask, topk):
 
 
 def todays_transfer(target, context, far, topk):
-    """The same with top-k and a gather; `far` is -inf for pairs outside the window: [N, N].
+    """The same with top-k and a gather; the topk cells vote, ties with the last of them do not.
 
-    The topk cells vote; ties with the last of them do not.
+    Args:
+        context: pairs as for `transfer`, with L2-normalised features.
+        far: -inf for pairs outside the window, 0 for others: [N, N].
     """
     _, h, w = target.shape
     target = F.normalize(target.flatten(1), dim=0)                              # [C, N]
     sources = torch.cat([feats.flatten(1) for feats, _ in context], dim=1)      # [C, T*N]
     votes = torch.cat([segmentation.flatten(1) for _, segmentation in context], dim=1)
-    cosine = target.T @ F.normalize(sources, dim=0)                             # [N, T*N]
+    cosine = target.T @ sources                                                 # [N, T*N]
     by_frame = cosine.unflatten(1, (len(context), -1))                          # [N, T, N], a view
     by_frame.add_(far[:, None])  # changes cosine too
     values, indices = cosine.topk(topk)                                         # [N, topk]
@@ -238,6 +240,14 @@ def random_context(width, side):
     return context
 
 
+def normalized_context(context):
+    """The same with L2-normalised features, as whoever keeps a context would store them."""
+    normalized = []
+    for feats, votes in context:
+        normalized.append((F.normalize(feats, dim=0), votes))
+    return normalized
+
+
 def our_context(context):
     """The same as eval_davis.py keeps it: L2-normalised, channels last."""
     ours = []
@@ -262,6 +272,7 @@ def few_frames(patch: int) -> tuple[Callable[[], Any], ...]:
     side = 2 * 224 // patch
     context = random_context(extractor.width, side)
     ready = our_context(context)
+    todays = normalized_context(context)
     mask = window(side, side, 12)
     far = mask.log()  # 0 inside, -inf outside
     size = (854, 480)
@@ -287,7 +298,7 @@ def few_frames(patch: int) -> tuple[Callable[[], Any], ...]:
     def today():
         labels = []
         for feats in todays_lift(fast_lift, images, todays_map(model, images)):
-            labels.append(harden(todays_transfer(feats, context, far, 5), patch, size))
+            labels.append(harden(todays_transfer(feats, todays, far, 5), patch, size))
         return np.stack(labels)
 
     return reference, ours, today
@@ -301,6 +312,7 @@ def affinity() -> tuple[Callable[[], Any], ...]:
     mask = window(56, 56, 12)
     far = mask.log()
     ready = our_context(context)
+    todays = normalized_context(context)
     cells = F.normalize(feats, dim=0).permute(1, 2, 0).contiguous()
 
     def reference():
@@ -310,7 +322,7 @@ def affinity() -> tuple[Callable[[], Any], ...]:
         return eval_davis.transfer(cells, ready, 12, 5).permute(2, 0, 1)
 
     def today():
-        return todays_transfer(feats, context, far, 5)
+        return todays_transfer(feats, todays, far, 5)
 
     return reference, ours, today
 
@@ -327,8 +339,14 @@ def score_video(found, truth):
 
 
 def scores() -> tuple[Callable[[], Any], ...]:
-    """J and F of three of the shared videos, masks in memory."""
-    shared = Path(os.environ.get("LIFT_SHARED", "../shared")) / "data"
+    """J and F of three of the shared videos, masks in memory.
+
+    Raises:
+        FileNotFoundError: the videos are not there.
+    """
+    shared = Path(os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared"), "data")
+    if not (shared / "DAVIS").is_dir():
+        raise FileNotFoundError(f"no videos of DAVIS in {shared}: set LIFT_SHARED")
     names = ["blackswan", "dog", "libby"]
     truths = []
     founds = []

@@ -6,14 +6,16 @@ eval_spair.py must agree with both (tests/test_eval_spair.py) and is timed again
 The reference, `plain_*`: both images of every pair go through the network, become S x S x C maps,
 and every keypoint is compared with all pixels.
 
-Of today, `todays_spair`: each image goes through timm's own fused forward once, and all keypoints
-of a pair are compared in one product.
+Of today, `todays_spair`: each image goes through timm's own fused forward once, in batches of as
+many as eval_spair.py takes. Descriptors are read at the keypoints of the source alone, and all of a
+pair are compared with the pixels of the target in one product.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,11 @@ from plain_extract import plain_map as plain_keys  # the plain_map below is of p
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from eval_spair import Match, evaluate, match_pairs, read_pairs
+from eval_spair import Match, default_batch, evaluate, images_of, match_pairs, read_pairs
 from extractor import ViTExtractor
-from lift import LiFT
+from lift import LiFT, upsample
 
-Features = Callable[[Tensor], Tensor]  # images [1, 3, S, S] in 0..1 -> descriptors [1, C, h, w]
+Features = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
 
 # the results of evaluate, and the predicted points [K, 2] of every pair
 Scores = tuple[dict[str, Any], list[Tensor]]
@@ -145,16 +147,35 @@ def plain_spair(
 # ---- of today -----------------------------------------------------------------------------------
 
 
-def todays_spair(features: Features, root: str | Path, size: int) -> Scores:
-    """The same, but each image is described once and all keypoints are compared at once."""
-    pairs = read_pairs(root, per_category=0)
+def todays_describe(
+    features: Features, paths: list[Path], size: int
+) -> dict[Path, tuple[Tensor, float, Tensor]]:
+    """Descriptors [1, C, h, w], scale and offset of every image, which go in batches."""
     described = {}
-    for pair in pairs:
-        for path in (pair.source, pair.target):
-            if path not in described:
-                square, scale, offset = plain_square(path, size)
-                feats = F.normalize(features(to_tensor(square)[None]), dim=1)     # [1, C, h, w]
-                described[path] = (feats, scale, torch.tensor(offset))
+    batch_size = default_batch(size)
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        squares = [plain_square(path, size) for path in batch]
+        images = torch.stack([to_tensor(square) for square, _, _ in squares])     # [B, 3, S, S]
+        feats = F.normalize(features(images), dim=1)                              # [B, C, h, w]
+        for number, path in enumerate(batch):
+            _, scale, offset = squares[number]
+            described[path] = (feats[number, None], scale, torch.tensor(offset))
+    return described
+
+
+def todays_queries(feats: Tensor, points: Tensor, size: int) -> Tensor:
+    """The descriptors [C, K] of a map [1, C, h, w] at the pixels of points [K, 2] of the square."""
+    pixels = points.long()
+    at = 2 * (pixels + 0.5) / size - 1  # the centres of these pixels, in -1..1
+    sampled = F.grid_sample(feats, at[None, None], padding_mode="border", align_corners=False)
+    return sampled[0, :, 0]
+
+
+def todays_spair(features: Features, root: str | Path, size: int) -> Scores:
+    """The same, but each image is described once, in a batch, and a pair's keypoints together."""
+    pairs = read_pairs(root, per_category=0)
+    described = todays_describe(features, images_of(pairs), size)
 
     matches = []
     for pair in pairs:
@@ -163,8 +184,7 @@ def todays_spair(features: Features, root: str | Path, size: int) -> Scores:
         points = pair.source_points * source_scale + source_offset
         truth = pair.target_points * target_scale + target_offset
 
-        x, y = points.long().T
-        queries = F.interpolate(source, (size, size), mode="bilinear")[0, :, y, x]  # [C, K]
+        queries = todays_queries(source, points, size)                            # [C, K]
         pixels = F.interpolate(target, (size, size), mode="bilinear")[0].flatten(1)  # [C, S*S]
         best = (queries.T @ pixels).argmax(dim=1)                                 # [K]
         predicted = torch.stack([best % size, best // size], dim=1)
@@ -235,6 +255,7 @@ def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
     vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0, img_size=size)
     extractor = ViTExtractor("dino_vits16", stride=16, model=vit, device="cpu")
     lift = LiFT(384, 16, pre_shape=False, post_shape=False).eval().requires_grad_(False)
+    fast_lift = deepcopy(lift).to(memory_format=torch.channels_last)
 
     def of_reference(images):
         images = extractor.normalize(images)
@@ -243,12 +264,12 @@ def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
 
     def of_ours(images):
         images = extractor.normalize(images)
-        return lift(images, extractor(images))
+        return upsample(lift, images, extractor(images))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def of_today(images):
         images = extractor.normalize(images)
-        return todays_lift(lift, images, todays_map(vit, images))
+        return todays_lift(fast_lift, images, todays_map(vit, images))
 
     def ours():
         matches = match_pairs(of_ours, read_pairs(root, per_category=0), size)

@@ -33,8 +33,9 @@ def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
     else:
         graph = np.where(cosine < tau, eps, cosine).astype(float)
     degree = np.diag(graph.sum(axis=1))
-    # the second and third eigenvectors; the second is wanted
-    _, vectors = eigh(degree - graph, degree, subset_by_index=[1, 2])
+    # the second and third eigenvectors; the second is wanted, and two cells have no third
+    last = min(2, len(graph) - 1)
+    _, vectors = eigh(degree - graph, degree, subset_by_index=[1, last])
     return vectors[:, 0]
 
 

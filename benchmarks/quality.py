@@ -7,7 +7,8 @@ Three kinds of figures, each with its standard error:
 
 - on --photos, without annotations: what is made of smaller photos against the backbone's own
   features (cosine, centred cosine, a linear probe), and points found again in turned, scaled and
-  shifted copies of each photo (self-match);
+  shifted copies of each photo (self-match). Of more than 500 photos, 500 are measured, evenly
+  spread over the sorted list. --imsize must be a multiple of twice the patch here;
 - by this repository's evaluations on whatever of SPair-71k (all pairs), DAVIS, VOC (2007, 2012) and
   COCO20k lies in DATAROOT, at --imsize pixels;
 - multiplications, time and peak memory of the features of one image, as in cost.py.
@@ -22,6 +23,7 @@ stopped goes on where it was if --runs names a folder to keep its masks and boxe
 """
 
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -38,6 +40,7 @@ from command import (
     Command,
     add_backbone_args,
     check_range,
+    first_line,
     plain,
     report,
     settings,
@@ -52,7 +55,7 @@ def parser() -> Command:
     add("--dataroot", required=True, help="holds SPair-71k, DAVIS, voc, coco20k, or some of them")
     add("--lift_path", required=True, nargs="+", help="LiFT checkpoints (.pth)")
     add("--imsize", type=int, default=224, help="side of the square input (default: 224)")
-    add("--photos", nargs="+", help="folders to measure on (default: voc, coco20k of DATAROOT)")
+    add("--photos", nargs="+", help="folders to measure on (default: those of voc, coco20k)")
     add("--fit_photos", help="other photos, for mean and probe (default: DATAROOT/train_images)")
     add("--output", default=str(ROOT / "benchmarks/quality"), help="tables, without suffix")
     add("--runs", help="folder to keep masks and boxes in (default: a temporary one)")
@@ -85,10 +88,11 @@ BACKBONE = (
 )  # fmt: skip
 NO_LIFT = {"upsample": None, "lift_path": None, "lift_iter": 1}
 
-FIT_PHOTOS = 150  # that the mean feature and the probe are fitted on
-KINDS = 32        # k-means clusters, the labels of the probe
-COPIES = 3        # of every photo, for the self-match
-POINTS = 40       # in every copy
+FIT_PHOTOS = 150   # that the mean feature and the probe are fitted on
+MOST_PHOTOS = 500  # that are measured without annotations
+KINDS = 32         # k-means clusters, the labels of the probe
+COPIES = 3         # of every photo, for the self-match
+POINTS = 40        # in every copy
 ALPHAS = (0.025, 0.05, 0.1)  # shares of the image's side within which a point is found
 RESAMPLES = 10_000
 
@@ -114,7 +118,7 @@ photos and applied unchanged: the percentage of cells whose label it finds.
 "Self-match" compares each photo at --imsize with {COPIES} copies of it, turned by up to 20 degrees,
 scaled by 0.75 to 1.25, shifted by up to 11 % of the side, brightness and contrast jittered. It is
 the percentage of {POINTS} points a copy that are found within a share of the side of their true
-places, among places 2 pixels apart.
+places, among places 4 pixels of the full photo apart, which are 2 at --imsize.
 
 **On annotated data.** PCK, J&F and CorLoc in percent. "PCK@.1 cos" renormalises descriptors after
 interpolation (`--match cosine`).
@@ -134,7 +138,8 @@ TRAINED = "lift_imagenet_trains/dino_vits16_0.001_cosine_aug_448"  # the folder 
 MODULE = f"""
 To reproduce them on the full data, first a module:
 
-    python train_lift.py --dataroot imagenet/train --model_type dino_vits16 --epochs 5 --augment
+    python train_lift.py --dataroot imagenet/train --model_type dino_vits16 --epochs 5 --augment \\
+        --batch_size 256
     cp {TRAINED}/lift.pth pretrained/lift_dino_vits16.pth
     cp {TRAINED}/lift.json pretrained/lift_dino_vits16.json
 """
@@ -209,7 +214,7 @@ def module_rows(lift_paths: list[str]) -> dict[str, str]:
 def table_rows(lift_paths: list[str], imsize: int) -> dict[str, dict[str, Any]]:
     """The rows of the tables: {row name: flags besides the backbone's}.
 
-    The last one is the backbone at twice the size.
+    The last one is the backbone at twice the size, `full_size_row`.
     """
     rows: dict[str, dict[str, Any]] = {
         "backbone": {"imsize": imsize},
@@ -218,8 +223,13 @@ def table_rows(lift_paths: list[str], imsize: int) -> dict[str, dict[str, Any]]:
     for name, path in module_rows(lift_paths).items():
         rows[name] = {"imsize": imsize, "lift_path": path}
         rows[f"{name} x2"] = {"imsize": imsize, "lift_path": path, "lift_iter": 2}
-    rows[f"backbone at {2 * imsize}"] = {"imsize": 2 * imsize}
+    rows[full_size_row(imsize)] = {"imsize": 2 * imsize}
     return rows
+
+
+def full_size_row(imsize: int) -> str:
+    """The name of the row of the backbone at twice the size."""
+    return f"backbone at {2 * imsize}"
 
 
 def compared(lift_paths: list[str]) -> list[tuple[str, str]]:
@@ -357,7 +367,7 @@ def points_in_both(
 def self_match(feats: Tensor, copy: Tensor, points: Tensor, places: Tensor, side: int) -> Tensor:
     """The percentages of points that are found again, one for each of ALPHAS.
 
-    Each point is looked for among places 4 pixels apart.
+    Each point is looked for among places 4 pixels of the full photo apart, which are 2 at --imsize.
 
     Args:
         feats, copy: maps [C, h, w] of a photo of side x side pixels and of its copy.
@@ -379,30 +389,33 @@ def self_match(feats: Tensor, copy: Tensor, points: Tensor, places: Tensor, side
     return torch.stack([100 * (distances < alpha).double().mean() for alpha in ALPHAS])
 
 
-def measure_photo(
-    photo: Tensor, seed: int, extractor: DenseExtractor, ups: dict[str, Upsampler], fitted: Fitted
+def upsampled_against_full(
+    photo: Tensor,
+    half: tuple[Tensor, Tensor],
+    full: Tensor,
+    extractor: DenseExtractor,
+    ups: dict[str, Upsampler],
+    fitted: Fitted,
 ) -> dict[str, dict[str, float]]:
-    """All figures of one photo: {row name: {column name: value}}.
+    """What the rows make of the smaller photos, against the features of the whole one.
 
     Args:
-        photo: a square [3, S, S] of uint8, S twice the --imsize of the tables.
-        seed: of its copies.
-        ups: {row name: its upsampler}. The last row is the backbone on photos of side S; those
-            before it read photos of side S/2.
+        photo: a square [3, S, S] of uint8.
+        half: its `encode`d half.
+        full: the backbone's features [C, h, w] of the photo.
+        ups: {row name: its upsampler}.
+    Returns:
+        {row name: {column name: value}}.
     """
-    side = photo.shape[-1]
-    at_full_size = list(ups)[-1]
-    _, full_feats = encode(extractor, photo[None])
-    full = full_feats[0].cpu()                                             # [C, h, w]
-    half_images, half = encode(extractor, smaller(photo[None], 2))         # [1, C, h/2, w/2]
+    half_images, half_feats = half                                         # [1, C, h/2, w/2]
     quarter_images, quarter = encode(extractor, smaller(photo[None], 4))   # [1, C, h/4, w/4]
 
     # what each row makes of the smaller photos: [1, C, h, w]
-    x2 = {"backbone": F.interpolate(half, scale_factor=2)}
+    x2 = {"backbone": F.interpolate(half_feats, scale_factor=2)}
     x4 = {"+ bilinear": F.interpolate(quarter, scale_factor=4, mode="bilinear")}
     for name, up in ups.items():
         if up.factor == 2:
-            x2[name] = up(half_images, half)
+            x2[name] = up(half_images, half_feats)
         elif up.factor == 4:
             x4[name] = up(quarter_images, quarter)
 
@@ -416,11 +429,28 @@ def measure_photo(
             figures[name][f"cosine {size}"] = cosines.mean().item()
             figures[name][f"centred {size}"] = centred.mean().item()
             figures[name][f"probe {size}"] = fitted.agreement(mine, labels)
+    return figures
 
-    # the most that the probe can find: on the features whose labels are asked for
-    figures[at_full_size]["probe x2"] = fitted.agreement(full, labels)
 
-    # the photo against its copies
+def self_matches(
+    photo: Tensor,
+    seed: int,
+    half: tuple[Tensor, Tensor],
+    full: Tensor,
+    extractor: DenseExtractor,
+    ups: dict[str, Upsampler],
+    at_full_size: str,
+) -> dict[str, dict[str, float]]:
+    """How many points each row finds again in COPIES copies of a photo, in percent.
+
+    Args:
+        photo, half, full, ups: as in upsampled_against_full.
+        seed: of the copies.
+        at_full_size: the row of the backbone on the whole photo.
+    Returns:
+        {row name: {column name: value}}.
+    """
+    side = photo.shape[-1]
     random = np.random.RandomState(seed)
     copies = []
     points_and_places = []
@@ -429,33 +459,90 @@ def measure_photo(
         copies.append(copy)
         points_and_places.append(points_in_both(matrix, side, random))
     stacked = torch.stack(copies)                                          # [COPIES, 3, S, S]
+
+    half_images, half_feats = half
     half_copy_images, half_copy_feats = encode(extractor, smaller(stacked, 2))
+    figures: dict[str, dict[str, float]] = {}
     for name, up in ups.items():
         if name == at_full_size:
             mine = full
             _, of_copies = encode(extractor, stacked)
         else:
-            mine = up(half_images, half)[0].cpu()
+            mine = up(half_images, half_feats)[0].cpu()
             of_copies = up(half_copy_images, half_copy_feats)
 
         shares = torch.zeros(len(ALPHAS))
         for feats, (points, places) in zip(of_copies.cpu(), points_and_places):
             shares += self_match(mine, feats, points, places, side) / COPIES
+        figures[name] = {}
         for alpha, share in zip(ALPHAS, shares.tolist()):
             figures[name][f"self-match@{alpha}"] = share
     return figures
 
 
+def measure_photo(
+    photo: Tensor,
+    seed: int,
+    extractor: DenseExtractor,
+    ups: dict[str, Upsampler],
+    at_full_size: str,
+    fitted: Fitted,
+) -> dict[str, dict[str, float]]:
+    """All figures of one photo: {row name: {column name: value}}.
+
+    Args:
+        photo: a square [3, S, S] of uint8, S twice the --imsize of the tables.
+        seed: of its copies.
+        ups: {row name: its upsampler}.
+        at_full_size: the row of the backbone on photos of side S; all others read those of S/2.
+    """
+    _, full_feats = encode(extractor, photo[None])
+    full = full_feats[0].cpu()                                             # [C, h, w]
+    half = encode(extractor, smaller(photo[None], 2))
+
+    figures = upsampled_against_full(photo, half, full, extractor, ups, fitted)
+    # the most that the probe can find: on the features whose labels are asked for
+    figures[at_full_size]["probe x2"] = fitted.agreement(full, fitted.labels(full))
+
+    matches = self_matches(photo, seed, half, full, extractor, ups, at_full_size)
+    for name, row in matches.items():
+        figures[name].update(row)
+    return figures
+
+
+def spread(paths: list[Path], most: int) -> list[Path]:
+    """At most so many of the paths, evenly spread over the list."""
+    count = min(len(paths), most)
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
 @torch.no_grad()
 def maps_to_fit(paths: list[Path], extractor: DenseExtractor, side: int) -> Tensor:
     """The backbone's maps [N, C, h, w] of FIT_PHOTOS photos, evenly spread over the list."""
-    count = min(len(paths), FIT_PHOTOS)
     maps = []
-    for index in tqdm(range(count), desc="fit", unit="photo", disable=None):
-        photo = read_square(paths[index * len(paths) // count], side)
+    for path in tqdm(spread(paths, FIT_PHOTOS), desc="fit", unit="photo", disable=None):
+        photo = read_square(path, side)
         _, feats = encode(extractor, photo[None])
         maps.append(feats.cpu())
     return torch.cat(maps)
+
+
+def folder_to_fit(args: Namespace) -> Path | None:
+    """The photos to fit on; None where the figures without annotations are not measured."""
+    folder = Path(args.dataroot, "train_images")
+    if args.fit_photos:
+        folder = Path(args.fit_photos)
+    if not args.photos or not folder.exists():
+        return None
+    return folder
+
+
+def check_imsize(imsize: int, patch: int) -> None:
+    """Raise ValueError unless half of imsize, at which photos are read too, is in whole patches."""
+    step = 2 * patch
+    if imsize % step:
+        what = f"--imsize {imsize} is no multiple of {step}, twice the patch"
+        raise ValueError(f"{what}: pass {step * math.ceil(imsize / step)}")
 
 
 @torch.no_grad()
@@ -466,8 +553,8 @@ def measure_photos(
 
     Without photos the rows are empty, and a note on stderr says so.
     """
-    folder = args.fit_photos or str(Path(args.dataroot, "train_images"))
-    if not args.photos or not Path(folder).exists():
+    folder = folder_to_fit(args)
+    if folder is None:
         what = "no figures without annotations"
         print(f"note: {what}: they need --photos and --fit_photos", file=sys.stderr)
         return {name: {} for name in ups}
@@ -479,11 +566,13 @@ def measure_photos(
     paths = []
     for root in args.photos:
         paths += list_images(root)
+    paths = spread(paths, MOST_PHOTOS)
 
+    at_full_size = full_size_row(args.imsize)
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ups}
     for index, path in enumerate(tqdm(paths, desc="photos", unit="photo", disable=None)):
         photo = read_square(path, side)
-        figures = measure_photo(photo, index, extractor, ups, fitted)
+        figures = measure_photo(photo, index, extractor, ups, at_full_size, fitted)
         for name, row in figures.items():
             for title, value in row.items():
                 found[name][title].append(value)
@@ -623,7 +712,10 @@ def data_columns(
     Returns:
         {title: cell}, and the command lines that give these figures.
     """
-    folder = Path(args.runs, args.model_type, name.replace(" ", "_").replace("/", "_"))
+    model = extractor.name.replace("/", "_").replace(":", "_")
+    below = Path(model, name.replace(" ", "_").replace("/", "_"))
+    folder = Path(args.runs, below)
+    told = Path("runs", below)  # in the command lines: a folder of no machine in particular
     backbone = {flag: getattr(args, flag) for flag in BACKBONE}
     given = as_flags({**backbone, **row})
     cells: dict[str, Cell] = {}
@@ -637,18 +729,19 @@ def data_columns(
             commands.append(as_command("eval_spair", [*argv, "--match", "cosine"]))
             cells.update(spair_columns(root, extractor, up, row["imsize"]))
         elif dataset == "DAVIS":
-            argv += [*given, "--output_dir", str(folder)]
-            commands.append(as_command("eval_davis", argv))
-            cells.update(davis_columns(argv))
+            argv += [*given, "--output_dir"]
+            commands.append(as_command("eval_davis", [*argv, str(told)]))
+            cells.update(davis_columns([*argv, str(folder)]))
         else:
             argv += ["--dataset", dataset]
             if dataset == "COCO20k":
                 argv += ["--tau", "0.3"]  # of the LiFT paper
             else:
                 argv += ["--set", "trainval"]
-            argv += [*given, "--output_dir", str(folder / dataset)]
-            commands.append(as_command("eval_tokencut", argv))
-            cells.update(corloc_columns(dataset, argv, folder / dataset))
+            argv += [*given, "--output_dir"]
+            commands.append(as_command("eval_tokencut", [*argv, str(told / dataset)]))
+            output = folder / dataset
+            cells.update(corloc_columns(dataset, [*argv, str(output)], output))
     return cells, commands
 
 
@@ -806,8 +899,14 @@ def paper() -> str:
 
 
 def default_photos(dataroot: str) -> list[str]:
-    """The folders of photos that are measured on where none are given."""
-    folders = [Path(dataroot, name) for name in ("voc", "coco20k")]
+    """The folders of photos that are measured on where none are given.
+
+    Only photos lie in them: VOC also has masks, which are images, too.
+    """
+    voc = Path(dataroot, "voc")
+    folders = sorted(voc.glob("VOCdevkit/*/JPEGImages"))
+    folders += sorted(voc.glob("*/VOCdevkit/*/JPEGImages"))
+    folders.append(Path(dataroot, "coco20k/COCO/images"))
     return [str(folder) for folder in folders if folder.is_dir()]
 
 
@@ -858,48 +957,65 @@ def measure_all(args: Namespace, extractor: DenseExtractor) -> dict[str, Any]:
     }
 
 
+def earlier_records(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote: {backbone: its record}, empty without such a file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        records = json.loads(path.read_text())
+        for model, record in records.items():
+            section(model, record)  # whether it can be told anew
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{path} holds no tables of this script ({first_line(error)})"
+        raise ValueError(f"{what}: remove it, or pass another --output") from error
+    return records
+
+
+def write_tables(output: str, records: dict[str, Any]) -> None:
+    """Write OUTPUT.json and OUTPUT.md."""
+    text = ABOUT
+    for model, record in records.items():
+        text += section(model, record)
+    text += paper()
+    write_text(f"{output}.json", json.dumps(records, indent=1) + "\n")
+    write_text(f"{output}.md", text)
+
+
 def main(args: Namespace) -> None:
-    """Measure one backbone, write both files anew, and print its section and its JSON."""
+    """Measure one backbone, print its section and its JSON, and write both files anew."""
     check_range(args, imsize=1)
     if not find_roots(args.dataroot):
         what = f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k"
         raise ValueError(f"{what}: correct --dataroot")
     if args.photos is None:
         args.photos = default_photos(args.dataroot)
+    records = earlier_records(Path(f"{args.output}.json"))
     extractor = build_extractor(args)
+    if folder_to_fit(args) is not None:
+        check_imsize(args.imsize, extractor.patch)
     used = settings(args, device=str(extractor.device), **extractor.facts())
 
+    # as they were: a place that cannot be written to is told now, and not after an hour
+    write_tables(args.output, records)
     with tempfile.TemporaryDirectory() as temporary:
         if args.runs is None:
             args.runs = temporary
         measured = measure_all(args, extractor)
 
-    # the commands name a folder of no machine in particular
-    commands = []
-    for line in measured["commands"]:
-        commands.append(line.replace(f" {args.runs}/", " runs/"))
-    measured["commands"] = commands
     record = {
         "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": used,
         "machine": machine(extractor.device),
         **measured,
     }
-
-    everything = Path(f"{args.output}.json")
-    records: dict[str, Any] = {}
-    if everything.is_file():
-        records = json.loads(everything.read_text())
-    records[args.model_type] = plain(record)
-
-    text = ABOUT
-    for model, of_model in records.items():
-        text += section(model, of_model)
-    text += paper()
-    write_text(everything, json.dumps(records, indent=1) + "\n")
-    write_text(f"{args.output}.md", text)
-    print(section(args.model_type, record))
+    records[extractor.name] = plain(record)
+    print(section(extractor.name, record))
     report(record)
+    write_tables(args.output, records)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ Each line of the table compares with two baselines, which are checked to give ou
 The floor is the time that the multiplications of our own run take at the machine's matrix rate, in
 the precision of the line. The rate is the highest that is seen just before and just after the line
 is timed, because a machine's speed changes over minutes. Times are medians, beside the range of
-ours. The memory ratio is the peak of the baseline that takes less over our peak. Each is measured
-in a process of its own, during a second call, above what is held before that call; this needs
-Linux.
+ours. The memory ratio is the smaller baseline's peak divided by ours. Each peak is measured in a
+process of its own, during a second call, above what is held before that call; this needs Linux.
 
 WORDS choose the lines whose names contain any of them. All lines take about half an hour on two
-cores.
+cores. Files are written anew after each line. A line with a baseline that gives another result, or
+without the peaks that were asked for, is told on stderr; the rest is measured, and the exit status
+is 1.
 """
 
 import json
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,7 +71,7 @@ import plain_visualize
 import timm
 import torch
 import torch.nn.functional as F
-from case import Case, count_macs, processor, resident
+from case import Case, count_macs, load_average, processor, resident
 
 from extractor import DTYPES
 
@@ -251,11 +253,19 @@ def print_peak(case: Case, side: str) -> None:
 
 
 def memory_ratio(case: Case) -> float:
-    """The peak of the baseline that takes less over ours, each side in a fresh process."""
+    """The smaller baseline's peak divided by ours, each side in a fresh process.
+
+    Raises:
+        ChildProcessError: such a process failed.
+    """
     peaks = {}
     for side in SIDES:
         command = [sys.executable, __file__, "--peak", case.name, side]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode:
+            said = ["no word"]
+            said += ran.stderr.strip().splitlines()
+            raise ChildProcessError(f"{side} ended with status {ran.returncode}: {said[-1]}")
         last = ran.stdout.split()[-1]  # what print_peak prints; a library may print before it
         if last != "none":
             peaks[side] = max(float(last), 1.0)  # below 1 MiB is noise
@@ -270,7 +280,9 @@ def machine(rates: dict[str, float]) -> dict[str, Any]:
     """What the figures depend on: CPU, threads, load, matrix rates and versions."""
     facts: dict[str, Any] = {"cpu": processor(), "cores": os.cpu_count()}
     facts["threads"] = torch.get_num_threads()
-    facts["load"] = os.getloadavg()[0]
+    load = load_average()
+    if load is not None:
+        facts["load"] = load
     for dtype, rate in rates.items():
         facts[f"{dtype} GFLOP/s"] = round(2 * rate / 1e9)
     facts["python"] = platform.python_version()
@@ -298,8 +310,16 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     return f"{table}\n{known}\n"
 
 
-def main(args) -> None:
-    """Measure line by line, then print and write the table; with --peak, print one peak."""
+def write_table(args: Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the files that --markdown and --json name."""
+    if args.markdown:
+        write_text(args.markdown, markdown(rows, facts))
+    if args.json:
+        write_text(args.json, json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
+
+def main(args: Namespace) -> None:
+    """Measure and write line by line, then print the table; with --peak, print one peak."""
     check_range(args, repeats=1)
     torch.manual_seed(0)
     if args.peak:
@@ -315,6 +335,8 @@ def main(args) -> None:
     rates = {precision: matrix_rate(precision) for precision in ("float32", "bfloat16")}
     facts = machine(rates)
     rows = []
+    failed = False
+    write_table(args, rows, facts)  # a path that cannot be written to is told now
     for case in cases:
         if rates[case.dtype] < rates["float32"]:  # the machine only emulates this precision
             slower = f"{case.dtype} is slower than float32 on this machine"
@@ -325,18 +347,26 @@ def main(args) -> None:
         except FileNotFoundError as error:
             print(f"{case.name}: left out, {first_line(error)}", file=sys.stderr)
             continue
+        except AssertionError as error:
+            failed = True
+            what = f"a baseline gives another result ({first_line(error)})"
+            print(f"{case.name}: left out, {what}", file=sys.stderr)
+            continue
+
         if case.memory and with_memory:
-            row["memory ratio"] = memory_ratio(case)
+            try:
+                row["memory ratio"] = memory_ratio(case)
+            except ChildProcessError as error:
+                failed = True
+                print(f"{case.name}: no memory ratio, {first_line(error)}", file=sys.stderr)
         rows.append(row)
+        write_table(args, rows, facts)
         told = [f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None]
         print("  ".join(told), flush=True)
 
-    table = markdown(rows, facts)
-    if args.markdown:
-        write_text(args.markdown, table)
-    if args.json:
-        write_text(args.json, json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    print(table)
+    print(markdown(rows, facts))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

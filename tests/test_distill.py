@@ -33,7 +33,7 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def run(cli, photos, rule_backbone, monkeypatch, tmp_path):
+def run(cli, photos, rule_weights, monkeypatch, tmp_path):
     """run(*flags) distils on the photos at 32 pixels -> (Ran, path of the weights)."""
     monkeypatch.setattr(distill, "SIZES", (32, 48))
     monkeypatch.setattr(distill, "MEASURED", (32, 48))
@@ -41,14 +41,14 @@ def run(cli, photos, rule_backbone, monkeypatch, tmp_path):
 
     def call(*flags, output=tmp_path / "out/mini.safetensors"):
         common = ["--dataroot", photos, "--val_dataroot", photos, "--output", output]
-        common += ["--backbone_path", rule_backbone[3], "--device", "cpu", "--dtype", "float32"]
+        common += ["--backbone_path", rule_weights, "--device", "cpu", "--dtype", "float32"]
         return cli(SCRIPT, *common, "--tokens", 64, *flags), output
 
     return call
 
 
-def test_student_shares_nothing_with_the_teacher(rule_backbone):
-    teacher = load_file(rule_backbone[3])
+def test_student_shares_nothing_with_the_teacher(rule_weights):
+    teacher = load_file(rule_weights)
     student = distill.random_student("cpu", 0).model.state_dict()
     assert student.keys() == teacher.keys()
     for name, tensor in student.items():
@@ -63,11 +63,9 @@ def test_student_shares_nothing_with_the_teacher(rule_backbone):
 
 
 @pytest.mark.parametrize("size", [112, 224])
-def test_training_sees_what_the_extractor_extracts(rule_backbone, size):
+def test_training_sees_what_the_extractor_extracts(rule_extractor, size):
     """A student equal to the teacher has no error, and its last keys are the extractor's."""
-    teacher = ViTExtractor(
-        "vit_tiny_patch16_224", stride=None, backbone_path=rule_backbone[3], device="cpu"
-    )
+    teacher = rule_extractor()
     images = torch.randn(1, 3, size, size, generator=seeded(0))
     found = []
 
@@ -124,8 +122,11 @@ def test_crops_are_square_windows_of_the_photo():
 
     along_x = crops[:, :2, :-1].diff(dim=3)
     along_y = crops[:, :2, :, :-1].diff(dim=2)
-    sides = (along_x**2 + along_y**2).sqrt() * 32 * 255 / 256  # shares of the photo's sides
-    width, height = sides.flatten(2).median(2).values.T
+    # A pixel's value * 255 / 256 is its place in the photo, 0..1. A crop has 32 pixels a side, so
+    # 32 times the step from pixel to pixel is the crop's side, as a share of the photo's.
+    sides = (along_x**2 + along_y**2).sqrt() * 32 * 255 / 256
+    medians = sides.flatten(2).median(2).values
+    width, height = medians[:, 0], medians[:, 1]
     area = width * height
     aspect = 2 * width / height
     assert 0.05 < area.min() < 0.09 and 1.5 < area.max() < 2.1

@@ -36,24 +36,30 @@ def assert_near(found, wanted):
 # ---- files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [{}, {"residual": True}, {"attend": 1}])
+@pytest.mark.parametrize(
+    ("variant", "patch_from"),
+    [({}, "JSON"), ({}, "flag"), ({"residual": True}, "file"), ({"attend": 1}, "file")],
+)
 @torch.no_grad()
-def test_lift_alone_at_any_size(cli, runtime, tmp_path, variant):
+def test_lift_alone_at_any_size(cli, runtime, tmp_path, variant, patch_from):
+    """A bare file says nothing of its patch: the JSON beside it does, or --patch."""
     lift = LiFT(24, 8, **variant).eval()
     state = rule_state(lift)
     if "options" in state:
         state["options"] = lift.options
     lift.load_state_dict(state)
     torch.save(state, tmp_path / "lift.pth")
-    if not variant:  # a bare file says nothing of its patch
+    if patch_from == "JSON":
         origin = {"backbone": "another", "layer": 11, "facet": "key", "patch": 8}
         (tmp_path / "lift.json").write_text(json.dumps(origin))
 
     output = tmp_path / "lift.onnx"
     flags = ["--lift_only", "--lift_path", tmp_path / "lift.pth", "--lift_iter", 2]
+    if patch_from == "flag":
+        flags += ["--patch", 8]
     ran = cli("export_onnx", *flags, "--output", output)
     assert ran.code == 0, ran.err
-    told = json.loads(ran.out.splitlines()[-1])
+    told = ran.report()
     assert told["inputs"] == ["images", "feats"]
     assert told["difference"] < 1e-4
     assert (told["settings"]["patch"], told["settings"]["channel"]) == (8, 24)
@@ -65,18 +71,18 @@ def test_lift_alone_at_any_size(cli, runtime, tmp_path, variant):
 
 
 @torch.no_grad()
-def test_backbone_and_lift_at_any_size(cli, runtime, tmp_path, rule_backbone, rule_lift):
+def test_backbone_and_lift_at_any_size(
+    cli, runtime, tmp_path, rule_backbone, rule_extractor, rule_lift
+):
     output = tmp_path / "features.onnx"
     flags = [*rule_backbone, "--layer", 1, "--lift_path", rule_lift, "--output", output]
     ran = cli("export_onnx", *flags)
     assert ran.code == 0, ran.err
-    told = json.loads(ran.out.splitlines()[-1])
+    told = ran.report()
     assert told["sizes"] == "any multiples of the patch"
     assert len({tuple(shape[2:]) for shape in told["checked"]}) >= 2
 
-    vit = ViTExtractor(
-        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], layer=1
-    )
+    vit = rule_extractor(layer=1)
     lift = load_lift(rule_lift, vit, silent=True)
     for height, width in ((224, 224), (224, 96), (320, 400)):
         photos = torch.rand(2, 3, height, width)
@@ -92,9 +98,10 @@ def test_another_backbone_at_one_size(cli, runtime, tmp_path):
     save_file(rule_state(model), weights)
     output = tmp_path / "features.onnx"
     flags = ["--model_type", "test_vit", "--backbone_path", weights, "--output", output]
-    ran = cli("export_onnx", *flags, "--imsize", 96)
+    ran = cli("export_onnx", *flags, "--imsize", 96, "--device", "auto")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out.splitlines()[-1])["sizes"] == "96x96"
+    assert ran.report()["sizes"] == "96x96"
+    assert ran.report()["settings"]["device"] == "cpu"
 
     vit = ViTExtractor("test_vit", None, device="cpu", backbone_path=weights)
     photos = torch.rand(5, 3, 96, 96)
@@ -102,11 +109,9 @@ def test_another_backbone_at_one_size(cli, runtime, tmp_path):
 
 
 @torch.no_grad()
-def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_backbone, rule_lift):
+def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_extractor, rule_lift):
     """By torch alone, without ONNX."""
-    vit = ViTExtractor(
-        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], layer=1
-    )
+    vit = rule_extractor(layer=1)
     up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
     module = export_onnx.BackboneWithLiFT(vit, up).eval()
     native = torch.rand(1, 3, 224, 224)
@@ -120,29 +125,26 @@ def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_backbone, rule_
         assert_near(exported(photos), module(photos))
 
 
-def test_gradients_reach_the_images_through_both(rule_backbone, rule_lift):
-    vit = ViTExtractor(
-        "vit_tiny_patch16_224",
-        None,
-        device="cpu",
-        backbone_path=rule_backbone[3],
-        layer=1,
-        requires_grad=True,
-    )
+def test_gradients_reach_the_images_through_both(rule_extractor, rule_lift):
+    vit = rule_extractor(layer=1, requires_grad=True)
     up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
     images = torch.rand(1, 3, 64, 64, requires_grad=True)
-    export_onnx.BackboneWithLiFT(vit, up)(images).sum().backward()
-    assert images.grad.abs().sum() > 0
+    whole = export_onnx.BackboneWithLiFT(vit, up)(images)
+    (by_both,) = torch.autograd.grad(whole.sum(), images)
+
+    normal = vit.normalize(images)
+    without_vit = up(normal, vit(normal).detach())
+    (by_lift,) = torch.autograd.grad(without_vit.sum(), images)
+    assert by_lift.abs().max() > 0
+    assert (by_both - by_lift).abs().max() > 0.01 * by_both.abs().max()
     assert all(weight.grad is None for weight in vit.parameters())
 
 
 # ---- positions ----------------------------------------------------------------------------------
 
 
-def test_positions_of_any_size_are_the_extractors(rule_backbone):
-    vit = ViTExtractor(
-        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3]
-    )
+def test_positions_of_any_size_are_the_extractors(rule_extractor):
+    vit = rule_extractor()
     for height in range(1, 41):
         for width in (height, 14, 20):
             wanted, prefix = vit._positions((height, width))
@@ -157,6 +159,7 @@ def test_positions_of_any_size_are_the_extractors(rule_backbone):
 # ---- refusals -----------------------------------------------------------------------------------
 
 SHIPPED = ROOT / "pretrained/lift_vit_mini16.pth"
+MODULE = ["--lift_only", "--lift_path", SHIPPED]
 
 
 @pytest.mark.parametrize(
@@ -165,24 +168,61 @@ SHIPPED = ROOT / "pretrained/lift_vit_mini16.pth"
         (["--output", "x.pth"], "a name that ends in .onnx"),
         (["--output", "x.onnx", "--lift_only"], "pass --lift_path FILE"),
         (["--output", "x.onnx", "--dtype", "bfloat16"], "leave --dtype"),
+        (["--output", "x.onnx", "--device", "cuda"], "leave --dtype and --device out"),
         (["--output", "x.onnx", "--lift_iter", 0], "pass 1 or more"),
         (["--output", "x.onnx", "--lift_only", "--lift_path", "none.pth"], "correct --lift_path"),
+        (["--output", "x.onnx", *MODULE, "--patch", 8], "is for 16: leave --patch out"),
+        (["--output", "x.onnx", *MODULE, "--channel", 384], "is for 192: leave --channel out"),
+        (["--output", "x.onnx", *MODULE, "--patch", 0], "pass 1 or more"),
         # both before a backbone is downloaded
         (["--output", "x.onnx", "--lift_path", "none.pth"], "correct --lift_path"),
         (["--output", "x.onnx", "--upsample", "lift"], "pass --lift_path FILE"),
     ],
 )
-def test_wrong_flags_are_one_line(cli, monkeypatch, flags, remedy):
+def test_wrong_flags_are_one_line(cli, monkeypatch, tmp_path, flags, remedy):
+    monkeypatch.chdir(tmp_path)  # where x.onnx would be written
     monkeypatch.setattr(export_onnx, "PACKAGES", ())
     ran = cli("export_onnx", *flags)
     assert ran.code == 2 and remedy in ran.err
     assert len(ran.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patch_that_nothing_tells_is_asked_for(cli, runtime, tmp_path, rule_lift):
+    flags = ["--lift_only", "--lift_path", rule_lift, "--output", tmp_path / "lift.onnx"]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 2 and ran.err.endswith("pass --patch 8 or --patch 16\n")
+    assert len(ran.err.splitlines()) == 1
+
+
+BRANCH = """
+import torch
+
+class Branch(torch.nn.Module):
+    def forward(self, images):
+        if images.max() > 0:
+            images = 2 * images
+        return torch.nn.functional.avg_pool2d(images, 16)
+
+def branch():
+    return Branch()
+"""
+
+
+def test_a_backbone_that_torch_does_not_export_is_told_in_one_line(cli, runtime, import_path):
+    """It decides by the values of the images."""
+    (import_path / "mine.py").write_text(BRANCH)
+    flags = ["--my_extractor", "mine:branch", "--imsize", 32, "--output", "x.onnx"]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 2 and "torch does not export this model (Could not guard" in ran.err
+    assert ran.err.endswith("pass another backbone, or --lift_only\n")
+    assert len(ran.err.splitlines()) == 1
+    assert not (import_path / "x.onnx").exists()
 
 
 def test_missing_package_is_one_line(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
-    flags = ["--lift_only", "--lift_path", SHIPPED, "--output", tmp_path / "lift.onnx"]
-    ran = cli("export_onnx", *flags)
+    ran = cli("export_onnx", *MODULE, "--output", tmp_path / "lift.onnx")
     assert ran.code == 2
     assert "pip install -r requirements-dev.txt" in ran.err
     assert len(ran.err.splitlines()) == 1
@@ -190,8 +230,7 @@ def test_missing_package_is_one_line(cli, monkeypatch, tmp_path):
 
 def test_a_file_that_differs_is_not_put_in_place(cli, runtime, monkeypatch, tmp_path):
     monkeypatch.setattr(export_onnx, "TOLERANCE", 0.0)
-    flags = ["--lift_only", "--lift_path", SHIPPED, "--output", tmp_path / "lift.onnx"]
-    ran = cli("export_onnx", *flags)
+    ran = cli("export_onnx", *MODULE, "--output", tmp_path / "lift.onnx")
     assert ran.code == 2 and "onnxruntime differs by" in ran.err
     assert not list(tmp_path.iterdir())
 
@@ -218,7 +257,7 @@ def test_a_file_that_onnxruntime_does_not_take_is_told_in_one_line(runtime, tmp_
     plan = export_onnx.Plan(module, [images], {"images": {}}, "32x32", {})
     path = tmp_path / "x.onnx"
     path.write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"does not load this model .*: pass another --model_type"):
+    with pytest.raises(ValueError, match=r"does not load this model .*: pass another backbone"):
         export_onnx.check(plan, path)
 
     export_onnx.write(plan, path)

@@ -1,6 +1,9 @@
 """feature_cache.py, through train_lift.py --cache_features: what is cached, when, and for what."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import types
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from conftest import rule_image
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import feature_cache
 import train_lift
@@ -43,6 +47,8 @@ def train(cli, folder, tmp_path, rule_backbone):
 
 
 def equal(state, other):
+    """Two state_dicts agree to the bit."""
+    assert state.keys() == other.keys()
     for name, value in other.items():
         assert torch.equal(state[name], value), name
 
@@ -77,34 +83,46 @@ def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monk
     assert [file.read_bytes() for file in sorted((tmp_path / "cache").iterdir())] == content
 
 
-def test_the_cache_knows_what_it_depends_on(folder, rule_backbone):
-    def key(augment=False, imsize=64, downsample="stride", seed=0, warp=False, n=8, **options):
-        paths = sorted(folder.rglob("*.jpg"))[:n]
-        photos = train_lift.Photos(paths, imsize, downsample, augment, seed, warp)
-        extractor = ViTExtractor(
-            "vit_tiny_patch16_224",
-            stride=None,
-            backbone_path=rule_backbone[-1],
-            device="cpu",
-            **options,
-        )
+def test_the_cache_knows_what_it_depends_on(folder, rule_weights, rule_extractor, tmp_path):
+    all_paths = sorted(folder.rglob("*.jpg"))
+    backbone = rule_extractor()
+
+    def key(extractor=backbone, paths=all_paths, imsize=64, **options):
+        photos = train_lift.Photos(paths, imsize, **options)
         return feature_cache.cache_key(photos, extractor)
+
+    state = load_file(rule_weights)
+    state["cls_token"] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    other_weights = ViTExtractor(
+        "vit_tiny_patch16_224",
+        stride=None,
+        backbone_path=tmp_path / "other.safetensors",
+        device="cpu",
+    )
 
     keys = [
         key(),
-        key(True),
-        key(True, seed=1),
+        key(augment=True),
+        key(augment=True, seed=1),
         key(warp=True),
         key(warp=True, seed=1),
         key(imsize=128),
         key(downsample="resize"),
-        key(layer=3),
-        key(facet="query"),
-        key(dtype="bfloat16"),
-        key(n=3),
+        key(rule_extractor(layer=3)),
+        key(rule_extractor(facet="query")),
+        key(rule_extractor(dtype="bfloat16")),
+        key(other_weights),
+        key(paths=all_paths[:3]),
     ]
     assert len(set(keys)) == len(keys)
     assert key() == key(seed=1) == keys[0]
+
+    copy = shutil.copy(all_paths[0], tmp_path / "copy.jpg")
+    before = key(paths=[copy])
+    assert key(paths=[copy]) == before
+    Image.new("RGB", (96, 80)).save(copy)
+    assert key(paths=[copy]) != before
 
 
 def test_a_full_disk_is_one_line(train, tmp_path, monkeypatch):
@@ -113,3 +131,13 @@ def test_a_full_disk_is_one_line(train, tmp_path, monkeypatch):
     ran, _, _ = train("run", "--cache_features", tmp_path / "cache")
     assert ran.code == 2 and "pass another --cache_features" in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_a_file_system_without_locks_is_one_line(train, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    ran, _, _ = train("run", "--cache_features", tmp_path / "cache")
+    assert ran.code == 2 and "cannot be locked" in ran.err and "make room" not in ran.err
+    assert "pass a --cache_features on a local disk" in ran.err and ran.err.count("\n") == 1

@@ -1,6 +1,7 @@
 """lift_extractor.py by its command line, on photos of every size, against LiFT by hand."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -23,6 +24,7 @@ from lift_extractor import Photos, ViTLiFTExtractor, batches, find_jobs, placeme
 
 SAMPLE = ROOT / "assets" / "sample.jpg"
 NAMES = ("a.png", "b.png", "sub/a.png")
+MEMORY = script.Memory(patch=16, step=16, channels=384, heads=6, factor=2)
 
 
 @pytest.fixture
@@ -47,14 +49,9 @@ def slow(backbone, lift, path, load_size, iterations=1):
     return plain_lift(load_lift(lift, silent=True), images, feats, iterations)
 
 
-def last_line(ran):
-    """The JSON that the command prints last."""
-    return json.loads(ran.out.splitlines()[-1])
-
-
 def counts(ran):
     """(written, skipped, unreadable) of a run."""
-    line = last_line(ran)
+    line = ran.report()
     return line["written"], line["skipped"], line["unreadable"]
 
 
@@ -76,7 +73,7 @@ def test_reference_command(cli, tmp_path, rule_backbone, rule_lift, iterations):
     assert found.shape == (1, 4 * 6 * 4**iterations, 192)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
-    last = last_line(ran)
+    last = ran.report()
     assert last["written"] == 1
     assert last["load_size"] == 64
     assert last["lift_iter"] == iterations
@@ -111,7 +108,9 @@ def test_a_folder_in_every_format(cli, tmp_path, photos, rule_backbone, rule_lif
         assert arrays["image_size"].tolist() == pixels
         assert arrays["input_size"].tolist() == pixels
         assert (float(arrays["first_x"]), float(arrays["step_y"])) == (4, 8)
-        assert json.loads(str(arrays["settings"]))["format"] == "npz"
+        made_by = json.loads(str(arrays["settings"]))
+        assert made_by["format"] == "npz"
+        assert made_by["image_path"] == [str(photos / name)], "its own photo only"
 
         with safe_open(tmp_path / f"safetensors/{name}.safetensors", "pt") as file:
             assert torch.equal(file.get_tensor("map"), torch.from_numpy(arrays["map"]))
@@ -161,15 +160,16 @@ def test_out_size_stride_and_placement(cli, tmp_path, rule_backbone, rule_lift):
 
     vit = SimpleNamespace(patch=16, step=8, grid=half_stride_grid)
     place = placement(vit, (64, 96), (300, 451), (7, 11))
-    assert place["first_y"] == pytest.approx(8 * 300 / 64), "the first patch's centre is pixel 8"
-    assert place["step_x"] == pytest.approx(8 * 451 / 96)
+    y, x = 8 * 300 / 64, 8 * 451 / 96  # the first patch's centre is pixel 8, and so is the step
+    assert place == pytest.approx({"first_y": y, "first_x": x, "step_y": y, "step_x": x})
 
     def patch_grid(height, width):
         return height // 16, width // 16
 
     vit = SimpleNamespace(patch=16, step=16, grid=patch_grid)
-    place = placement(vit, (64, 96), (64, 96), (16, 24))
-    assert (place["first_x"], place["step_x"]) == (2, 4), "LiFT twice: cells of 4 pixels"
+    place = placement(vit, (64, 96), (128, 96), (16, 24))
+    # LiFT twice: cells of 4 pixels, and the photo was read at half its height
+    assert place == pytest.approx({"first_y": 4, "first_x": 2, "step_y": 8, "step_x": 4})
 
 
 # ---- going on -----------------------------------------------------------------------------------
@@ -191,8 +191,41 @@ def test_resumes_and_overwrites(cli, tmp_path, photos, rule_backbone):
     ran = cli(*args)
     assert ran.code == 0
     assert counts(ran) == (0, 3, 0)
+    assert counts(cli(*args, "--channel", 192, "--patch", 16)) == (0, 3, 0), "only checked"
     assert counts(cli(*args, "--overwrite")) == (3, 0, 0)
     assert torch.load(out / "sub/a.png.pth").shape == (1, 2 * 3, 192)
+
+
+def test_a_photo_that_has_changed_is_computed_again(cli, tmp_path, photos, rule_backbone):
+    (photos / "broken.jpg").unlink()
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
+    args += ["--load_size", 32]
+    assert counts(cli(*args)) == (3, 0, 0)
+    os.utime(out / "a.png.pth", (0, 0))  # older than its photo
+    assert counts(cli(*args)) == (1, 2, 0)
+    assert counts(cli(*args)) == (0, 3, 0)
+
+
+def test_photos_of_one_name_in_another_folder_are_refused(cli, tmp_path, rule_backbone):
+    for day, colour in (("day1", "red"), ("day2", "blue")):
+        (tmp_path / day).mkdir()
+        Image.new("RGB", (64, 48), colour).save(tmp_path / day / "1.png")
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--output_path", f"{out}/", *rule_backbone, "--load_size", 32]
+    assert cli(*args, "--image_path", tmp_path / "day1").code == 0
+    before = (out / "1.png.pth").read_bytes()
+
+    ran = cli(*args, "--image_path", tmp_path / "day2")
+    assert ran.code == 2
+    assert f"was made with image_folders ['{tmp_path / 'day1'}'], not" in ran.err
+    assert "pass --overwrite, or another --output_path" in ran.err
+    assert (out / "1.png.pth").read_bytes() == before
+
+    one_of_them = tmp_path / "day1/1.png"
+    assert counts(cli(*args, "--image_path", one_of_them)) == (0, 1, 0), "the same folder"
+    assert counts(cli(*args, "--image_path", tmp_path / "day2", "--overwrite")) == (1, 0, 0)
+    assert (out / "1.png.pth").read_bytes() != before
 
 
 def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_lift):
@@ -242,14 +275,23 @@ def test_another_module_of_the_same_name_is_refused(cli, tmp_path, photos, rule_
     assert "was made with lift_digest" in ran.err
 
 
-def test_features_that_nobody_knows_are_kept(cli, tmp_path, photos, rule_backbone):
+def test_features_that_nobody_knows_are_kept(cli, tmp_path, photos, rule_backbone, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.png.pth").write_text("of somebody else")
-    ran = cli("lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone)
+    args = ["--image_path", photos, "--output_path", out, *rule_backbone]
+    ran = cli("lift_extractor", *args)
     assert ran.code == 2
     assert f"no {RECORD} says how it was made: pass --overwrite" in ran.err
     assert (out / "a.png.pth").read_text() == "of somebody else"
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "process", stopped)
+    assert cli("lift_extractor", *args, "--overwrite").code == 130
+    assert (out / RECORD).exists()
+    assert not (out / "a.png.pth").exists(), "it must not count as done under the new record"
 
 
 def test_pictures_asked_for_later_are_made(cli, tmp_path, photos, rule_backbone):
@@ -261,15 +303,27 @@ def test_pictures_asked_for_later_are_made(cli, tmp_path, photos, rule_backbone)
         assert (tmp_path / "pictures" / f"{name}.png").is_file()
 
 
+def test_pictures_of_an_earlier_run_are_no_photos(cli, photos, rule_backbone, monkeypatch):
+    (photos / "broken.jpg").unlink()
+    monkeypatch.chdir(photos)
+    args = ["lift_extractor", "--image_path", ".", "--output_path", "features/", *rule_backbone]
+    args += ["--load_size", 32, "--picture", "pictures/"]
+    assert counts(cli(*args)) == (3, 0, 0)
+    assert counts(cli(*args)) == (0, 3, 0)
+
+    args = ["lift_extractor", "--image_path", "sub", "--output_path", "x.pth", *rule_backbone]
+    args += ["--load_size", 32, "--picture", "sub/x.png"]
+    assert counts(cli(*args)) == (1, 0, 0)
+    assert counts(cli(*args)) == (1, 0, 0), "still one photo, and one file"
+
+
 # ---- several processes --------------------------------------------------------------------------
 
 
 def test_jobs_do_not_depend_on_what_is_there(photos, tmp_path):
     """A rank may look when another has finished: its share must not depend on that."""
     out = tmp_path / "out"
-    args = Namespace(
-        image_path=[str(photos)], output_path=str(out), format="pth", picture=None
-    )
+    args = Namespace(image_path=[str(photos)], output_path=str(out), format="pth", picture=None)
     first = find_jobs(args)
     for job in first[::2]:
         job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -285,6 +339,7 @@ def test_ranks_share_the_work(tmp_path, photos, rule_backbone):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
     command += ["--master_port", "0", "--standalone", ROOT / "lift_extractor.py"]
     command += ["--image_path", photos, "--output_path", out, *rule_backbone, "--load_size", "32"]
+    command += ["--device", "cpu"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     names = {str(file.relative_to(out)) for file in out.rglob("*.pth")}
@@ -314,13 +369,14 @@ def test_ranks_without_a_torchrun_are_told_before_the_work(
 
 def test_patterns_and_workers(cli, tmp_path, photos, rule_backbone):
     out = tmp_path / "out"
-    args = ["--image_path", f"{photos}/**/a.png", photos / "b.png", "--output_path", out]
+    once_more = [photos / "b.png"] * 3
+    args = ["--image_path", f"{photos}/**/a.png", *once_more, "--output_path", out]
     args += [*rule_backbone, "--load_size", 32, "--workers", 1, "--format", "npz"]
     ran = cli("lift_extractor", *args)
     assert ran.code == 0, ran.err
-    files = list(out.rglob("*.npz"))
-    assert {file.name for file in files} == {"a.png.npz", "b.png.npz"}
-    assert len(files) == 3
+    files = {str(file.relative_to(out)) for file in out.rglob("*.npz")}
+    assert files == {f"{name}.npz" for name in NAMES}
+    assert ran.report()["image_path"] == "4 paths", "a long list is not repeated"
 
 
 def test_two_photos_of_one_name_are_named(cli, tmp_path, photos, rule_backbone):
@@ -338,7 +394,7 @@ def test_batches_are_of_one_size():
         if size == 4:
             image = None  # cannot be read
         items.append((index, image, None))
-    found = list(batches(items, 2))
+    found = list(batches(items, 2, MEMORY))
 
     indices = []
     everything = []
@@ -352,13 +408,50 @@ def test_batches_are_of_one_size():
     assert indices[:2] == [[0, 2], [1, 4]]
 
 
+def most_waiting(sizes, batch_size, memory):
+    """How many of the photos of these sizes (H, W) wait at most when a batch comes."""
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for height, width in sizes:
+            taken += 1
+            yield taken, torch.zeros(3, height, width), None
+
+    most = 0
+    done = 0
+    for batch in batches(items(), batch_size, memory):
+        most = max(most, taken - done)
+        done += len(batch)
+    assert done == len(sizes)
+    return most
+
+
+def test_few_photos_wait_for_others_of_their_size():
+    sizes = [(1, 1 + number) for number in range(30)]
+    assert most_waiting(sizes, 2, MEMORY) == 8, "four batches"
+    one = 4 * 3 * 16 * 16  # bytes
+    sizes = [(16, 16), (8, 32), (4, 64), (2, 128), (1, 256)]
+    assert most_waiting(sizes, 2, MEMORY._replace(there=4 * 3 * one, device="cuda")) == 4
+
+
+def test_batches_are_smaller_where_the_memory_is():
+    needed = MEMORY.needed(32, 32)
+    memory = MEMORY._replace(there=2 * 3.5 * needed)  # three photos take half of it
+    items = [(number, torch.zeros(3, 32, 32), None) for number in range(7)]
+    assert [len(batch) for batch in batches(items, 4, memory)] == [3, 3, 1]
+    assert memory.at_once(512, 512, 4) == 1, "if it is too large Photos refuses it"
+    assert memory._replace(device="cuda").at_once(512, 512, 4) == 4
+
+
 def test_what_takes_more_than_the_memory_is_refused_before_it_is_taken(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
-    memory = script.Memory(patch=16, step=16, channels=384, heads=6, factor=2)
-    index, image, reason = Photos([tmp_path / "x.png"], 16, 1_000_000, memory)[0]
-    assert (index, image) == (0, None)
-    assert "GB, and this machine has" in reason
-    assert reason.endswith("pass a smaller --load_size or --lift_iter")
+    sized = MEMORY._replace(out_cells=10**12)
+    for load_size, memory in ((1_000_000, MEMORY), (48, sized)):
+        index, image, reason = Photos([tmp_path / "x.png"], 16, load_size, memory)[0]
+        assert (index, image) == (0, None)
+        assert "GB, and this machine has" in reason
+        assert reason.endswith("pass a smaller --load_size, --lift_iter or --out_size")
 
 
 def test_a_strip_is_refused(cli, tmp_path, rule_backbone):
@@ -380,16 +473,19 @@ def test_many_iterations_are_refused_where_the_memory_is_not_there(
 
 @pytest.mark.parametrize("facet", ["key", "attn"])
 @torch.no_grad()
-def test_memory_needed_is_that_of_the_features_and_grows_with_them(rule_backbone, facet):
-    extractor = ViTExtractor(
-        "vit_tiny_patch16_224", None, device="cpu", backbone_path=rule_backbone[3], facet=facet
-    )
+def test_memory_needed_is_that_of_the_features_and_grows_with_them(rule_extractor, facet):
+    extractor = rule_extractor(facet=facet)
     feats = extractor(torch.zeros(1, 3, 64, 96))
     once = script.memory_of(extractor, Upsampler("none"))
     photo = 4 * script.PHOTO_NUMBERS * 64 * 96
     wanted = 3 * feats.nbytes
     # an attention's prefix tokens are not counted
     assert once.needed(96, 64) - photo == pytest.approx(wanted, rel=0.05)
+
+    sized = script.memory_of(extractor, Upsampler("none"), (30, 40))
+    resized = feats.nbytes / feats[0, 0].numel() * 30 * 40
+    difference = sized.needed(96, 64) - once.needed(96, 64)
+    assert difference == pytest.approx(3 * resized, rel=0.05)
 
     twice = script.memory_of(extractor, Upsampler("bilinear", iterations=2))
     assert twice.needed(96, 64) - photo > 16 * wanted
@@ -479,8 +575,8 @@ def test_real_weights_on_real_photos(
     feats = np.load(tmp_path / "x.npz")["map"]
     grid = [max(1, int(side / 16 + 0.5)) * 2**iterations for side in reversed(size)]
     assert list(feats.shape) == [192, *grid]
-    assert np.isfinite(feats).all()
-    assert feats.std() > 0.01
+    wanted = slow(vit_tiny, golden_lift, tmp_path / "x.png", None, iterations)[0]
+    np.testing.assert_allclose(feats, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 OWN = """
@@ -492,9 +588,8 @@ def build():
 """
 
 
-def test_ones_own_backbone(cli, tmp_path, monkeypatch, rule_lift):
-    (tmp_path / "own_network.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
+def test_ones_own_backbone(cli, import_path, rule_lift):
+    (import_path / "own_network.py").write_text(OWN)
     args = ["--image_path", SAMPLE, "--output_path", "x.npz", "--load_size", 64]
     args += ["--my_extractor", "own_network:build", "--lift_path", rule_lift]
     ran = cli("lift_extractor", *args)
@@ -536,13 +631,29 @@ BAD = {
         "pass another --output_path",
     ),
     "no picture": (["--picture", "x.txt"], "is no picture's name: let it end in one of .png"),
+    "picture over the photo": (
+        ["--image_path", "tiny.png", "--picture", "./tiny.png"],
+        "--picture ./tiny.png is the photo itself: pass another name",
+    ),
     "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
     "unknown flag": (["--lift_itre", "2"], "unrecognized arguments"),
 }
 
 
+# what is told before a backbone is built
+CHEAP = (
+    "missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter",
+    "lift_iter without LiFT", "no LiFT", "no picture", "picture over the photo",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(cli, tmp_path, monkeypatch, rule_backbone, rule_lift, case):
+    def build(args):
+        raise AssertionError("a backbone was built")
+
+    if case in CHEAP:
+        monkeypatch.setattr(script, "build_extractor", build)
     monkeypatch.chdir(tmp_path)
     if case != "empty folder":
         (tmp_path / "text.jpg").write_text("hello")
@@ -560,26 +671,3 @@ def test_bad_input(cli, tmp_path, monkeypatch, rule_backbone, rule_lift, case):
     assert len(errors) == 1
     assert message in errors[0]
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
-
-
-CHEAP = (
-    "missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter",
-    "lift_iter without LiFT", "no LiFT", "no picture",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CHEAP)
-def test_what_is_cheap_is_checked_before_a_backbone_is_built(
-    cli, tmp_path, monkeypatch, rule_backbone, case
-):
-    def build(args):
-        raise AssertionError("a backbone was built")
-
-    monkeypatch.setattr(script, "build_extractor", build)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.jpg").write_text("hello")
-    flags, message = BAD[case]
-    args = ["--image_path", SAMPLE, "--output_path", "out/x.pth", *rule_backbone, *flags]
-    ran = cli("lift_extractor", *args)
-    assert ran.code == 2
-    assert message in ran.err

@@ -1,6 +1,8 @@
 """benchmarks/quality.py: cells come from the right scripts, measures are those counted by hand."""
 
 import json
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,21 +11,32 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from extractor import ViTExtractor
 from lift import LiFT
+from photos import list_images
 
-ROWS = {
-    "backbone": ["--imsize", 64],
-    "+ bilinear": ["--imsize", 64, "--upsample", "bilinear"],
-    "+ LiFT": ["--imsize", 64, "--lift_path", "LIFT"],
-    "+ LiFT x2": ["--imsize", 64, "--lift_path", "LIFT", "--lift_iter", 2],
-    "backbone at 128": ["--imsize", 128],
-}
+
+class Row(NamedTuple):
+    """What a row of the tables stands for: the scripts' flags, and what they ask for."""
+
+    flags: list[Any]
+    imsize: int
+    iterations: int
+
+
+def wanted_rows(lift):
+    """The rows at 64 pixels with the module at a path."""
+    return {
+        "backbone": Row(["--imsize", 64], 64, 1),
+        "+ bilinear": Row(["--imsize", 64, "--upsample", "bilinear"], 64, 1),
+        "+ LiFT": Row(["--imsize", 64, "--lift_path", lift], 64, 1),
+        "+ LiFT x2": Row(["--imsize", 64, "--lift_path", lift, "--lift_iter", 2], 64, 2),
+        "backbone at 128": Row(["--imsize", 128], 128, 1),
+    }
 
 
 @pytest.fixture
 def dataroot(tmp_path):
-    """One SPair pair of random photos in their places; they are the photos to measure on, too."""
+    """A SPair pair of a random photo and the same with noise; both are measured on, too."""
     root = tmp_path / "data"
     images = root / "SPair-71k/JPEGImages/cat"
     pairs = root / "SPair-71k/PairAnnotation/test"
@@ -31,9 +44,11 @@ def dataroot(tmp_path):
     pairs.mkdir(parents=True)
 
     random = np.random.RandomState(0)
-    for name in ("a.png", "b.png"):
-        small = Image.fromarray(random.randint(0, 256, (8, 8, 3), np.uint8))
-        small.resize((64, 64), Image.Resampling.BICUBIC).save(images / name)
+    small = Image.fromarray(random.randint(0, 256, (8, 8, 3), np.uint8))
+    photo = small.resize((64, 64), Image.Resampling.BICUBIC)
+    noisy = np.asarray(photo) + random.normal(0, 20, (64, 64, 3))
+    photo.save(images / "a.png")
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(images / "b.png")
     points = random.randint(0, 64, (20, 2)).tolist()
     entry = {
         "src_imname": "a.png",
@@ -47,9 +62,9 @@ def dataroot(tmp_path):
 
 
 def last(ran):
-    """The JSON of the last line."""
+    """The JSON of the last line of a run that went well."""
     assert ran.code == 0, ran.err
-    return json.loads(ran.out.splitlines()[-1])
+    return ran.report()
 
 
 @pytest.fixture
@@ -64,9 +79,7 @@ def quick(monkeypatch):
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def test_cells_are_those_of_the_scripts(
-    cli, dataroot, tmp_path, rule_backbone, rule_lift, quick
-):
+def test_cells_are_those_of_the_scripts(cli, dataroot, tmp_path, rule_backbone, rule_lift, quick):
     output = tmp_path / "table"
     photos = dataroot / "SPair-71k/JPEGImages"
     other = {"settings": {"versions": {}}, "command": "another", "machine": "another", "rows": {}}
@@ -79,30 +92,34 @@ def test_cells_are_those_of_the_scripts(
 
     tables = output.with_suffix(".md").read_text()
     spair = ["--dataroot", dataroot / "SPair-71k", "--pairs_per_category", 0, *rule_backbone]
-    for row, flags in ROWS.items():
-        flags = [rule_lift if flag == "LIFT" else flag for flag in flags]
-        cells = record["rows"][row]
-        dot = last(cli("eval_spair", *spair, *flags, "--match", "dot"))["results"]["mean"]
-        cosine = last(cli("eval_spair", *spair, *flags, "--match", "cosine"))["results"]["mean"]
+    for name, row in wanted_rows(rule_lift).items():
+        cells = record["rows"][name]
+        dot = last(cli("eval_spair", *spair, *row.flags, "--match", "dot"))["results"]["mean"]
+        cosine = last(cli("eval_spair", *spair, *row.flags, "--match", "cosine"))["results"]["mean"]
         assert cells["SPair PCK@.1"] == dot["pck@0.1"]
         assert cells["PCK@.05"] == dot["pck@0.05"]
         assert cells["PCK@.1 cos"] == cosine["pck@0.1"]
-        assert cells["GMACs"] == (128 if row == "backbone at 128" else 64)
-        assert cells["ms"] == (2 if row == "+ LiFT x2" else 1)
-        assert f"\n| {row} | {quality.number(dot['pck@0.1'])} ± 0." in tables
+        assert cells["GMACs"] == row.imsize
+        assert cells["ms"] == row.iterations
+        assert f"\n| {name} | {quality.number(dot['pck@0.1'])} ± 0" in tables
+    finest = record["rows"]["backbone at 128"]  # columns could be mixed up where all are equal
+    assert 0 < finest["PCK@.05"] < finest["SPair PCK@.1"]
 
     # the cosines are those of the training's own validation
     measure = ["--evaluate", rule_lift, "--val_dataroot", photos, "--imsize", 128, "--workers", 0]
     measure += ["--downsample", "resize"]
     wanted = last(cli("train_lift", *measure, *rule_backbone))["results"][str(photos)]
-    for row, name in {"backbone": "nearest", "+ bilinear": "bilinear", "+ LiFT": "lift"}.items():
-        assert record["rows"][row]["cosine x2"] == pytest.approx(wanted[name], abs=1e-5)
-        centred = wanted[f"{name}_centred"]
-        assert record["rows"][row]["centred x2"] == pytest.approx(centred, abs=2e-5)
-    for row, name in {"+ bilinear": "bilinear_twice", "+ LiFT x2": "lift_twice"}.items():
-        assert record["rows"][row]["cosine x4"] == pytest.approx(wanted[name], abs=1e-5)
-        centred = wanted[f"{name}_centred"]
-        assert record["rows"][row]["centred x4"] == pytest.approx(centred, abs=2e-5)
+
+    def same(row, size, name):
+        cells = record["rows"][row]
+        assert cells[f"cosine {size}"] == pytest.approx(wanted[name], abs=1e-5)
+        assert cells[f"centred {size}"] == pytest.approx(wanted[f"{name}_centred"], abs=2e-5)
+
+    same("backbone", "x2", "nearest")
+    same("+ bilinear", "x2", "bilinear")
+    same("+ LiFT", "x2", "lift")
+    same("+ bilinear", "x4", "bilinear_twice")
+    same("+ LiFT x2", "x4", "lift_twice")
 
 
 def test_every_figure_has_an_error_and_modules_are_compared(
@@ -136,9 +153,87 @@ def test_every_figure_has_an_error_and_modules_are_compared(
     assert {"cosine x2", "centred x2", "probe x2", "self-match@0.05", "SPair PCK@.1"} <= columns
 
 
-def test_no_data_is_one_line(cli, tmp_path):
-    ran = cli("quality", "--dataroot", tmp_path, "--lift_path", "none.pth")
-    assert ran.code == 2 and "correct --dataroot" in ran.err and "Traceback" not in ran.err
+@pytest.fixture
+def davis_alone(monkeypatch):
+    """DAVIS is the one data set, and is not read: the flags that eval_davis.py would get."""
+    given = []
+
+    def columns(argv):
+        given.append(argv)
+        return {}
+
+    monkeypatch.setattr(quality, "find_roots", lambda dataroot: {"DAVIS": dataroot})
+    monkeypatch.setattr(quality, "davis_columns", columns)
+    return given
+
+
+def test_a_backbone_of_ones_own_has_its_own_section(cli, import_path, quick, davis_alone):
+    """The default of --model_type, which it does not use, keeps its section and its runs."""
+    source = "from torch import nn\ndef patches():\n    return nn.Conv2d(3, 8, 16, 16)\n"
+    (import_path / "own_patches.py").write_text(source)
+    torch.save(LiFT(8, 16).state_dict(), "lift.pth")
+    other = {"settings": {"versions": {}}, "command": "another", "machine": "another", "rows": {}}
+    (import_path / "table.json").write_text(json.dumps({"dino_vits8": other}))
+
+    flags = ["--dataroot", ".", "--imsize", 64, "--lift_path", "lift.pth", "--output", "table"]
+    flags += ["--my_extractor", "own_patches:patches", "--runs", import_path / "some runs"]
+    record = last(cli("quality", *flags))
+    written = json.loads((import_path / "table.json").read_text())
+    assert written == {"dino_vits8": other, "own_patches:patches": record}
+
+    folder = import_path / "some runs/own_patches_patches/backbone"
+    assert davis_alone[0][-2:] == ["--output_dir", str(folder)]
+    assert record["commands"][0].endswith(" --output_dir runs/own_patches_patches/backbone")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--dataroot", "empty"], "empty holds none of .*: correct --dataroot"),
+        (["--output", "old"], "old.json holds no tables .*: remove it, or pass another --output"),
+        (["--output", "data"], "cannot write data.json .*: free some space or pass another path"),
+        (["--imsize", 48], "--imsize 48 is no multiple of 32, twice the patch: pass 64"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_measured(
+    cli, dataroot, tmp_path, rule_backbone, rule_lift, monkeypatch, flags, said
+):
+    def measured(*args):
+        raise AssertionError("measured")
+
+    for name in ("fit", "spair_columns", "cost"):
+        monkeypatch.setattr(quality, name, measured)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.json").write_text('{"other": {"rows": {}}}')
+    (tmp_path / "data.json").mkdir()
+    photos = ["--photos", dataroot, "--fit_photos", dataroot]
+    common = ["--dataroot", dataroot, "--lift_path", rule_lift, "--output", "table", "--imsize", 64]
+    ran = cli("quality", *common, *photos, *rule_backbone, *flags)
+    assert ran.code == 2 and not ran.out
+    assert ran.err.count("\n") == 1 and re.search(said, ran.err), ran.err
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_default_photos_are_no_masks(tmp_path):
+    year = tmp_path / "voc/VOC2012/VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass"):
+        (year / name).mkdir(parents=True)
+    coco = tmp_path / "coco20k/COCO/images"
+    coco.mkdir(parents=True)
+    assert quality.default_photos(str(tmp_path)) == [str(year / "JPEGImages"), str(coco)]
+
+
+def test_the_committed_tables_were_made_on_these_photos(shared):
+    paths = []
+    for folder in quality.default_photos(str(shared / "data")):
+        paths += list_images(folder)
+    assert len(paths) == 84
+    assert quality.spread(paths, quality.MOST_PHOTOS) == paths
+
+
+def test_of_many_photos_some_are_taken_evenly():
+    assert quality.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert quality.spread(list(range(3)), 4) == [0, 1, 2]
 
 
 def test_modules_of_one_name_are_told_apart_by_their_folders():
@@ -146,27 +241,6 @@ def test_modules_of_one_name_are_told_apart_by_their_folders():
     assert list(quality.module_rows(["a/lift.pth", "b/lift.pth"])) == ["+ a/lift", "+ b/lift"]
     with pytest.raises(ValueError, match="rename one"):
         quality.module_rows(["a/lift.pth", "a/lift.pth"])
-
-
-# ---- cost ---------------------------------------------------------------------------------------
-
-
-def test_macs_are_those_of_a_count_by_hand(rule_backbone):
-    """Linear layers and fused attention, which torch's counter passes over on a CPU, are in."""
-    extractor = ViTExtractor(rule_backbone[1], None, device="cpu", backbone_path=rule_backbone[3])
-    images = torch.zeros(1, 3, 224, 224)
-    width, tokens, cells = 192, 197, 196
-    block = 12 * tokens * width**2 + 2 * tokens**2 * width
-    wanted = cells * 768 * width + 11 * block + tokens * width**2
-    assert quality.count_macs(lambda: extractor(images)) == wanted
-
-    mid, half = (width + 32) // 2, width // 2
-    photo = 112**2 * 32 * 27 + 56**2 * 32 * 288 + 14**2 * 32 * 288
-    fused = cells * (width + 32) * 4 * mid
-    fused += 4 * cells * 9 * half * (mid + 32 + half) + 4 * cells * half * width
-    lift = LiFT(width).eval()
-    feats = torch.zeros(1, width, 14, 14)
-    assert quality.count_macs(lambda: lift(images, feats)) == photo + fused
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -177,6 +251,7 @@ def test_errors_are_those_of_the_textbook():
     units = quality.alike(list(values))
     assert units.mean() == pytest.approx(values.mean())
     assert units.error() == pytest.approx(values.std() / 50**0.5)
+    # shares 3/4 and 1/4; distances 25 and 75 to the mean
     weighted = quality.Units(np.array([0.0, 100.0]), np.array([3.0, 1.0]))
     assert weighted.mean() == 25
     assert weighted.error() == pytest.approx((0.75**2 * 25**2 + 0.25**2 * 75**2) ** 0.5)

@@ -1,13 +1,14 @@
 """benchmarks/speed.py: its ratios are those of the times, its words choose, its peaks are peaks."""
 
 import json
+import os
 import time
 from functools import partial
 
 import pytest
 import speed
 import torch
-from case import Case
+from case import Case, load_average
 
 
 def sleep(seconds):
@@ -113,6 +114,47 @@ def test_table_holds_every_line(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "all_cases", lambda: [case._replace(memory=1.0)])
     ran = cli("speed", "--repeats", 1)
     assert ran.code == 0 and "note: peak memory is read under Linux only" in ran.err
+
+
+def test_a_line_that_fails_leaves_the_others(cli, tmp_path, monkeypatch):
+    """It is told, and the exit status is 1; what is measured is written before the next line."""
+    good = timed_case(partial(sleep, 0.02), partial(sleep, 0.01))
+    wrong = timed_case(lambda: 2, partial(sleep, 0))._replace(name="fake: wrong")
+    no_peak = good._replace(name="fake: no peak", memory=1.0)
+    script = tmp_path / "child.py"  # instead of speed.py, whose imports take seconds
+    script.write_text("raise SystemExit('no memory')")
+    monkeypatch.setattr(speed, "__file__", str(script))
+    file = tmp_path / "speed.json"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    last = good._replace(name="fake: last", setup=stop)
+    monkeypatch.setattr(speed, "all_cases", lambda: [wrong, no_peak, good])
+    monkeypatch.setattr(speed, "matrix_rate", lambda precision: 1e9)
+    monkeypatch.setattr(speed.platform, "system", lambda: "Linux")
+    ran = cli("speed", "--repeats", 1, "--json", file)
+    assert ran.code == 1
+    wrong_told, peak_told = ran.err.splitlines()
+    assert wrong_told.startswith("fake: wrong: left out, a baseline gives another result (")
+    peak = "fake: no peak: no memory ratio, reference ended with status 1: no memory"
+    assert peak_told == peak
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["fake: no peak", "fake: sleep"]
+    assert rows[0]["memory ratio"] is None
+
+    monkeypatch.setattr(speed, "all_cases", lambda: [good, last])
+    assert cli("speed", "--repeats", 1, "--json", file).code == 130
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["fake: sleep"]
+
+
+def test_machines_that_count_no_load(monkeypatch):
+    """Such as Windows."""
+    assert load_average() >= 0
+    monkeypatch.delattr(os, "getloadavg")
+    assert load_average() is None
+    assert "load" not in speed.machine({"float32": 1e9})
 
 
 def test_a_peak_is_of_a_whole_name(cli):

@@ -4,7 +4,6 @@ All of it runs on photos of 64 pixels, unless golden.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -85,12 +84,12 @@ def test_golden_losses_and_weights(golden_batch, loss):
 
     for name, after in golden["after"][loss].items():
         value = lift.state_dict()[name].float()
-        # Adam moves every entry by about lr a step, so one whose gradient is rounding noise may end
-        # on either side
-        either = 2 * golden["steps"] * golden["lr"] / value.numel()
-        if name in NOISY:
-            either = golden["lr"]
-        close = 1e-3 * max(after["std"], abs(after["mean"])) + either
+        # Adam moves an entry by about lr a step. Where its gradient is noise, so is the direction:
+        # one such entry of n may end 2 * steps * lr away, and moves the mean by an n-th of that.
+        slack = 2 * golden["steps"] * golden["lr"] / value.numel()
+        if name in NOISY:  # every entry is such
+            slack = golden["lr"]
+        close = 1e-3 * max(after["std"], abs(after["mean"])) + slack
         assert value.mean().item() == pytest.approx(after["mean"], abs=close), name
         if value.numel() > 1:
             assert value.std().item() == pytest.approx(after["std"], abs=close), name
@@ -140,8 +139,8 @@ def measure(cli, folder, rule_backbone, rule_lift):
 
 
 @pytest.fixture(scope="module")
-def rule_features(rule_backbone):
-    vit = plain_vit("vit_tiny_patch16_224", rule_backbone[-1])
+def rule_features(rule_weights):
+    vit = plain_vit("vit_tiny_patch16_224", rule_weights)
     return lambda images: plain_features(vit, images)
 
 
@@ -195,14 +194,6 @@ def last_line(ran):
     return json.loads(ran.out.splitlines()[-1], parse_constant=refuse)
 
 
-def test_the_defaults_are_those_of_the_reference():
-    args = train_lift.parser().parse_args([])
-    assert args.model_type == "dino_vits8" and args.output_dir == "lift_imagenet_trains"
-    assert (args.epochs, args.batch_size, args.lr, args.imsize) == (100, 64, 0.001, 448)
-    assert not args.my_extractor
-    assert train_lift.parser().parse_args(["--my_extractor"]).my_extractor
-
-
 def test_the_command_equals_the_plain_loop(train, folder, tmp_path, rule_features):
     ran = train("--loss", "l2")
     assert ran.code == 0, ran.err
@@ -237,38 +228,22 @@ def test_the_command_equals_the_plain_loop(train, folder, tmp_path, rule_feature
     }  # fmt: skip
 
 
-def test_what_was_left_out_is_written_as_it_was_resolved(train, tmp_path, rule_backbone):
+def test_what_was_left_out_is_written_as_it_was_resolved(train, tmp_path, rule_extractor):
     ran = train("--epochs", 1)
-    extractor = ViTExtractor(
-        "vit_tiny_patch16_224", stride=None, backbone_path=rule_backbone[-1], device="cpu"
-    )
     _, about, _ = read_run(tmp_path)
     for known in (last_line(ran)["settings"], about["settings"]):
         assert known["layer"] == 11 and known["stride"] == known["patch"] == 16
         assert known["channel"] == 192 and known["device"] == "cpu" and known["processes"] == 1
-    assert about["digest"] == extractor.digest
+    assert about["digest"] == rule_extractor().digest
 
 
 @pytest.fixture
-def other_weights(rule_backbone, tmp_path):
+def other_weights(rule_weights, tmp_path):
     """A weight file of the same backbone, fine-tuned, as it were."""
-    state = load_file(rule_backbone[-1])
+    state = load_file(rule_weights)
     state["cls_token"] = state["cls_token"] + 1
     save_file(state, tmp_path / "other.safetensors")
     return tmp_path / "other.safetensors"
-
-
-def test_a_module_for_other_weights_is_noted(train, tmp_path, rule_backbone, other_weights):
-    assert train("--epochs", 1).code == 0
-    (lift,) = tmp_path.glob("runs/*/lift.pth")
-    for path, notes in ((rule_backbone[-1], 0), (other_weights, 1)):
-        extractor = ViTExtractor(
-            "vit_tiny_patch16_224", stride=None, backbone_path=path, device="cpu"
-        )
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            load_lift(lift, extractor)
-        assert said.getvalue().count("other weights") == notes
 
 
 def test_evaluation_equals_the_plain_one(measure, folder, tmp_path, rule_lift, rule_features):
@@ -477,10 +452,12 @@ def test_warps_stay_within_their_bounds():
     warps = torch.stack([train_lift.random_warp() for _ in range(500)])
     scales = 1 / warps[:, 0, :2].norm(dim=1)
     angles = torch.rad2deg(torch.atan2(warps[:, 1, 0], warps[:, 0, 0]))
-    assert scales.min() == pytest.approx(0.7, rel=0.02)
-    assert scales.max() == pytest.approx(1.5, rel=0.02)
-    assert angles.abs().max() == pytest.approx(25, rel=0.02)
-    assert warps[:, :, 2].abs().max() == pytest.approx(0.25, rel=0.02)
+    shifts = warps[:, :, 2].abs()
+    assert scales.min() >= 0.7 - 1e-6 and scales.max() <= 1.5 + 1e-6
+    assert angles.abs().max() <= 25 + 1e-4 and shifts.max() <= 0.25
+    # of 500 some come close
+    assert scales.min() < 0.7 * 1.02 and scales.max() > 1.5 * 0.98
+    assert angles.abs().max() > 25 * 0.98 and shifts.max() > 0.25 * 0.98
     determinants = torch.linalg.det(warps[:, :, :2])
     assert torch.allclose(determinants, scales**-2)  # no shear, no mirror
 
@@ -489,7 +466,7 @@ def test_copies_depend_on_seed_epoch_and_photo_alone(folder):
     paths = sorted(folder.rglob("*.jpg"))
     photos = train_lift.Photos(paths, 64, warp=True)
     first = photos[0, 2]
-    torch.rand(5)
+    torch.rand(5)  # moves torch's global generator, which must not count
     again = photos[0, 2]
     for name, value in first.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(again[name])), name
@@ -556,7 +533,7 @@ def test_jitter_depends_on_seed_epoch_and_photo_alone(folder):
     photos = train_lift.Photos(paths, 64, augment=True)
     first = photos[0, 2]["full"]
     second = photos[1, 2]["full"]
-    torch.rand(5)
+    torch.rand(5)  # moves torch's global generator, which must not count
     (batch,) = DataLoader(photos, batch_sampler=[[(1, 2), (0, 2)]], num_workers=1)
     assert torch.equal(batch["full"][1], first) and torch.equal(batch["full"][0], second)
     assert not torch.equal(first, second)
@@ -597,15 +574,13 @@ def test_learning_rate():
 
 
 def test_options_reach_the_optimizer(train, tmp_path, rule_features, folder):
-    """AdamW, cosine with warmup, accumulation and the average, against the same by hand."""
-    more = ["--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1]
-    more += ["--accumulate", 2, "--ema", 0.5]
+    """AdamW, cosine with warmup, and accumulation, against the same by hand."""
+    more = ["--weight_decay", 0.1, "--schedule", "cosine", "--warmup", 1, "--accumulate", 2]
     assert train(*more).code == 0
     state, _, _ = read_run(tmp_path)
 
     lift = seeded_lift()
     optimizer = torch.optim.AdamW(lift.parameters(), lr=0.001, weight_decay=0.1)
-    average = None
     step = 0
     for epoch in range(2):
         files = order(folder, epoch)
@@ -614,13 +589,8 @@ def test_options_reach_the_optimizer(train, tmp_path, rule_features, folder):
             decay = 0.5 * (1 + math.cos(math.pi * step / 4))
             optimizer.param_groups[0]["lr"] = 0.001 * decay * warmup
             plain_train([batches], rule_features, lift, 64, optimizer=optimizer)
-            now = {name: value.clone() for name, value in lift.state_dict().items()}
-            if average is None:
-                average = now
-            else:
-                average = {name: (average[name] + now[name]) / 2 for name in now}
             step += 1
-    close(without(state, "num_batches_tracked"), without(average, "num_batches_tracked"))
+    close(state, lift.state_dict())
 
 
 # ---- stopping and going on ----------------------------------------------------------------------
@@ -643,7 +613,7 @@ def die_before(monkeypatch, step, how):
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     train, tmp_path, monkeypatch, killed, save_steps
 ):
-    more = ["--augment", "--save_steps", save_steps, "--schedule", "cosine", "--ema", 0.9]
+    more = ["--augment", "--save_steps", save_steps, "--schedule", "cosine"]
     more += ["--val_fraction", 0.25, "--loss", "both"]
     assert train(*more, "--output_dir", tmp_path / "whole" / "runs").code == 0
 
@@ -735,17 +705,19 @@ def test_a_damaged_checkpoint_is_not_resumed(train, tmp_path):
 
 def test_tensorboard_shows_the_metrics(train, tmp_path, monkeypatch):
     shown = {}
+    on_disk = {}
 
     def add_scalar(name, value, step):
         shown[name, step] = value
 
-    writer = types.SimpleNamespace(add_scalar=add_scalar)
+    # it keeps events in memory, and writes none of them by itself when the process ends
+    writer = types.SimpleNamespace(add_scalar=add_scalar, flush=lambda: on_disk.update(shown))
     stub = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
     assert train("--tensorboard", "--val_fraction", 0.25).code == 0
     _, _, lines = read_run(tmp_path)
-    assert [shown["loss", 2], shown["loss", 4]] == [line["loss"] for line in lines]
-    assert shown["lift", 4] == lines[1]["val"]["lift"]
+    assert [on_disk["loss", 2], on_disk["loss", 4]] == [line["loss"] for line in lines]
+    assert on_disk["lift", 4] == lines[1]["val"]["lift"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     ran = train("--tensorboard", "--output_dir", tmp_path / "other")
     assert ran.code == 2 and "pip install tensorboard" in ran.err and ran.err.count("\n") == 1
@@ -790,45 +762,43 @@ def test_compile_runs_on_a_cpu(cli, folder, tmp_path):
 # ---- processes of their own ---------------------------------------------------------------------
 
 
-def command(*flags):
-    """Environment and arguments of train_lift.py as a program, on as many threads as this one."""
-    here = Path(train_lift.__file__)
+def program(*flags, processes=1):
+    """train_lift.py as a program, or as several by torchrun: its command line and environment."""
+    script = Path(train_lift.__file__)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc_per_node", str(processes)]
     environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    environment["PYTHONPATH"] = str(here.parent)
-    return [sys.executable], [str(here), *[str(flag) for flag in flags]], environment
-
-
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment["PYTHONPATH"] = str(script.parent)
+    environment["OMP_NUM_THREADS"] = "1"
+    return [*start, str(script), *[str(flag) for flag in flags]], environment
 
 
 def wait_for(process, tmp_path, pattern):
     """Wait until the run has written a file of this pattern; fail where it ends before."""
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(pattern)):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        if process.poll() is not None:
+            said = ""
+            if process.stderr:
+                said = process.stderr.read()
+            pytest.fail(f"it ended with {process.returncode} and no {pattern}: {said}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"no {pattern} after two minutes")
         time.sleep(0.01)
-
-
-def test_help_is_fast():
-    python, script, environment = command("--help")
-    started = time.time()
-    ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0 and "--downsample" in ran.stdout
-    script = ["-X", "importtime", *script]
-    ran = subprocess.run([*python, *script], env=environment, capture_output=True, text=True)
-    assert "argparse" in ran.stderr and "torch" not in ran.stderr
-    assert time.time() - started < 10
 
 
 def test_sigkill(train, flags, tmp_path):
     """A real SIGKILL at whatever step the run has reached."""
     long = ["--epochs", 12, "--save_every", 12, "--save_steps", 3]
     assert train(*long, "--output_dir", tmp_path / "whole/runs").code == 0
-    python, script, environment = command(*flags(*long))
-    start = [*python, *script]
+    start, environment = program(*flags(*long))
     with subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL) as process:
-        wait_for(process, tmp_path, "runs/*/last.pth")
-        process.kill()
+        try:
+            wait_for(process, tmp_path, "runs/*/last.pth")
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL
     assert train(*long, "--resume").code == 0
     equal(read_run(tmp_path)[0], read_run(tmp_path / "whole")[0])
@@ -839,21 +809,25 @@ def test_a_signal_to_the_whole_group_saves(flags, folder, tmp_path, processes):
     """As Ctrl-C and most job systems send it: to torchrun, its processes and their workers."""
     long = ["--epochs", 1000, "--save_every", 1000, "--save_steps", 0, "--workers", 2]
     long += ["--batch_size", 4 // processes, "--val_dataroot", folder]
-    python, script, environment = command(*flags(*long))
-    if processes == 2:
-        python += LAUNCHER
+    start, environment = program(*flags(*long), processes=processes)
     with subprocess.Popen(
-        [*python, *script],
+        start,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
-        wait_for(process, tmp_path, "runs/*/metrics.jsonl")
-        (last,) = [path.parent / "last.pth" for path in tmp_path.glob("runs/*/metrics.jsonl")]
-        os.killpg(process.pid, signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        try:
+            wait_for(process, tmp_path, "runs/*/metrics.jsonl")
+            (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+            last = metrics.with_name("last.pth")
+            os.killpg(process.pid, signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        finally:
+            # whatever failed above, nobody is to wait for its 1000 epochs
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert said.count("stopped by SIGTERM after step") == 1, said
     assert "DataLoader worker" not in said
     step = int(said.split("stopped by SIGTERM after step ")[1].split(":")[0])
@@ -864,11 +838,10 @@ def test_a_signal_to_the_whole_group_saves(flags, folder, tmp_path, processes):
 
 @pytest.mark.parametrize("loss", ["l2", "both"])
 def test_two_processes_equal_the_plain_loop_on_both_their_batches(
-    flags, folder, tmp_path, rule_features, loss
+    flags, measure, folder, tmp_path, rule_features, loss
 ):
     more = ["--batch_size", 2, "--loss", loss, "--val_dataroot", folder]
-    python, script, environment = command(*flags(*more))
-    start = [*python, *LAUNCHER, *script]
+    start, environment = program(*flags(*more), processes=2)
     ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     state, _, lines = read_run(tmp_path)
@@ -894,6 +867,20 @@ def test_two_processes_equal_the_plain_loop_on_both_their_batches(
     assert lines[-1]["val"]["photos"] == 8
     assert len(printed) == 3, "the first process alone prints"
     assert ran.stdout.count("note: 4 optimizer steps") == 1
+
+    # what was measured is what was exported, though each process has batch norms of its own
+    (lift,) = tmp_path.glob("runs/*/lift.pth")
+    (again,) = last_line(measure("--evaluate", lift))["results"].values()
+    for name in ("lift", "lift_twice", "lift_centred"):
+        assert lines[-1]["val"][name] == pytest.approx(again[name], abs=2e-5), name
+
+
+def test_processes_that_torchrun_did_not_start(train, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    ran = train()
+    assert ran.code == 2 and "start it by torchrun" in ran.err and ran.err.count("\n") == 1
 
 
 def test_two_trainings_do_not_share_a_folder(train, tmp_path):
@@ -926,10 +913,10 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
         (["--match", 0.5], "_64_match0.5"),
     ],
 )
-def test_folders_name_layer_and_facet(train, tmp_path, more, ending):
-    assert train("--epochs", 1, *more).code == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    assert run.name == f"vit_tiny_patch16_224_0.001_cosine_noaug{ending}"
+def test_folders_name_layer_and_facet(flags, rule_extractor, tmp_path, more, ending):
+    args = train_lift.parser().parse_args([str(flag) for flag in flags(*more)])
+    run = train_lift.run_folder(args, rule_extractor(layer=args.layer, facet=args.facet))
+    assert run == tmp_path / f"runs/vit_tiny_patch16_224_0.001_cosine_noaug{ending}"
 
 
 # ---- one's own backbone -------------------------------------------------------------------------
@@ -952,7 +939,7 @@ class Tokens(nn.Module):
         return torch.cat([x[:, :1], x], 1)
 
 def tokens(args):
-    return Tokens(args.seed + 20, None)
+    return Tokens(args.seed + 20, None)  # the flags reach it
 
 def other():
     return nn.Linear(5, 5)
@@ -963,15 +950,15 @@ def one_size(args):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    (tmp_path / "own_backbone.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
+def own(import_path):
+    (import_path / "own_backbone.py").write_text(OWN)
 
 
 @pytest.mark.parametrize(
     ("function", "patch", "width"), [("convolution", 8, 24), ("tokens", 16, 22)]
 )
 def test_own_backbone(train, tmp_path, own, function, patch, width):
+    # the width of `tokens` is --seed + 20
     more = ["--my_extractor", f"own_backbone:{function}", "--seed", 2]
     ran = train(*more, "--cache_features", tmp_path / "cache")
     assert ran.code == 0, ran.err
@@ -1010,13 +997,11 @@ BAD = {
     "attend": (["--attend", -1], "--attend -1 is too small: pass 0 or more"),
     "no match": (["--match", "nan"], "--match nan is too small: pass 0 or more"),
     "match": (["--match", -0.1], "--match -0.1 is too small: pass 0 or more"),
-    "ema": (["--ema", 1], "--ema 1.0 never moves: pass less than 1"),
     "no folder": (["--dataroot", "nowhere"], "no images at nowhere"),
     "nothing": (
         ["--evaluate", "lift.pth"],
         "pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot",
     ),
-    "nan": (["--lr", 1e30, "--save_steps", 1], "at step 2"),
     "lr": (["--lr", 1e38], "--lr 1e+38 is no learning rate: pass a smaller one, e.g. 0.001"),
     "no lr": (["--lr", "nan"], "--lr nan is no learning rate"),
 }
@@ -1031,7 +1016,8 @@ def test_bad_input_is_one_line(train, own, case):
 
 
 def test_nan_keeps_the_last_good_checkpoint(train, tmp_path):
-    assert train("--lr", 1e30, "--save_steps", 1).code == 2
+    ran = train("--lr", 1e30, "--save_steps", 1)
+    assert ran.code == 2 and "at step 2" in ran.err and ran.err.count("\n") == 1
     (last,) = tmp_path.glob("runs/*/last.pth")
     state = torch.load(last, weights_only=True)
     assert state["step"] == 1
@@ -1049,6 +1035,29 @@ def test_a_last_step_that_diverges_is_an_error(train, tmp_path, folder, validate
     assert "not finite after step 1" in ran.err and "pass a smaller --lr" in ran.err
     (run,) = (tmp_path / "runs").iterdir()
     assert not list(run.iterdir())
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_features_that_overflow_are_no_matter_of_the_lr(
+    train, folder, rule_weights, tmp_path, validated
+):
+    """Keys of 100,000 are numbers in float32, but neither in float16 nor in a cache."""
+    state = load_file(rule_weights)
+    _, keys, _ = state["blocks.11.attn.qkv.bias"].chunk(3)
+    keys += 1e5
+    save_file(state, tmp_path / "large.safetensors")
+    more = ["--backbone_path", tmp_path / "large.safetensors", "--epochs", 1]
+    if validated:
+        more += ["--val_dataroot", folder]
+    cases = [
+        (["--dtype", "float16"], "not finite in float16: pass --dtype float32"),
+        (["--cache_features", tmp_path / "cache"], "leave out --cache_features"),
+    ]
+    for flags, message in cases:
+        ran = train(*more, *flags)
+        assert ran.code == 2 and message in ran.err and ran.err.count("\n") == 1
+    ran = train(*more)
+    assert ran.code == 0, ran.err
 
 
 def test_broken_photos_are_replaced_counted_and_named(train, folder, tmp_path):
