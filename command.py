@@ -81,6 +81,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
+def main_memory() -> float:
+    """The bytes of main memory that this machine has, infinite where the system tells no sizes."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(needed: int, what: str, remedy: str, device: Any = "cpu") -> None:
     """Raise ValueError if this machine has less memory than `needed` bytes, which `what` take.
 
@@ -90,10 +97,8 @@ def check_memory(needed: int, what: str, remedy: str, device: Any = "cpu") -> No
     Args:
         device: where the bytes are needed; nothing is checked on another device than the CPU.
     """
-    if str(device) != "cpu" or not hasattr(os, "sysconf"):  # Windows tells no sizes
-        return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    there = main_memory()
+    if str(device) == "cpu" and needed > there:
         sizes = f"{needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
         raise ValueError(f"{what} take {sizes}: {remedy}")
 

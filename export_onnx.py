@@ -19,10 +19,11 @@ on two cores. Needs the packages of requirements-dev.txt.
 """
 
 import argparse
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,9 +312,9 @@ def write(plan: Plan, path: Path) -> None:
     """
     inputs = plan.batches[0]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
-    # and this one prints the whole graph before the error that is caught below
+    # before it raises, torch logs the model's whole graph and prints it to stderr
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), plan.exporting():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), plan.exporting():
         warnings.simplefilter("ignore")  # of torch about itself
         try:
             torch.onnx.export(

@@ -38,6 +38,7 @@ from command import (
     check_range,
     check_torchrun,
     claim_folder,
+    main_memory,
     rank,
     record,
     replacing,
@@ -370,13 +371,6 @@ def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwri
 
 
 # ---- reading ------------------------------------------------------------------------------------
-
-
-def main_memory() -> float:
-    """The bytes of main memory that this machine has, infinite where the system tells no sizes."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return float("inf")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Memory(NamedTuple):

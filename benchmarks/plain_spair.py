@@ -160,7 +160,10 @@ def todays_describe(
         feats = F.normalize(features(images), dim=1)                              # [B, C, h, w]
         for number, path in enumerate(batch):
             _, scale, offset = squares[number]
-            described[path] = (feats[number, None], scale, torch.tensor(offset))
+            # a slice is still known to be channels last; feats[number, None] is not, and is
+            # interpolated eight times as slowly
+            one = feats[number : number + 1]                                      # [1, C, h, w]
+            described[path] = (one, scale, torch.tensor(offset))
     return described
 
 

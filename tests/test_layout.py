@@ -44,9 +44,11 @@ TESTS = sorted(ROOT.glob("tests/*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in (*CODE, *TESTS)}
 EVERYWHERE = {path.stem for path in TREES}
 
-# what users call, or torch.hub reads, and none of our own files need
+# what users call, or torch or torch.hub do, and none of our own files need
 OFFERED = {
+    "forward",
     "ViTLiFTExtractor",
+    "extract_descriptors",
     "extract_descriptors_iterative_lift",
     "extract_saliency_maps",
     "patch_vit_resolution",
@@ -308,8 +310,9 @@ def who_reads(path):
         return list(TREES)
     if path.stem in GROUND or path.stem in NOUNS:
         return CODE
-    # many scripts have a `check`, a `table` or an `evaluate`: only the own one counts
-    return [path, *(other for other in CODE if path.stem in imported(TREES[other]))]
+    # many scripts have a `check`, a `table` or an `evaluate`, and none uses another's
+    importers = [other for other in CODE if path.stem in imported(TREES[other])]
+    return [path, *importers]
 
 
 @pytest.mark.parametrize("path", named(*CODE, *TESTS))
@@ -326,6 +329,12 @@ def test_every_name_is_used(path):
         known.append({name for name in names if not name.startswith("_")})
     found = unused(names, *known)
     assert not [f"{label(path, found[name])} {name}" for name in found if name not in OFFERED]
+
+
+def test_a_script_is_read_by_itself_and_by_what_imports_it():
+    path = ROOT / "feature_cache.py"
+    assert set(who_reads(path)) >= {path, ROOT / "train_lift.py"}
+    assert ROOT / "eval_davis.py" not in who_reads(path)
 
 
 def test_an_unused_name_is_found():
