@@ -95,10 +95,10 @@ def check_memory(needed: int, what: str, remedy: str, device: Any = "cpu") -> No
     memory runs out the system ends the process without a word.
 
     Args:
-        device: where the bytes are needed; nothing is checked on another device than the CPU.
+        device: where the bytes are needed. CUDA's are not main memory, and not checked.
     """
     there = main_memory()
-    if str(device) == "cpu" and needed > there:
+    if not str(device).startswith("cuda") and needed > there:
         sizes = f"{needed / 2**30:.0f} GB, and this machine has {there / 2**30:.0f}"
         raise ValueError(f"{what} take {sizes}: {remedy}")
 

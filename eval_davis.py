@@ -627,11 +627,11 @@ def propagate_all(
             raise ValueError(f"the features of the frames are not finite: {remedy}")
         return feats
 
-    def harden_all(soft, size):
+    def harden_all(soft, photo_size):              # of each segmentation: labels at (W, H)
         for segmentation in soft:
-            # another run may have claimed the folder before this one had a mask in it
+            # before each mask: another run may have replaced the record while there was no mask
             claim_folder(folder, made_by, REMEDY)
-            yield harden(segmentation, extractor.patch, size)
+            yield harden(segmentation, extractor.patch, photo_size)
 
     count = sum(len(sequence.masks) - 1 for sequence in sequences)
     with torch.inference_mode(), tqdm(total=count, unit="frame", disable=None) as bar:

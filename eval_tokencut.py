@@ -131,7 +131,7 @@ from tqdm import tqdm
 
 from extractor import IMAGENET, build_extractor
 from lift import check_lift_args, upsampler
-from photos import list_images, read_image
+from photos import list_images, naming_root, read_image
 
 SMALL_GRAPH = 256  # cells up to which LAPACK is as fast as Lanczos
 MOST = 2**14  # cells of the largest graph: its N^2 weights in float32 take 1 GiB
@@ -386,22 +386,6 @@ def read_photos(path: str | Path, output_dir: str | Path) -> list[Sample]:
         name = place.relative_to(root).as_posix()
         samples.append(Sample(name, file, upright=True))
     return samples
-
-
-def naming_root(path: str | Path) -> Path:
-    """The folder below which the photos of a file, a folder or a pattern are named.
-
-    It is the folder itself, or what precedes the first wildcard. It does not depend on which photos
-    are there: one that is added later must not get the name, and the box, of another.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    folders = []
-    for part in Path(path).parent.parts:
-        if set(part) & set("*?["):
-            break
-        folders.append(part)
-    return Path(*folders)
 
 
 # ---- TokenCut -----------------------------------------------------------------------------------
@@ -1030,9 +1014,9 @@ def main(args: argparse.Namespace) -> None:
         check_cells(size, size, most)
     prepare = partial(to_input, size=size, normalize=normalize, patch=extractor.patch, most=most)
 
-    # left out: --channel and --patch, which are only checked, and where the output goes. All other
-    # flags decide what is found, but for --visualize and --save-feat-dir. They count because an
-    # image that has a line is not searched again: it must have its pictures and its map.
+    # Left out: --channel and --patch, which are only checked, and where the output goes. --visualize
+    # and --save-feat-dir do not decide what is found, and stay in: an image that has a line is not
+    # searched again, so its pictures and its map must be there.
     facts = {**extractor.facts(), **up.facts()}
     made_by = record(
         args,

@@ -33,7 +33,6 @@ import base64
 import io
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -111,7 +110,7 @@ from tqdm import tqdm
 
 from extractor import DenseExtractor, build_extractor
 from lift import LiFT, double, load_lift, read_state, upsample
-from photos import IMAGES, list_images, pca_rgb, read_image
+from photos import IMAGES, list_images, naming_root, pca_rgb, read_image
 
 # viridis, from dark to bright: [256, RGB]
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)
@@ -588,20 +587,16 @@ def find_photos(dataroot: str, limit: int, seed: int) -> tuple[list[Path], Path]
 
     Returns:
         The photos, in the order in which they were listed or, where drawn, sorted; and the folder
-        below which their subfolders count. It is `dataroot` or, where that is a pattern or a photo,
-        the folder that all photos share, drawn or not.
+        below which their subfolders count (photos.naming_root).
     Raises:
         ValueError: there is no photo.
     """
     found = [path for path in list_images(dataroot) if not is_sheet(path)]
     if not found:
         raise ValueError(f"no images but our own sheets at {dataroot}: pass a folder of photos")
-    root = Path(dataroot)
-    if not root.is_dir():
-        root = Path(os.path.commonpath([path.parent for path in found]))
     if 0 < limit < len(found):
         found = sorted(random.Random(seed).sample(found, limit))
-    return found, root
+    return found, naming_root(dataroot)
 
 
 def is_sheet(path: Path) -> bool:

@@ -64,7 +64,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from extractor import BACKBONES, ViTExtractor, build_extractor
+from extractor import ViTExtractor, build_extractor, is_named
 from lift import (
     LiFT,
     Upsampler,
@@ -276,7 +276,7 @@ def plan_both(args: argparse.Namespace) -> Plan:
 
     # sizes are free for backbones whose positions any_size_positions is known to give
     count, rows, columns = free_axes()
-    known = args.model_type in BACKBONES and not args.my_extractor
+    known = is_named(extractor.tag) and not args.my_extractor
     if known and extractor.step == patch:
         batches = random_images(sizes_to_check(patch))
         free = {"images": {0: count, 2: patch * rows, 3: patch * columns}}

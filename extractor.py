@@ -135,6 +135,13 @@ def resolve(name: str) -> Backbone:
     return Backbone(tag, (tuple(cfg.mean), tuple(cfg.std)))
 
 
+def is_named(tag: str) -> bool:
+    """Whether a backbone stands in BACKBONES, be it by its name there or by timm's full name."""
+    if tag in BACKBONES:
+        return True
+    return any(row.tag == tag for row in BACKBONES.values())
+
+
 def unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     """The backbone's own tensors of a checkpoint.
 
@@ -200,8 +207,9 @@ def hub_unreachable() -> bool:
     The hub's own client would try for a minute before it says so.
     """
     hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if hub.scheme in getproxies():  # then there is no direct way, and need be none
-        return False
+    proxies = getproxies()
+    if hub.scheme in proxies or "all" in proxies:
+        return False  # the client goes through the proxy: a direct connection tells nothing
     port = hub.port
     if port is None:
         port = 80 if hub.scheme == "http" else 443
@@ -325,6 +333,12 @@ def use_full_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def as_numbers(channels: Tensor) -> tuple[float, ...]:
+    """A float32 tensor as numbers of seven digits: 0.485, not 0.48500001430511475."""
+    numbers = channels.flatten().tolist()
+    return tuple(round(number, 7) for number in numbers)
+
+
 # ---- what every extractor has -------------------------------------------------------------------
 
 
@@ -354,10 +368,12 @@ class DenseExtractor(nn.Module):
         Args:
             mean, std: of red, green and blue; a module of one's own may have them as tensors.
         """
-        for name, values in (("mean", mean), ("std", std)):
-            of_channels = torch.as_tensor(values, dtype=torch.float32).flatten().cpu()
-            setattr(self, name, tuple(round(value, 7) for value in of_channels.tolist()))
-            self.register_buffer(f"{name}_rgb", of_channels.view(3, 1, 1), persistent=False)
+        mean_rgb = torch.as_tensor(mean, dtype=torch.float32).detach().cpu().clone()
+        std_rgb = torch.as_tensor(std, dtype=torch.float32).detach().cpu().clone()
+        self.mean = as_numbers(mean_rgb)
+        self.std = as_numbers(std_rgb)
+        self.register_buffer("mean_rgb", mean_rgb.view(3, 1, 1), persistent=False)
+        self.register_buffer("std_rgb", std_rgb.view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images [..., 3, H, W] in 0..1 -> normalised, where they are."""
@@ -609,7 +625,7 @@ class ViTExtractor(DenseExtractor):
             native = (side, side)
         if tuple(grid) == tuple(native):
             return patches, prefix
-        if self.tag in BACKBONES or any(row.tag == self.tag for row in BACKBONES.values()):
+        if is_named(self.tag):
             return interpolate_positions(patches, native, grid), prefix
         resampled = resample_abs_pos_embed(patches, list(grid), list(native), num_prefix_tokens=0)
         return resampled, prefix
@@ -1119,9 +1135,9 @@ def check_facts(
 def main(args: argparse.Namespace) -> None:
     """Write the descriptors [1, 1, t, C] of one image."""
     check_range(args, load_size=0)
-    if Path(args.output_path).suffix not in (".pth", ".pt"):
-        what = f"--output_path {args.output_path} would hold a tensor of torch.save"
-        raise ValueError(f"{what}: let it end in .pth")
+    if Path(args.output_path).suffix in (".npz", ".safetensors"):
+        what = f"--output_path {args.output_path}, but only .pth is written here"
+        raise ValueError(f"{what}: let it end in .pth, or take lift_extractor.py")
     as_photo(args.image_path)  # a missing photo is told before a backbone is built
     extractor = build_extractor(args)
     images, _ = extractor.preprocess(args.image_path, args.load_size or None)

@@ -51,6 +51,7 @@ from command import (
 
 FORMATS = ("pth", "npz", "safetensors")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FOLDERS = "image_folders"  # of the photos, in the record
 LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
 
 # Numbers a pixel takes besides its features: 3 channels, and 5 copies of the photo at once (as
@@ -106,7 +107,15 @@ from lift import (
     upsample,
     upsampler,
 )
-from photos import fit, fitted_size, list_images, pca_rgb, read_image, titled_sheet
+from photos import (
+    fit,
+    fitted_size,
+    list_images,
+    naming_root,
+    pca_rgb,
+    read_image,
+    titled_sheet,
+)
 
 # ---- in Python ----------------------------------------------------------------------------------
 
@@ -242,10 +251,9 @@ class Job(NamedTuple):
 
 
 def find_photos(given: list[str]) -> dict[Path, Path]:
-    """Find the photos, each with its root: its path from there names its output file.
+    """Find the photos, each with its root (photos.naming_root).
 
-    The root is the given folder, and for a file or a pattern the deepest folder that holds
-    everything it found.
+    The path from there names its output file.
 
     Raises:
         ValueError: there are none, or two would get one output file.
@@ -253,11 +261,8 @@ def find_photos(given: list[str]) -> dict[Path, Path]:
     photos: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}
     for entry in given:
-        files = list_images(entry)
-        root = Path(entry)
-        if not root.is_dir():
-            root = Path(os.path.commonpath([file.parent for file in files]))
-        for file in files:
+        root = naming_root(entry)
+        for file in list_images(entry):
             name = file.relative_to(root)
             if taken.get(name, file) != file:
                 both = f"{taken[name]} and {file} would get one output file"
@@ -298,14 +303,18 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     now must not count here: the other processes may be writing already, and lists would differ.
 
     Raises:
-        ValueError: --output_path or --picture are no names for what is to be written.
+        ValueError: --output_path or --picture are no names for what is to be written, or
+            --picture is one of the photos.
     """
     photos = find_photos(args.image_path)
-    if args.picture:
-        picture_file = Path(args.picture).resolve()
-        photos = {file: root for file, root in photos.items() if file.resolve() != picture_file}
-        if not photos:
-            raise ValueError(f"--picture {args.picture} is the photo itself: pass another name")
+    if args.picture and Path(args.picture).is_file():
+        for photo in list(photos):
+            if not photo.samefile(args.picture):
+                continue
+            if not Path(args.output_path).is_file():  # a run that drew it has written that, too
+                what = f"--picture {args.picture} is one of the photos"
+                raise ValueError(f"{what}: pass another name")
+            del photos[photo]
 
     one_file = is_one_file(args, len(photos))
     if args.picture and one_file and Path(args.picture).suffix.lower() not in PICTURES:
@@ -335,8 +344,8 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
 def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwrite: bool) -> None:
     """Record these settings in the output folder, or refuse a folder of other settings.
 
-    The photos' folders are part of the record: a photo of the same name in another folder would
-    count as done.
+    The record holds the photos' folders, too. Others may follow, but not a photo whose name has
+    features already, of a photo in another folder: it would count as done.
 
     With `overwrite`, features of other settings, or of settings that nobody knows, are removed
     first: a run that is stopped must not leave them under the new record.
@@ -344,19 +353,30 @@ def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwri
     Raises:
         ValueError: it holds features of other settings, or of settings that nobody knows.
     """
-    roots = {job.root for job in jobs}
-    made_by = {**made_by, "image_folders": sorted({str(root.resolve()) for root in roots})}
     remedy = "pass --overwrite, or another --output_path"
     there = [job.output for job in jobs if job.output.exists()]
-    if there and not (folder / RECORD).exists():
-        if not overwrite:
-            what = f"{there[0]} is there, and no {RECORD} says how it was made"
+    has_record = (folder / RECORD).exists()
+    if there and not has_record and not overwrite:
+        what = f"{there[0]} is there, and no {RECORD} says how it was made"
+        raise ValueError(f"{what}: {remedy}")
+    if not has_record:
+        remove(there)
+
+    folders = {str(job.root.resolve()) for job in jobs}
+    before = recorded_folders(folder)
+    if before is not None:
+        of_others = []
+        for job in jobs:
+            if job.output.exists() and str(job.root.resolve()) not in before:
+                of_others.append(job.output)
+        if of_others and not overwrite:
+            what = f"{of_others[0]} was made from a photo in another folder"
             raise ValueError(f"{what}: {remedy}")
-        for file in there:
-            file.unlink()
-        there = []
+        remove(of_others)
+        folders.update(before)
+
     try:
-        claim_folder(folder, made_by, remedy)
+        claim_folder(folder, {**made_by, FOLDERS: before}, remedy)
     except ValueError as error:
         if not overwrite:
             raise
@@ -365,9 +385,26 @@ def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwri
             if file.suffix[1:] in FORMATS and file not in ours:
                 what = f"{file} was made with other settings and is not to be made again"
                 raise ValueError(f"{what}: pass another --output_path") from error
-        for file in there:
-            file.unlink()
-        claim_folder(folder, made_by, remedy, renew=True)
+        remove(there)
+    claim_folder(folder, {**made_by, FOLDERS: sorted(folders)}, remedy, renew=True)
+
+
+def remove(files: list[Path]) -> None:
+    """Remove files, some of which may be gone already."""
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def recorded_folders(folder: Path) -> list[str] | None:
+    """The photos' folders in the record of an output folder.
+
+    None where it does not tell: there is no record, or one of an earlier version, or a damaged one,
+    of which claim_folder speaks.
+    """
+    try:
+        return json.loads((folder / RECORD).read_text()).get(FOLDERS)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -391,11 +428,11 @@ class Memory(NamedTuple):
     there: float = float("inf")
 
     def at_once(self, width: int, height: int, most: int) -> int:
-        """How many photos of this size to take at once: at most `most`, or fewer on a CPU.
+        """How many photos of this size to take at once: at most `most`, or what memory holds.
 
-        Half of the memory is left for the photos that wait, and for all else.
+        Half of it is left for the photos that wait, and for all else. CUDA has memory of its own.
         """
-        if self.device != "cpu":
+        if self.device.startswith("cuda"):
             return most
         fitting = self.there / 2 / self.needed(width, height)
         return max(1, int(min(most, fitting)))
@@ -488,10 +525,6 @@ def batches(items: Iterable[Item], batch_size: int, memory: Memory) -> Iterator[
     worth of photos is kept waiting, and about a quarter of the memory. Then the fullest batch goes
     as it is.
     """
-
-    def size_in_bytes(shape: Any) -> int:
-        return sum(image.nbytes for _, image, _ in waiting[shape])
-
     waiting: dict[Any, list[Item]] = {}
     for item in items:
         image = item[1]
@@ -506,12 +539,19 @@ def batches(items: Iterable[Item], batch_size: int, memory: Memory) -> Iterator[
             continue
 
         count = sum(len(others) for others in waiting.values())
-        if sum(size_in_bytes(shape) for shape in waiting) > memory.there / 4:
-            yield waiting.pop(max(waiting, key=size_in_bytes))
+        held = sum(bytes_of(others) for others in waiting.values())
+        if held > memory.there / 4:
+            largest = max(waiting, key=lambda size: bytes_of(waiting[size]))
+            yield waiting.pop(largest)
         elif count >= 4 * batch_size:
             fullest = max(waiting, key=lambda size: len(waiting[size]))
             yield waiting.pop(fullest)
     yield from waiting.values()
+
+
+def bytes_of(queue: list[Item]) -> int:
+    """The bytes of the images that wait in a queue."""
+    return sum(image.nbytes for _, image, _ in queue)
 
 
 # ---- what is written ----------------------------------------------------------------------------
@@ -727,10 +767,11 @@ def main(args: argparse.Namespace) -> None:
     wanted, broken, skipped = add_up([len(left), len(unreadable), len(jobs) - len(left)])
     if rank() == 0:
         counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
-        line = {**run_settings, **counts}
-        if len(args.image_path) > 3:  # an unquoted pattern may be thousands of names
-            line["image_path"] = f"{len(args.image_path)} paths"
-        report(line)
+        summary = {**run_settings, **counts}
+        # an unquoted pattern may be thousands of names
+        summary["image_path"] = args.image_path[:3]
+        summary["image_paths"] = len(args.image_path)
+        report(summary)
     wait_for_all()  # torchrun ends the others as soon as one fails
     if wanted and broken == wanted:
         if rank() > 0:  # the first process says why

@@ -48,7 +48,9 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
         with Image.open(path) as image:
             if upright:
                 return rgb(ImageOps.exif_transpose(image))
-            return rgb(image)
+            stored = rgb(image)
+            stored.info.clear()  # else as_photo would find EXIF's orientation, and turn it
+            return stored
     except Image.DecompressionBombError as error:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error
@@ -82,7 +84,7 @@ def as_photo(image: Any) -> Image.Image:
     """An RGB PIL image of a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path; a PIL image; an array [H, W, 3] uint8; or a tensor [3, H, W] or [1, 3, H, W],
+        image: a path; a PIL image, which is turned as its EXIF says; an array [H, W, 3] uint8; or a tensor [3, H, W] or [1, 3, H, W],
             uint8 or floating point in 0..1.
     Raises:
         FileNotFoundError, ValueError: for what is none of these.
@@ -153,6 +155,25 @@ def walk(root: Path) -> list[Path]:
                 enter.append(name)
         below[:] = enter  # os.walk goes on with what is left here
     return files
+
+
+def naming_root(path: str | Path) -> Path:
+    """The folder below which the photos of a file, a folder or a pattern are named.
+
+    It is the folder itself, that of the file, or what precedes the first wildcard. It does not
+    depend on which photos are there: one that is added later must not get the name, and the
+    results, of another.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_file():
+        return Path(path).parent
+    folders = []
+    for part in Path(path).parent.parts:
+        if set(part) & set("*?["):
+            break
+        folders.append(part)
+    return Path(*folders)
 
 
 # ---- fitting ------------------------------------------------------------------------------------

@@ -866,6 +866,9 @@ class Run:
         remedy = "remove it, and start again"
         last = load_tensors(path, remedy, remedy)
         try:
+            # a flag of earlier versions, which did nothing at its default
+            if not last["record"].get("ema"):
+                last["record"].pop("ema", None)
             changed = difference(last["record"], self.record)
             if not changed:
                 self.restore(last)
@@ -1373,7 +1376,8 @@ def train_into(
     run = Run(args, extractor, folder, args.epochs * steps, len(photos))
     if args.resume:
         run.resume()
-    if run.step > args.epochs * steps:  # a module of more training than its record would say
+    if run.step > args.epochs * steps:
+        # lift.json would name fewer epochs than the module was trained for
         enough = math.ceil(run.step / steps)
         what = f"{folder} holds {run.step} steps, more than the {args.epochs * steps} of --epochs"
         raise ValueError(f"{what} {args.epochs}: pass --epochs {enough} or more")

@@ -263,9 +263,11 @@ def memory_ratio(case: Case) -> float:
         command = [sys.executable, __file__, "--peak", case.name, side]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
-            said = ["no word"]
-            said += ran.stderr.strip().splitlines()
-            raise ChildProcessError(f"{side} ended with status {ran.returncode}: {said[-1]}")
+            reason = "no message"
+            lines = ran.stderr.strip().splitlines()
+            if lines:
+                reason = lines[-1]
+            raise ChildProcessError(f"{side} ended with status {ran.returncode}: {reason}")
         last = ran.stdout.split()[-1]  # what print_peak prints; a library may print before it
         if last != "none":
             peaks[side] = max(float(last), 1.0)  # below 1 MiB is noise
@@ -336,7 +338,6 @@ def main(args: Namespace) -> None:
     facts = machine(rates)
     rows = []
     failed = False
-    write_table(args, rows, facts)  # a path that cannot be written to is told now
     for case in cases:
         if rates[case.dtype] < rates["float32"]:  # the machine only emulates this precision
             slower = f"{case.dtype} is slower than float32 on this machine"

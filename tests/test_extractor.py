@@ -583,6 +583,10 @@ def test_a_hub_is_probed_at_the_port_of_its_scheme(monkeypatch):
         assert extractor_module.hub_unreachable()
     assert probed == [("mirror", 80), ("mirror", 443), ("mirror", 8080)]
 
+    monkeypatch.setattr(extractor_module, "getproxies", lambda: {"all": "http://proxy"})
+    assert not extractor_module.hub_unreachable()
+    assert len(probed) == 3
+
 
 def test_a_vit_that_was_never_trained_has_no_page_to_fetch():
     with pytest.raises(ValueError, match=r"no weights of vit_giant_patch14_224.*: pass --backbone"):
@@ -676,7 +680,7 @@ class Tokens(torch.nn.Module):
     std = (0.25, 0.25, 0.25)
     def __init__(self, channels):
         super().__init__()
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.mean = torch.nn.Parameter(torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
         self.conv = torch.nn.Conv2d(3, channels, 8, stride=8)
     def forward(self, images):
         tokens = self.conv(images).flatten(2).transpose(1, 2)
@@ -715,6 +719,7 @@ def test_ones_own_backbone(import_path):
     assert (maps.patch, maps.width, maps.layer) == (8, 5, None)
     assert tokens(images).shape == (2, 7, 4, 6)
     assert tokens.mean == (0.4, 0.5, 0.6)  # numbers, which JSON can hold
+    assert not tokens.mean_rgb.requires_grad
     torch.testing.assert_close(tokens(images), tokens.module.conv(images))
     with pytest.raises(ValueError, match=r"no function two_networks:none .*: pass --my_extractor"):
         build_extractor(flags("--my_extractor", "two_networks:none"))
@@ -752,7 +757,7 @@ def test_own_command_line(cli, tmp_path, rule_backbone):
     ran = cli("extractor", *args, "--output_path", binned_path, "--bin", "ture")
     assert ran.code == 2 and "ture is neither: pass True or False" in ran.err
     ran = cli("extractor", *args, "--output_path", tmp_path / "x.npz")
-    assert ran.code == 2 and ran.err.endswith("let it end in .pth\n")
+    assert ran.code == 2 and "only .pth is written here: let it end in .pth" in ran.err
     assert not (tmp_path / "x.npz").exists()
 
 

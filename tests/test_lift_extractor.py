@@ -218,14 +218,34 @@ def test_photos_of_one_name_in_another_folder_are_refused(cli, tmp_path, rule_ba
 
     ran = cli(*args, "--image_path", tmp_path / "day2")
     assert ran.code == 2
-    assert f"was made with image_folders ['{tmp_path / 'day1'}'], not" in ran.err
+    assert f"{out / '1.png.pth'} was made from a photo in another folder" in ran.err
     assert "pass --overwrite, or another --output_path" in ran.err
     assert (out / "1.png.pth").read_bytes() == before
 
+    (tmp_path / "day2/1.png").rename(tmp_path / "day2/2.png")
+    assert counts(cli(*args, "--image_path", tmp_path / "day2")) == (1, 0, 0), "another name"
+    assert counts(cli(*args, "--image_path", tmp_path / "day1")) == (0, 1, 0)
+    folders = json.loads((out / "record.json").read_text())["image_folders"]
+    assert folders == [str(tmp_path / "day1"), str(tmp_path / "day2")]
+    (tmp_path / "day3").mkdir()
+    (tmp_path / "day2/2.png").rename(tmp_path / "day3/1.png")
+
     one_of_them = tmp_path / "day1/1.png"
     assert counts(cli(*args, "--image_path", one_of_them)) == (0, 1, 0), "the same folder"
-    assert counts(cli(*args, "--image_path", tmp_path / "day2", "--overwrite")) == (1, 0, 0)
+    assert counts(cli(*args, "--image_path", tmp_path / "day3", "--overwrite")) == (1, 0, 0)
     assert (out / "1.png.pth").read_bytes() != before
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(cli, tmp_path, photos, rule_backbone):
+    """Its record tells no folders of photos."""
+    out = tmp_path / "out"
+    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
+    args += ["--load_size", 32]
+    assert counts(cli(*args)) == (3, 0, 1)
+    made_by = json.loads((out / "record.json").read_text())
+    del made_by["image_folders"]
+    (out / "record.json").write_text(json.dumps(made_by))
+    assert counts(cli(*args)) == (0, 3, 1)
 
 
 def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_lift):
@@ -315,6 +335,9 @@ def test_pictures_of_an_earlier_run_are_no_photos(cli, photos, rule_backbone, mo
     args += ["--load_size", 32, "--picture", "sub/x.png"]
     assert counts(cli(*args)) == (1, 0, 0)
     assert counts(cli(*args)) == (1, 0, 0), "still one photo, and one file"
+    (photos / "x.pth").unlink()
+    ran = cli(*args)
+    assert ran.code == 2 and "--picture sub/x.png is one of the photos: pass" in ran.err
 
 
 # ---- several processes --------------------------------------------------------------------------
@@ -376,7 +399,8 @@ def test_patterns_and_workers(cli, tmp_path, photos, rule_backbone):
     assert ran.code == 0, ran.err
     files = {str(file.relative_to(out)) for file in out.rglob("*.npz")}
     assert files == {f"{name}.npz" for name in NAMES}
-    assert ran.report()["image_path"] == "4 paths", "a long list is not repeated"
+    assert len(ran.report()["image_path"]) == 3, "a long list is not repeated"
+    assert ran.report()["image_paths"] == 4
 
 
 def test_two_photos_of_one_name_are_named(cli, tmp_path, photos, rule_backbone):
@@ -633,7 +657,7 @@ BAD = {
     "no picture": (["--picture", "x.txt"], "is no picture's name: let it end in one of .png"),
     "picture over the photo": (
         ["--image_path", "tiny.png", "--picture", "./tiny.png"],
-        "--picture ./tiny.png is the photo itself: pass another name",
+        "--picture ./tiny.png is one of the photos: pass another name",
     ),
     "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
     "unknown flag": (["--lift_itre", "2"], "unrecognized arguments"),

@@ -62,6 +62,8 @@ def test_pixels_as_they_are_stored(tmp_path):
     save_rotated(tmp_path / "rotated.png")
     stored = np.asarray(read_image(tmp_path / "rotated.png", upright=False))
     assert np.array_equal(stored, np.rot90(RGB))
+    again = as_photo(read_image(tmp_path / "rotated.png", upright=False))
+    assert np.array_equal(again, np.rot90(RGB))
 
 
 def test_images_that_cannot_be_read(tmp_path, monkeypatch):
