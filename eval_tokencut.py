@@ -760,7 +760,9 @@ def is_whole(line: dict, annotated: bool) -> bool:
     return line["correct"] is (line["iou"] >= 0.5)
 
 
-def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, dict]:
+def resume(
+    path: Path, made_by: dict[str, Any], names: set[str], annotated: bool
+) -> dict[str, dict]:
     """Begin a predictions file, or go on with the one that is there.
 
     Its first line is the record of the settings, every other one the entry of an image. Lines that
@@ -768,6 +770,7 @@ def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, di
 
     Args:
         made_by: command.record of this run.
+        names: of its Samples.
         annotated: whether entries hold `iou` and `correct`.
     Returns:
         {name: entry} of what was there.
@@ -789,8 +792,9 @@ def resume(path: Path, made_by: dict[str, Any], annotated: bool) -> dict[str, di
         if is_whole(line, annotated):
             name = line.pop("name")
             entries[name] = line
-    if entries:
-        note = f"note: {len(entries)} images are taken from {path}: remove it to begin again"
+    taken = names & entries.keys()
+    if taken:
+        note = f"note: {len(taken)} images are taken from {path}: remove it to begin again"
         print(note, file=sys.stderr)
 
     # write back what was whole, so that new lines follow whole ones
@@ -1027,7 +1031,8 @@ def main(args: argparse.Namespace) -> None:
     done = {}
     file = Path(args.output_dir, "predictions.jsonl")
     if args.save_predictions:
-        done = resume(file, made_by, annotated=samples[0].boxes is not None)
+        names = {sample.name for sample in samples}
+        done = resume(file, made_by, names, annotated=samples[0].boxes is not None)
 
     pictures = args.visualize
     if args.image_path and not pictures:

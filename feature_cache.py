@@ -60,6 +60,17 @@ def images_and_features(
     return images, feats
 
 
+def check_finite(feats: Tensor, extractor: DenseExtractor) -> None:
+    """Raise ValueError for features that nothing can be learned from, nor measured with."""
+    if feats.isfinite().all():
+        return
+    remedy = "pass --dtype float32"
+    if extractor.dtype == torch.float32:
+        remedy = "pass other weights"
+    precision = str(extractor.dtype).removeprefix("torch.")
+    raise ValueError(f"the features of {extractor.name} are not finite in {precision}: {remedy}")
+
+
 def one_after_the_other(images: Tensor, device: torch.device) -> Tensor:
     """Bring images, or feature maps, to the device; pairs [B, 2, C, h, w] become [2B, C, h, w]."""
     if images.ndim == 5:
@@ -158,7 +169,7 @@ def cached(
         views: how many passes over the photos it holds, see Cached.
     Raises:
         OSError: the features do not fit on the disk, or cannot be written.
-        ValueError: they are too large for float16, or the folder has no locks.
+        ValueError: they are not finite, be it only in float16, or the folder has no locks.
     """
     record = record_type(extractor, photos.imsize, photos.warp)
     path = Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
@@ -218,7 +229,7 @@ def fill(
 
     Raises:
         OSError: there is less room on the disk than they take.
-        ValueError: features are not finite in float16.
+        ValueError: features are not finite, be it only in float16.
     """
     # tell() is where the file ended when it was opened, and another process may have written since
     file.seek(0, os.SEEK_END)
@@ -244,7 +255,8 @@ def fill(
             with np.errstate(over="ignore"):  # too large a number becomes inf, which is told below
                 rows[name] = value.reshape(rows[name].shape).cpu().numpy()
             if not np.isfinite(rows[name]).all():
-                what = f"the features of {extractor.name} are not finite in the float16 of the file"
+                check_finite(value, extractor)
+                what = f"the features of {extractor.name} are too large for the float16 of the file"
                 raise ValueError(f"{what}: leave out --cache_features")
         for name in record.names:
             if name not in FEATURES:

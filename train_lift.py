@@ -164,7 +164,7 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 from tqdm import tqdm
 
 from extractor import DenseExtractor, ViTExtractor, build_extractor
-from feature_cache import cached, ignore_signals, images_and_features
+from feature_cache import cached, check_finite, ignore_signals, images_and_features
 from lift import LiFT, double, load_lift, upsample
 from photos import list_images, read_image
 
@@ -524,17 +524,6 @@ def mean_feature(
     mean = all_totals / all_images
     check_finite(mean, extractor)
     return mean.float()[:, None, None].to(extractor.device)
-
-
-def check_finite(feats: Tensor, extractor: DenseExtractor) -> None:
-    """Raise ValueError for features that nothing can be learned from, nor measured with."""
-    if feats.isfinite().all():
-        return
-    remedy = "pass --dtype float32"
-    if extractor.dtype == torch.float32:
-        remedy = "pass other weights"
-    precision = str(extractor.dtype).removeprefix("torch.")
-    raise ValueError(f"the features of {extractor.name} are not finite in {precision}: {remedy}")
 
 
 # ---- what is measured ---------------------------------------------------------------------------

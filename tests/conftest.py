@@ -135,11 +135,10 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def import_path(tmp_path, monkeypatch):
-    """tmp_path as the working directory, from which modules can be imported until the test ends."""
+    """tmp_path as the working directory; modules imported from there are forgotten at the end."""
     monkeypatch.chdir(tmp_path)
     path_before = list(sys.path)
     modules_before = set(sys.modules)
-    sys.path.insert(0, str(tmp_path))
     yield tmp_path
     sys.path[:] = path_before
     for name in set(sys.modules) - modules_before:

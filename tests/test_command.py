@@ -16,6 +16,7 @@ from conftest import ROOT
 from command import (
     Command,
     add_backbone_args,
+    check_memory,
     check_range,
     claim_folder,
     difference,
@@ -135,6 +136,15 @@ def test_ranges():
     check_range(args, imsize=8, limit=1)
     with pytest.raises(ValueError, match="--imsize 8 is too small: pass 9 or more"):
         check_range(args, imsize=9)
+
+
+def test_memory_is_checked_where_it_is_main_memory():
+    much = 2**60
+    for device in ("cpu", "mps"):
+        with pytest.raises(ValueError, match=r"maps take .* GB, .*: pass less"):
+            check_memory(much, "maps", "pass less", device)
+    check_memory(much, "maps", "pass less", "cuda:1")
+    check_memory(1, "maps", "pass less")
 
 
 @pytest.mark.parametrize(

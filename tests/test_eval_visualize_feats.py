@@ -302,6 +302,11 @@ def test_pca_panels_are_titled_and_of_one_size():
     assert [panel.title for panel in row] == ["photo\nPCA as RGB", "whole\n8x8", "corner\n4x4"]
     assert [panel.picture.size for panel in row] == [(96, 72)] * 3
 
+    # colours compare between the panels: those of a part are those of the whole there
+    whole, corner = visualize.pca_row(Image.new("RGB", (8, 8)), maps, (8, 8))[1:]
+    of_cells = np.asarray(corner.picture.resize((4, 4), Image.Resampling.NEAREST))
+    assert np.array_equal(np.asarray(whole.picture)[:4, :4], of_cells)
+
 
 def test_a_backbone_of_ones_own(cli, photos, import_path, drawn):
     source = (

@@ -490,6 +490,7 @@ def test_many_iterations_are_refused_where_the_memory_is_not_there(
     cli, tmp_path, rule_backbone, rule_lift
 ):
     args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
+    args += ["--device", "cpu"]
     ran = cli("lift_extractor", *args, "--lift_path", rule_lift, "--lift_iter", 12)
     assert ran.code == 2
     assert "GB, and this machine has" in ran.err
@@ -524,6 +525,7 @@ def test_memory_needed_is_that_of_the_features_and_grows_with_them(rule_extracto
 def test_attention_that_no_machine_holds_is_refused(cli, tmp_path, rule_backbone):
     """At this size another facet fits."""
     args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
+    args += ["--device", "cpu"]
     ran = cli("lift_extractor", *args, "--facet", "attn", "--load_size", 16384)
     assert ran.code == 2
     assert "GB, and this machine has" in ran.err
@@ -669,6 +671,10 @@ CHEAP = (
     "missing photo", "no image", "missing LiFT", "out_size", "another suffix", "lift_iter",
     "lift_iter without LiFT", "no LiFT", "no picture", "picture over the photo",
 )  # fmt: skip
+
+
+def test_cheap_cases_are_cases():
+    assert set(CHEAP) <= set(BAD)
 
 
 @pytest.mark.parametrize("case", BAD)

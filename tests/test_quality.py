@@ -223,7 +223,8 @@ def test_default_photos_are_no_masks(tmp_path):
     assert quality.default_photos(str(tmp_path)) == [str(year / "JPEGImages"), str(coco)]
 
 
-def test_the_committed_tables_were_made_on_these_photos(shared):
+def test_all_shared_photos_are_measured(shared):
+    """As many as the committed tables are of."""
     paths = []
     for folder in quality.default_photos(str(shared / "data")):
         paths += list_images(folder)

@@ -55,10 +55,11 @@ def test_ratios_are_those_of_the_times(monkeypatch):
     assert row["today s"] is None and row["today/ours"] is None
 
 
-def test_the_floor_is_counted_multiplications_at_the_rate(monkeypatch):
+@pytest.mark.parametrize("before, after", [(1e6, 5e5), (5e5, 1e6)])
+def test_the_floor_is_counted_multiplications_at_the_rate(monkeypatch, before, after):
     """That is the higher one of those before and after the line is timed."""
-    rates = {"float32": [1e6, 5e5]}
-    monkeypatch.setattr(speed, "matrix_rate", lambda precision: rates[precision].pop())
+    rates = {"float32": iter([before, after])}
+    monkeypatch.setattr(speed, "matrix_rate", lambda precision: next(rates[precision]))
     x, weight = torch.ones(30, 50), torch.ones(50, 70)
 
     def product():

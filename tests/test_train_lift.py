@@ -806,7 +806,7 @@ def test_sigkill(train, flags, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_group_saves(flags, folder, tmp_path, processes):
-    """As Ctrl-C and most job systems send it: to torchrun, its processes and their workers."""
+    """As Ctrl-C and most job systems send it; torchrun passes it on to its processes."""
     long = ["--epochs", 1000, "--save_every", 1000, "--save_steps", 0, "--workers", 2]
     long += ["--batch_size", 4 // processes, "--val_dataroot", folder]
     start, environment = program(*flags(*long), processes=processes)
@@ -825,7 +825,12 @@ def test_a_signal_to_the_whole_group_saves(flags, folder, tmp_path, processes):
             os.killpg(process.pid, signal.SIGTERM)
             _, said = process.communicate(timeout=60)
         finally:
-            # whatever failed above, nobody is to wait for its 1000 epochs
+            # Whatever failed above, nobody is to wait for its 1000 epochs. torchrun's processes are
+            # groups of their own: it must have the time to end them.
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert said.count("stopped by SIGTERM after step") == 1, said
@@ -917,6 +922,14 @@ def test_folders_name_layer_and_facet(flags, rule_extractor, tmp_path, more, end
     args = train_lift.parser().parse_args([str(flag) for flag in flags(*more)])
     run = train_lift.run_folder(args, rule_extractor(layer=args.layer, facet=args.facet))
     assert run == tmp_path / f"runs/vit_tiny_patch16_224_0.001_cosine_noaug{ending}"
+
+
+def test_another_layer_and_facet_are_trained_for_and_recorded(train, tmp_path):
+    ran = train("--epochs", 1, "--layer", 3, "--facet", "query")
+    assert ran.code == 0
+    _, about, _ = read_run(tmp_path)
+    assert (about["layer"], about["facet"]) == (3, "query")
+    assert about["settings"]["layer"] == 3
 
 
 # ---- one's own backbone -------------------------------------------------------------------------
