@@ -1018,9 +1018,9 @@ def main(args: argparse.Namespace) -> None:
         check_cells(size, size, most)
     prepare = partial(to_input, size=size, normalize=normalize, patch=extractor.patch, most=most)
 
-    # Left out: --channel and --patch, which are only checked, and where the output goes. --visualize
-    # and --save-feat-dir do not decide what is found, and stay in: an image that has a line is not
-    # searched again, so its pictures and its map must be there.
+    # Left out: --channel and --patch, which are only checked, and where the output goes.
+    # --visualize and --save-feat-dir do not decide what is found, and stay in: an image that has a
+    # line is not searched again, so its pictures and its map must be there.
     facts = {**extractor.facts(), **up.facts()}
     made_by = record(
         args,

@@ -84,8 +84,8 @@ def as_photo(image: Any) -> Image.Image:
     """An RGB PIL image of a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path; a PIL image, which is turned as its EXIF says; an array [H, W, 3] uint8; or a tensor [3, H, W] or [1, 3, H, W],
-            uint8 or floating point in 0..1.
+        image: a path; a PIL image, which is turned as its EXIF says; an array [H, W, 3] uint8; or a
+            tensor [3, H, W] or [1, 3, H, W], uint8 or floating point in 0..1.
     Raises:
         FileNotFoundError, ValueError: for what is none of these.
     """
