@@ -290,6 +290,7 @@ CASES = [
         partial(setup, "bfloat16"),
         partial(same, rel=2e-2),
         memory=1 / 1.1,
+        dtype="bfloat16",
     ),
     Case(
         f"{SIZE}, cached features",
