@@ -431,10 +431,11 @@ def transfer(
     _, first_segmentation = context[0]
     label_count = first_segmentation.shape[2]
     out = cells.new_empty(height, width, label_count)
+    side = block_side(height, width, radius)
 
-    for top, left in product(range(0, height, TILE), range(0, width, TILE)):
-        target_rows = slice(top, min(top + TILE, height))
-        target_columns = slice(left, min(left + TILE, width))
+    for top, left in product(range(0, height, side), range(0, width, side)):
+        target_rows = slice(top, min(top + side, height))
+        target_columns = slice(left, min(left + side, width))
         source_rows = slice(max(top - radius, 0), min(target_rows.stop + radius, height))
         source_columns = slice(max(left - radius, 0), min(target_columns.stop + radius, width))
 
@@ -462,6 +463,17 @@ def transfer(
         carried = (weights[..., None] * votes[indices]).sum(dim=1)    # [a, n]
         out[target_rows, target_columns] = carried.unflatten(0, targets.shape[:2])
     return out
+
+
+def block_side(height: int, width: int, radius: int) -> int:
+    """The side of a block of targets in a grid of h x w cells, for a window of this radius.
+
+    A small grid is one block, if the blocks would share nearly all of their sources.
+    """
+    reach = TILE + 2 * radius  # of the sources of a block
+    if max(height, width) <= min(2 * TILE, reach):
+        return 2 * TILE
+    return TILE
 
 
 def too_far(
@@ -701,9 +713,11 @@ def memory_needed(
     rows, columns = extractor.grid(height, width)
     channels = extractor.channels(rows * columns)
     cells = rows * columns * up.factor**2
-    sources = cells  # of a block of targets, in each frame of the context
-    if radius > 0:
-        sources = min(cells, (TILE + 2 * radius) ** 2)
+    if radius == 0:
+        radius = max(rows, columns) * up.factor
+    side = block_side(rows * up.factor, columns * up.factor, radius)
+    # of a block of targets, in each frame of the context
+    sources = min(cells, (side + 2 * radius) ** 2)
 
     # a batch as it is read, the next one, normalised, and channels last for LiFT
     numbers = 4 * BATCH * 3 * width * height
@@ -715,7 +729,7 @@ def memory_needed(
     if up.factor > 1:
         numbers += BATCH * cells * extractor.patch**2   # LiFT's enlarged image and convolutions
     numbers += context * cells * (channels + label_count)
-    numbers += 2 * TILE**2 * context * sources          # cosines, and which are outside
+    numbers += 2 * side**2 * context * sources          # cosines, and which are outside
     numbers += 3 * label_count * cells * extractor.patch**2  # enlarged to be hardened
     return 4 * numbers  # float32
 

@@ -246,11 +246,11 @@ def test_a_window_by_definition():
 @pytest.mark.parametrize("radius, topk", [(12, 5), (2, 5), (0, 3), (3, 1)])
 def test_all_ties_vote(radius, topk):
     torch.manual_seed(0)
-    classes = torch.randint(0, 3, (4, 17, 19))
+    classes = torch.randint(0, 3, (4, 17, 31))
     maps = F.one_hot(classes, 4).permute(0, 3, 1, 2).float()  # cosines are 0 and 1
     context = []
     for feats in maps[1:]:
-        context.append((feats, torch.rand(2, 17, 19).softmax(0)))
+        context.append((feats, torch.rand(2, 17, 31).softmax(0)))
     dense, ours = transfer_both(maps[0], context, radius, topk)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)
     cosine = torch.tensor([[0.5, 1.0, 1.0, 1.0, 1.0, -1.0]])
