@@ -2,7 +2,7 @@
 
     python pretrained/distill_mini.py --dataroot ../shared/data/train_images --minutes 60 \\
         --val_dataroot ../shared/data/coco20k ../shared/data/voc \\
-        --backbone_path vit_tiny_patch16_224.safetensors
+        --backbone_path ../shared/weights/vit_tiny_patch16_224.safetensors --output mini.safetensors
 
 Teacher and student are both timm's vit_tiny_patch16_224 (12 blocks, 192 channels, patch 16). No
 tensor of the teacher is copied. Every parameter of the student, position embedding included, starts
