@@ -157,8 +157,9 @@ def read_pair(path: Path, images: Path) -> Pair:
     """
     try:
         entry = json.loads(path.read_text())
-        source_points = torch.from_numpy(np.array(entry["src_kps"], np.float32))
-        target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float32))
+        # by way of float64: numpy warns of what is too large for float32, torch makes it infinite
+        source_points = torch.from_numpy(np.array(entry["src_kps"], np.float64)).float()
+        target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float64)).float()
         are_points = source_points.ndim == 2 and source_points.shape[1] == 2
         if not are_points or source_points.shape != target_points.shape:
             shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"

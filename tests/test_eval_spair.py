@@ -624,6 +624,7 @@ SPOILED = {
     "an empty box": (change(trg_bndbox=[5, 5, 5, 5]), [], "trg_bndbox"),
     "a box that is no number": (change(trg_bndbox=[5, 5, float("nan"), 9]), [], "trg_bndbox"),
     "source keypoint outside": (change(src_kps=[*POINTS[:4], [4000, -7]]), [], "[4000.0, -7.0]"),
+    "keypoint beyond float32": (change(trg_kps=[*POINTS[:4], [1e300, 3]]), [], "trg_kps"),
     "target keypoint is NaN": (change(trg_kps=[*POINTS[:4], [float("nan"), 3]]), [], "trg_kps"),
     "a name that leaves": (change(src_imname="../dog/0000.jpg"), [], "leaves the folder"),
     "an absolute name": (change(trg_imname="/etc/passwd"), [], "leaves the folder"),
