@@ -10,9 +10,9 @@
 
 One image and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
 --output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A run over
-the same photos goes on where it was; photos that have changed are computed again. Other settings,
-and photos from other folders, are refused unless --overwrite is given. What cannot be read is named
-at the end.
+the same folder goes on where it was; photos whose files are newer than their features are computed
+again. Refused unless --overwrite is given: other settings, and a photo whose name has features of a
+photo in another folder. What cannot be read is named at the end.
 
 A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
 grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
@@ -301,6 +301,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
 
     Under torchrun every process computes the same list and takes its part of it. What exists by
     now must not count here: the other processes may be writing already, and lists would differ.
+    But for a --picture that is one of the photos: it is asked before any process can have begun.
 
     Raises:
         ValueError: --output_path or --picture are no names for what is to be written, or

@@ -10,6 +10,7 @@ Notation: C channels, H W image pixels, h w the grid of a map.
 import glob
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def naming_root(path: str | Path) -> Path:
             break
         folders.append(part)
     return Path(*folders)
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spread over the sequence."""
+    count = min(len(items), most)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 # ---- fitting ------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ from command import (
 
 LOSSES = ("cosine", "l1", "l2", "centred", "both")  # see loss_between
 
-# Flags that may change at --resume, because they do not decide the weights. --epochs does with
-# --schedule cosine: a larger one goes on along the longer curve.
+# Flags that may change at --resume. They do not decide the weights, with one exception: --schedule
+# cosine ends its decay at --epochs, so a larger --epochs goes on along the longer curve.
 ONLY_HOW = (
     "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "json", "compile",
     "output_dir", "cache_features",
@@ -166,7 +166,7 @@ from tqdm import tqdm
 from extractor import DenseExtractor, ViTExtractor, build_extractor
 from feature_cache import cached, check_finite, ignore_signals, images_and_features
 from lift import LiFT, double, load_lift, upsample
-from photos import list_images, read_image
+from photos import list_images, read_image, spread
 
 Key = tuple[int, int]  # (epoch, index): a photo, and the seed of its jitter
 
@@ -503,8 +503,7 @@ def mean_feature(
     Raises:
         ValueError: the features are not finite.
     """
-    count = min(len(photos), CENTRE_PHOTOS)
-    chosen = [number * len(photos) // count for number in range(count)]
+    chosen = spread(range(len(photos)), CENTRE_PHOTOS)
     mine = chosen[rank::world]
 
     total = torch.zeros(extractor.width, dtype=torch.float64)

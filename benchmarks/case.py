@@ -32,6 +32,19 @@ class Case(NamedTuple):
     dtype: str = "float32"  # precision of our products
 
 
+def shared_data(name: str) -> Path:
+    """A folder of real data beside the project, or in $LIFT_SHARED.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    shared = os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared")
+    folder = Path(shared, "data", name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data at {folder}: set LIFT_SHARED")
+    return folder
+
+
 def count_macs(run: Callable[[], Any]) -> int:
     """Multiply-accumulates of run().
 

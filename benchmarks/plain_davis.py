@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -28,7 +27,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from case import Case
+from case import Case, shared_data
 from PIL import Image
 from plain_extract import plain_lift, plain_map, todays_lift, todays_map
 
@@ -251,8 +250,8 @@ def normalized_context(context):
 def our_context(context):
     """The same as eval_davis.py keeps it: L2-normalised, channels last."""
     ours = []
-    for feats, votes in context:
-        cells = F.normalize(feats, dim=0).permute(1, 2, 0).contiguous()
+    for feats, votes in normalized_context(context):
+        cells = feats.permute(1, 2, 0).contiguous()
         ours.append((cells, votes.permute(1, 2, 0).contiguous()))
     return ours
 
@@ -344,14 +343,13 @@ def scores() -> tuple[Callable[[], Any], ...]:
     Raises:
         FileNotFoundError: the videos are not there.
     """
-    shared = Path(os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared"), "data")
-    if not (shared / "DAVIS").is_dir():
-        raise FileNotFoundError(f"no videos of DAVIS in {shared}: set LIFT_SHARED")
+    davis = shared_data("DAVIS")
+    results = shared_data("DAVIS_osvos_results")
     names = ["blackswan", "dog", "libby"]
     truths = []
     founds = []
-    for video in eval_davis.find_sequences(shared / "DAVIS", names, False):
-        folder = shared / "DAVIS_osvos_results" / video.name
+    for video in eval_davis.find_sequences(davis, names, False):
+        folder = results / video.name
         truths.append(read_stack(video.masks))
         founds.append(read_stack([folder / path.name for path in video.masks[1:-1]]))
 

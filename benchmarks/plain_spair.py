@@ -24,7 +24,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from case import Case
+from case import Case, shared_data
 from PIL import Image
 from plain_extract import plain_lift, todays_lift, todays_map
 from plain_extract import plain_map as plain_keys  # the plain_map below is of pixels
@@ -293,11 +293,7 @@ def setup_shared(size: int = 224) -> tuple[Callable[[], Scores], ...]:
     Raises:
         FileNotFoundError: the sample is not there.
     """
-    shared = os.environ.get("LIFT_SHARED", Path(__file__).parents[2] / "shared")
-    root = Path(shared, "data/SPair-71k")
-    if not root.is_dir():
-        raise FileNotFoundError(f"no sample of SPair-71k at {root}: set LIFT_SHARED")
-    return setup(root, size)
+    return setup(shared_data("SPair-71k"), size)
 
 
 def setup_dense(size: int = 224, images: int = 8) -> tuple[Callable[[], Scores], ...]:

@@ -81,7 +81,7 @@ from tqdm import tqdm
 import eval_spair
 from extractor import DenseExtractor, build_extractor
 from lift import Upsampler, upsampler
-from photos import list_images, read_image
+from photos import list_images, read_image, spread
 
 BACKBONE = (
     "model_type", "backbone_path", "my_extractor", "facet", "layer", "stride", "device", "dtype",
@@ -508,12 +508,6 @@ def measure_photo(
     for name, row in matches.items():
         figures[name].update(row)
     return figures
-
-
-def spread(paths: list[Path], most: int) -> list[Path]:
-    """At most so many of the paths, evenly spread over the list."""
-    count = min(len(paths), most)
-    return [paths[index * len(paths) // count] for index in range(count)]
 
 
 @torch.no_grad()
