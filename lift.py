@@ -7,12 +7,11 @@ Suri et al., "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dens
 ECCV 2024 (arXiv 2403.14625).
 
 Notation: B batch, C descriptor channels, p patch size, H W image pixels, h = H/p and w = W/p the
-patch grid, t = h*w tokens, R the radius of attention in cells.
+patch grid, t = h*w tokens, R the radius of the attention in cells, G its heads.
 """
 
-import argparse
 import json
-import sys
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command import first_line, load_tensors, weights_digest
+from command import note
+from files import first_line, load_tensors
 
 # ---- tokens and maps ----------------------------------------------------------------------------
 
@@ -52,32 +52,68 @@ def conv_bn_relu(c_in: int, c_out: int, stride: int = 1, bias: bool = True) -> l
 class ConvLayers(nn.Sequential):
     """Layers of conv_bn_relu, and whatever follows them.
 
-    In eval mode a batch norm is a fixed scale and shift of each channel. It goes into the weights
-    of its convolution, which costs next to nothing, instead of over the whole map.
+    In eval mode a batch norm is a fixed scale and shift of each channel. They go into the weights
+    of its convolution, which costs next to nothing, instead of over the whole map. `fold` does that
+    once and for all, for a module that is frozen.
     """
+
+    is_folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, h, w] -> [B, c_out, h', w']."""
         if self.training:
             return super().forward(x)
-        layers = list(self)
-        for number, layer in enumerate(layers):
+        if self.is_folded and self[0].weight.requires_grad:
+            self.unfold()  # somebody trains the weights, in eval mode: what is kept goes stale
+        for number, layer in enumerate(self):
             if isinstance(layer, nn.Conv2d):
-                x = conv_with_norm(layer, layers[number + 1], x)
+                weight, bias = self._with_norm(number)
+                x = F.conv2d(x, weight, bias, layer.stride, layer.padding)
             elif not hasattr(layer, "running_var"):
                 x = layer(x)
             # what is left are batch norms: each was applied with the convolution before it
         return x
 
+    def _with_norm(self, number: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution at this place, with the batch norm that follows it."""
+        if self.is_folded:
+            return self.get_buffer(f"weight_{number}"), self.get_buffer(f"bias_{number}")
+        return with_norm(self[number], self[number + 1])  # type: ignore[arg-type]
 
-def conv_with_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
-    """A convolution followed by a batch norm in eval mode, as one convolution."""
+    def fold(self) -> None:
+        """Keep every convolution's weights with its batch norm; the state_dict stays as it is."""
+        for number, layer in enumerate(self):
+            if isinstance(layer, nn.Conv2d):
+                weight, bias = with_norm(layer, self[number + 1])
+                self.register_buffer(f"weight_{number}", weight.detach(), persistent=False)
+                self.register_buffer(f"bias_{number}", bias.detach(), persistent=False)
+        self.is_folded = True
+
+    def unfold(self) -> None:
+        """Forget what `fold` kept."""
+        for name in [name for name, _ in self.named_buffers(recurse=False)]:
+            delattr(self, name)
+        self.is_folded = False
+
+    def train(self, mode: bool = True) -> "ConvLayers":
+        """Training changes the weights, so that what `fold` kept would be outdated."""
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """New weights: what `fold` kept is outdated."""
+        self.unfold()
+        super()._load_from_state_dict(*arguments)
+
+
+def with_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does the work of a batch norm in eval mode, too."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # [c_out]
     shift = norm.bias - norm.running_mean * scale
     if conv.bias is not None:
         shift = shift + conv.bias * scale
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding)
+    return conv.weight * scale[:, None, None, None], shift
 
 
 class DoubleConv(nn.Module):
@@ -109,19 +145,17 @@ class Up(nn.Module):
 class LiFT(nn.Module):
     """The LiFT module of one backbone, layer and facet (LiFT paper, section 3 and figure 2).
 
-    Two variants are not in the paper. Both add the paper's output, which then starts at zero, to an
-    upsampling of the features, so that training learns the correction:
-
-    - `residual`: to the bilinearly doubled features;
-    - `attend` = R > 0: to a weighted sum of the (2R+1)^2 coarse features around each fine cell.
-      The weights start as those of bilinear upsampling. One more 1x1 convolution, beside the last
-      layer and on the same input, adds a learned change to each; it starts at zero too. (UPLiFT's
-      local attender, Walmer et al., arXiv 2601.17950, takes a softmax instead.)
-
-    `attend` takes precedence where both are given.
+    With `attend` = R > 0 it is a variant that is not in the paper. Every fine cell gets a weighted
+    sum of the (2R+1)^2 coarse features around it, and the paper's output, which starts at zero, is
+    added to that. The weights start as those of bilinear upsampling. One more 1x1 convolution,
+    beside the last layer and on the same input, adds a learned change to each. (UPLiFT's local
+    attender, Walmer et al., arXiv 2601.17950, takes a softmax instead.) With `heads` > 1 the
+    channels of each head have weights of their own, and a 1x1 convolution `value` first adds a
+    learned change to the coarse features. All that is added starts at zero.
 
     The paper's module has the reference's state_dict keys. A variant has one entry more, `options`,
-    by which load_lift knows it.
+    by which load_lift knows it. Layers are made in the release's order, so that a seed starts from
+    the weights that it has there.
 
     Args:
         in_channels: C.
@@ -129,6 +163,8 @@ class LiFT(nn.Module):
         pre_shape: features may come as tokens [B, h*w, C], as the reference's callers give them.
         post_shape: they are then returned as tokens. A map that comes where tokens may is returned
             as a map.
+        attend: R, in cells.
+        heads: of the attention; they divide C.
     """
 
     def __init__(
@@ -137,30 +173,35 @@ class LiFT(nn.Module):
         patch_size: int = 16,
         pre_shape: bool = True,
         post_shape: bool = True,
-        residual: bool = False,
         attend: int = 0,
+        heads: int = 1,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.pre_shape = pre_shape
         self.post_shape = post_shape
-        self.residual = residual
         self.radius = attend
+        self.heads = heads
 
+        self.up1 = Up(in_channels + 32, 32, in_channels // 2)
+        self.outc = nn.Conv2d(in_channels // 2, in_channels, 1)
         layers = conv_bn_relu(3, 32, 2) + conv_bn_relu(32, 32, 2)
         if patch_size != 8:
             layers.append(nn.MaxPool2d(2))
         self.image_convs_1 = ConvLayers(*layers)
         self.image_convs_2 = ConvLayers(*conv_bn_relu(32, 32, 2))
-        self.up1 = Up(in_channels + 32, 32, in_channels // 2)
-        self.outc = nn.Conv2d(in_channels // 2, in_channels, 1)
+
+        self.value: nn.Conv2d | None = None
         if attend:
-            self.attend = nn.Conv2d(in_channels // 2, (2 * attend + 1) ** 2, 1)
+            self.attend = nn.Conv2d(in_channels // 2, heads * (2 * attend + 1) ** 2, 1)
+            if heads > 1:
+                self.value = nn.Conv2d(in_channels, in_channels, 1)
+                start_at_zero(self.value)
             start_at_zero(self.attend)
-        if residual or attend:
             start_at_zero(self.outc)
-            options = torch.tensor([patch_size, int(residual), attend], dtype=torch.float32)
+            options = torch.tensor([patch_size, 0, attend, heads], dtype=torch.float32)
             self.register_buffer("options", options)
+            self.register_buffer("bilinear", bilinear_weights(attend), persistent=False)
 
     def forward(self, images: Tensor, feats: Tensor) -> Tensor:
         """Double the resolution of an image's features.
@@ -189,14 +230,20 @@ class LiFT(nn.Module):
         x = self.up1(torch.cat([feats, image_1x], dim=1), image_2x)  # [B, C//2, 2h, 2w]
         out = self.outc(x)                                           # [B, C, 2h, 2w]
         if self.radius:
-            change = self.attend(x)                                  # [B, (2R+1)^2, 2h, 2w]
-            out = out + attend(feats, change, self.radius)
-        elif self.residual:
-            out = out + double(feats)
+            if self.value is not None:
+                feats = feats + self.value(feats)
+            change = self.attend(x)                                  # [B, G*(2R+1)^2, 2h, 2w]
+            out = out + weigh_neighbours(feats, change, self.bilinear, self.heads)
 
         if as_tokens:
             return map_to_tokens(out)
         return out
+
+    def fold(self) -> None:
+        """Let batch norms go into the convolutions once and for all; for a frozen module."""
+        for module in self.modules():
+            if isinstance(module, ConvLayers):
+                module.fold()
 
     def _check(self, images: Tensor, feats: Tensor, grid: tuple[int, int]) -> None:
         """Raise ValueError unless the features are those of the patches of the images."""
@@ -212,7 +259,7 @@ class LiFT(nn.Module):
                 f"its features at stride {p}"
             )
         if (height, width) != (grid[0] * p, grid[1] * p):
-            what = f"an image of {height}x{width} has a side that is no multiple of the patch"
+            what = f"an image of {height}x{width} has a side that is not a multiple of the patch"
             raise ValueError(f"{what}: resize the image to a multiple of the patch ({p})")
 
 
@@ -232,7 +279,7 @@ def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.to(images.dtype)
 
 
-def attend(feats: Tensor, change: Tensor, radius: int) -> Tensor:
+def weigh_neighbours(feats: Tensor, change: Tensor, bilinear: Tensor, heads: int) -> Tensor:
     """Give every fine cell a weighted sum of the K = (2R+1)^2 coarse features around its parent.
 
     The parent is the coarse cell that the fine cell is a quarter of. At the border the outermost
@@ -240,27 +287,32 @@ def attend(feats: Tensor, change: Tensor, radius: int) -> Tensor:
 
     Args:
         feats: the coarse features [B, C, h, w].
-        change: [B, K, 2h, 2w], what is added to each neighbour's weight in bilinear
-            upsampling; neighbours are in row-major order.
+        change: [B, G*K, 2h, 2w], what each of the G heads adds to each neighbour's weight in
+            bilinear upsampling; neighbours are in row-major order.
+        bilinear: those weights, [K, 2, 2] (see bilinear_weights).
+        heads: G. As in the descriptors, channel = d * G + head.
     Returns:
         [B, C, 2h, 2w]; where `change` is zero, the features bilinearly doubled.
     """
     height, width = feats.shape[2:]
-    size = 2 * radius + 1
+    size = math.isqrt(len(bilinear))  # 2R+1
     # split each fine axis into the coarse cell and which of its two halves
-    change = change.unflatten(3, (width, 2)).unflatten(2, (height, 2))    # [B, K, h, 2, w, 2]
-    bilinear = bilinear_weights(radius).to(change.device, change.dtype)   # [K, 2, 2]
-    weights = change + bilinear[:, None, :, None, :]
-    padded = F.pad(feats, [radius] * 4, mode="replicate")                 # [B, C, h + 2R, w + 2R]
+    change = change.unflatten(3, (width, 2)).unflatten(2, (height, 2))    # [B, G*K, h, 2, w, 2]
+    change = change.unflatten(1, (heads, -1))                             # [B, G, K, h, 2, w, 2]
+    weights = change + bilinear.to(change.dtype)[:, None, :, None, :]
+    weights = weights.permute(2, 0, 3, 4, 5, 6, 1).contiguous()           # [K, B, h, 2, w, 2, G]
 
     # channels last: one neighbour after the other is added to all channels of a cell at once, and
     # no tensor of K times the size exists
-    padded = padded.permute(0, 2, 3, 1).contiguous()                      # [B, h + 2R, w + 2R, C]
-    total = feats.new_zeros(feats.shape[0], height, 2, width, 2, feats.shape[1])
+    padded = F.pad(feats, [size // 2] * 4, mode="replicate")              # [B, C, h + 2R, w + 2R]
+    padded = padded.permute(0, 2, 3, 1).unflatten(3, (-1, heads))         # [B, .., .., C/G, G]
+    padded = padded.transpose(3, 4).contiguous()                          # [B, .., .., G, C/G]
+    total = feats.new_zeros(feats.shape[0], height, 2, width, 2, heads, feats.shape[1] // heads)
     for number in range(size * size):
         top, left = number // size, number % size
         neighbour = padded[:, top : top + height, None, left : left + width, None]
-        total.addcmul_(neighbour, weights[:, number, ..., None])          # [B, h, 2, w, 2, C]
+        total.addcmul_(neighbour, weights[number, ..., None])             # [B, h, 2, w, 2, G, C/G]
+    total = total.transpose(5, 6).flatten(5)                              # [B, h, 2, w, 2, C]
     return total.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)          # [B, C, 2h, 2w]
 
 
@@ -317,245 +369,180 @@ def upsample(
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
+AUTHORS_FOLDER = "https://drive.google.com/drive/folders/12Q8n_vur3njOgAO1iu0P6tDIcszrnadd"
+AUTHORS_FILES = {
+    "lift_dino_vits16.pth",
+    "lift_dino_vits8.pth",
+    "lift_dino_vitb16.pth",
+    "lift_dino_vitb8.pth",
+    "lift_vit_small_patch16.pth",
+    "lift_vit_base_patch16.pth",
+    "lift_vit_base_patch8.pth",
+}
 
-class Options(NamedTuple):
-    """What changes the forward of a module."""
 
-    patch: int | None = None  # None: the checkpoint does not say
-    residual: bool = False
-    attend: int = 0
+class LiFTFile(NamedTuple):
+    """A LiFT checkpoint as it was read, before there is a backbone."""
+
+    path: Path
+    state: dict[str, Tensor]
+    facts: dict[str, Any]  # what it was trained for, from the JSON beside it; empty without one
+    patch: int | None      # None: nothing tells it
+    attend: int
+    heads: int
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.state["outc.weight"].shape[0]
 
 
-def read_origin(path: str | Path) -> dict[str, Any] | None:
+def read_lift(path: str | Path) -> LiFTFile:
+    """Read a LiFT checkpoint, and the JSON beside it, on the CPU; nothing in them is executed.
+
+    A `module.` prefix is taken off the keys.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a LiFT checkpoint, its weights are not finite, or it is a residual
+            module, which this version does not run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LiFT checkpoint at {path}: {where_to_get(path)}")
+    remedy = "pass a lift.pth written by train_lift.py"
+    state = {}
+    for key, value in load_tensors(path, remedy, remedy).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} is not a LiFT checkpoint ({key} is not a tensor): {remedy}")
+        state[key.removeprefix("module.")] = value
+    if "outc.weight" not in state or state["outc.weight"].ndim != 4:
+        raise ValueError(f"{path} is not a LiFT checkpoint (it has no outc.weight): {remedy}")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{path} holds NaN or infinite weights: {remedy}")
+
+    facts = read_facts(path)
+    patch, residual, attend, heads = facts.get("patch"), facts.get("residual"), 0, 1
+    if "options" in state:
+        # patch, residual, attend and, since heads exist, their number
+        patch, residual, attend, *later = (int(option) for option in state["options"].tolist())
+        if later:
+            heads = later[0]
+    if residual:
+        what = f"{path} is a residual LiFT module, which only versions before this one run"
+        raise ValueError(f"{what}: take the backbone's attention module or the paper's")
+    return LiFTFile(path, state, facts, patch, attend, heads)
+
+
+def where_to_get(path: Path) -> str:
+    """What to do about a checkpoint that is missing, for the end of a message."""
+    if path.name in AUTHORS_FILES:
+        return f"download the authors' {path.name} from {AUTHORS_FOLDER}, or train one"
+    return "correct --lift_path, or train one with train_lift.py"
+
+
+def read_facts(path: Path) -> dict[str, Any]:
     """What a module was trained for: the dict of `NAME.json`, or `lift.json`, beside it.
 
     Returns:
-        At least backbone, layer and facet; None if there is neither file.
+        At least backbone, layer and facet; an empty dict if there is neither file.
     Raises:
-        ValueError: the file is no JSON object with these.
+        ValueError: the file is not a JSON object with these.
     """
-    path = Path(path)
     for beside in (path.with_suffix(".json"), path.with_name("lift.json")):
         if not beside.is_file():
             continue
         try:
-            origin = json.loads(beside.read_text())
+            facts = json.loads(beside.read_text())
             for key in ("backbone", "layer", "facet"):
-                origin[key]  # raises where it is missing
-            return origin
+                facts[key]  # raises where it is missing
+            return facts
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"{beside} does not say backbone, layer and facet ({error!r})"
             raise ValueError(f"{what}: restore or delete it") from error
-    return None
+    return {}
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict of a LiFT checkpoint on the CPU, without a `module.` prefix.
-
-    Nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no LiFT checkpoint, or its weights are not finite.
-    """
-    if not Path(path).is_file():
-        remedy = "train one with train_lift.py or correct --lift_path"
-        raise FileNotFoundError(f"no LiFT checkpoint at {path}: {remedy}")
-    remedy = "pass a lift.pth written by train_lift.py"
-    loaded = load_tensors(path, remedy, remedy)
-
-    state = {}
-    for key, value in loaded.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path} is not a LiFT checkpoint ({key} is no tensor): {remedy}")
-        if not value.isfinite().all():
-            raise ValueError(f"{path} holds NaN or infinite weights: {remedy}")
-        state[key.removeprefix("module.")] = value
-    if "outc.weight" not in state or state["outc.weight"].ndim != 4:
-        raise ValueError(f"{path} is not a LiFT checkpoint (no outc.weight): {remedy}")
-    return state
-
-
-def read_options(state: dict[str, Tensor], origin: dict[str, Any]) -> Options:
-    """What a checkpoint, or the JSON beside it, says of its module's forward.
-
-    A file without an `options` entry holds the paper's module, or one from before that entry
-    existed: such a residual module is known by its JSON alone.
-    """
-    if "options" in state:
-        patch, residual, attend = state["options"].tolist()
-        return Options(int(patch), bool(residual), int(attend))
-    return Options(origin.get("patch"), bool(origin.get("residual", False)))
-
-
-def check_origin(origin: dict[str, Any], extractor: Any, path: str | Path) -> None:
+def check_fits(file: LiFTFile, extractor: Any) -> None:
     """Refuse a module that was trained for another extractor than this one.
 
     Other weights under the backbone's name are noted on stderr: fine-tuned ones may be meant.
 
     Raises:
-        ValueError: in one sentence, for another backbone, layer or facet.
+        ValueError: in one sentence, for another backbone, layer, facet, patch, stride or number of
+            channels.
     """
     ours = {"backbone": extractor.tag, "layer": extractor.layer, "facet": extractor.facet}
     wrong = []
     for key, value in ours.items():
-        if origin[key] != value:
-            wrong.append(f"{key} {origin[key]}, not {value}")
+        if file.facts.get(key, value) != value:
+            wrong.append(f"{key} {file.facts[key]}, not {value}")
+    if file.patch not in (None, extractor.patch):
+        wrong.append(f"patches of {file.patch} pixels, not {extractor.patch}")
+    if file.channels != extractor.channels:
+        channels = extractor.channels or "as many as there are tokens"
+        wrong.append(f"descriptors of {file.channels} channels, not {channels}")
     if wrong:
         differences = " and ".join(wrong)
-        remedy = "choose the same or another --lift_path"
-        raise ValueError(f"{path} was trained for {differences}: {remedy}")
-    if origin.get("digest") not in (None, extractor.digest):
-        what = f"{path} was trained on other weights of {extractor.name} than these"
-        print(f"note: {what} ({origin['digest']}, not {extractor.digest})", file=sys.stderr)
-
-
-def check_width(state: dict[str, Tensor], extractor: Any, path: str | Path) -> None:
-    """Raise ValueError unless module and extractor have one width, and the stride is the patch."""
-    width = state["outc.weight"].shape[0]
-    if width != extractor.width:
-        ours = extractor.width or "as many as there are tokens"
+        what = f"{file.path} was trained for {differences}"
+        raise ValueError(f"{what}: choose its own backbone, layer and facet, or another module")
+    if extractor.stride != extractor.patch:
         raise ValueError(
-            f"{path} is for descriptors of {width} channels, but {extractor.name} "
-            f"{extractor.facet} has {ours}: choose its own backbone or another --lift_path"
+            f"LiFT works on the patch grid, and stride {extractor.stride} is finer than the patch "
+            f"({extractor.patch}): leave out the stride for LiFT, or LiFT for the stride"
         )
-    if extractor.step != extractor.patch:
-        raise ValueError(
-            f"LiFT works on the patch grid, and stride {extractor.step} is finer than the patch "
-            f"({extractor.patch}): leave out --stride for LiFT, or --lift_path for a finer stride"
-        )
+    if file.facts.get("digest") not in (None, extractor.digest):
+        what = f"{file.path} was trained on other weights of {extractor.name} than these"
+        note(f"{what} ({file.facts['digest']}, not {extractor.digest})")
 
 
 def load_lift(
-    path: str | Path, extractor: Any = None, patch_size: int = 16, silent: bool = False
+    path: str | Path | LiFTFile,
+    extractor: Any = None,
+    patch_size: int = 16,
+    silent: bool = False,
 ) -> LiFT:
-    """Read a LiFT module, frozen and in eval mode, to be used with an extractor.
+    """Make a LiFT module of a checkpoint, frozen and in eval mode, to be used with an extractor.
 
-    It goes to the extractor's device and dtype. If a JSON file beside it tells its origin (see
-    read_origin), another backbone, layer or facet is refused; if none does, a line on stderr says
-    so.
+    It goes to the extractor's device and dtype. If a JSON file beside it tells what it was trained
+    for, another backbone, layer or facet is refused; if there is none, a note says so.
 
     Args:
-        extractor: a ViTExtractor or MyExtractor; without one only the file is read.
+        path: of the checkpoint, or what read_lift gave.
+        extractor: a DenseExtractor; without one only the file counts.
         patch_size: p, where neither extractor nor file tell it.
-        silent: keep that line back.
+        silent: keep the note back.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no LiFT checkpoint, or does not fit the extractor.
+        ValueError: it is not a LiFT checkpoint, or does not fit the extractor.
     """
-    state = read_state(path)
-    origin = read_origin(path)
-    if origin is None and not silent:
-        what = f"no JSON beside {path} tells its backbone, layer and facet"
-        print(f"note: {what}; taken on trust", file=sys.stderr)
-    options = read_options(state, origin or {})
-    patch = options.patch or patch_size
-
+    file = path if isinstance(path, LiFTFile) else read_lift(path)
+    if not file.facts and not silent:
+        note(f"no JSON beside {file.path} tells its backbone, layer and facet; taken on trust")
+    patch = file.patch or patch_size
     if extractor is not None:
-        check_width(state, extractor, path)
-        if origin:
-            check_origin(origin, extractor, path)
-        if options.patch not in (None, extractor.patch):
-            what = f"{path} is for patches of {options.patch} pixels, not {extractor.patch}"
-            raise ValueError(f"{what}: choose its own backbone or another --lift_path")
+        check_fits(file, extractor)
         patch = extractor.patch
+    if file.patch is None and patch not in (8, 16) and not silent:
+        note(
+            f"for patches of {patch} pixels the image is resized to 16 pixels a cell here; LoftUp's"
+            " LiFT pools instead, and a module trained by its code needs its code"
+        )
 
-    width = state["outc.weight"].shape[0]
+    lift = LiFT(file.channels, patch, attend=file.attend, heads=file.heads)
+    state = file.state
+    if file.attend:  # an older file's options have no heads
+        state = {**state, "options": lift.state_dict()["options"]}
     try:
-        lift = LiFT(width, patch, residual=options.residual, attend=options.attend)
-        if options.residual and "options" not in state:
-            # a residual module from before that entry existed
-            state["options"] = lift.state_dict()["options"]
         lift.load_state_dict(state, strict=True)
     except RuntimeError as error:
         one_line = " ".join(str(error).split())  # torch's own first line names no key
         reason = first_line(one_line)
-        raise ValueError(f"{path}: {reason}: pass a lift.pth written by train_lift.py") from error
+        remedy = "pass a lift.pth written by train_lift.py"
+        raise ValueError(f"{file.path}: {reason}: {remedy}") from error
+
+    lift.requires_grad_(False).eval()
+    lift.fold()
     if extractor is not None:
         lift = lift.to(extractor.device, extractor.dtype)
-    return lift.requires_grad_(False).eval()
-
-
-# ---- from flags ---------------------------------------------------------------------------------
-
-
-class Upsampler:
-    """Upsample features by LiFT, bilinearly, or not at all.
-
-    A call takes (images, feats [B, C, h, w]) to [B, C, f*h, f*w].
-
-    Attributes: how (none, bilinear or lift), lift (the module or None), iterations, factor (f).
-    """
-
-    def __init__(self, how: str, lift: LiFT | None = None, iterations: int = 1):
-        self.how = how
-        self.lift = lift
-        self.iterations = iterations
-        self.factor = 2**iterations
-        if how == "none":
-            self.factor = 1
-
-    def __call__(self, images: Tensor, feats: Tensor) -> Tensor:
-        if self.how == "none":
-            return feats
-        if self.lift is None:
-            scale = self.factor
-            return F.interpolate(feats, scale_factor=scale, mode="bilinear", align_corners=False)
-        return upsample(self.lift, images, feats, self.iterations)
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the result, for settings and records."""
-        facts: dict[str, Any] = {"upsample": self.how}
-        if self.lift is not None:
-            facts["lift_digest"] = weights_digest(self.lift)
-        return facts
-
-
-def how_to_upsample(args: argparse.Namespace) -> str:
-    """How --upsample, --lift_path and --lift_iter ask to upsample: one of UPSAMPLE.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    how = args.upsample
-    if how is None and args.lift_path:
-        how = "lift"
-    elif how is None:
-        how = "none"
-
-    if args.lift_iter < 0:
-        raise ValueError(f"--lift_iter {args.lift_iter} is negative: pass 0 or more")
-    if how == "none" and args.lift_iter > 1:
-        what = f"--lift_iter {args.lift_iter} has nothing to repeat"
-        raise ValueError(f"{what}: pass --upsample bilinear, or lift with --lift_path FILE")
-    if how == "lift" and not args.lift_path:
-        raise ValueError("--upsample lift needs a module: pass --lift_path FILE")
-    return how
-
-
-def check_lift_args(args: argparse.Namespace) -> None:
-    """Tell what is wrong with the flags of add_lift_args before a backbone is downloaded for them.
-
-    Whether the module fits is known with the backbone only: `upsampler` checks that.
-
-    Raises:
-        FileNotFoundError: there is no file at --lift_path.
-        ValueError: it is no LiFT checkpoint, or the flags contradict each other.
-    """
-    how_to_upsample(args)
-    if args.lift_path:
-        read_state(args.lift_path)
-
-
-def upsampler(args: argparse.Namespace, extractor: Any) -> Upsampler:
-    """The Upsampler that --upsample, --lift_path and --lift_iter ask for.
-
-    Raises:
-        FileNotFoundError: there is no file at --lift_path.
-        ValueError: the flags contradict each other, or the module does not fit.
-    """
-    how = how_to_upsample(args)
-    lift = None
-    if how == "lift":
-        lift = load_lift(args.lift_path, extractor)
-    return Upsampler(how, lift, args.lift_iter)
+    return lift
