@@ -9,7 +9,6 @@ upsampler refines it.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,12 +203,12 @@ def build_features(args: argparse.Namespace) -> Features:
     """
     how = how_to_upsample(args)
     file = None
-    if how == "lift":
-        file = read_lift(Path(args.lift_path))
+    if args.lift_path:  # read where it is not used, too: a wrong path is a mistake all the same
+        file = read_lift(args.lift_path)
     extractor = build_extractor(args)
 
     upsampler: Any = None
-    if file is not None:
+    if how == "lift":
         upsampler = Lifted(load_lift(file, extractor), extractor, args.lift_iter)
     elif how == "bilinear":
         upsampler = Bilinear(args.lift_iter)

@@ -127,10 +127,11 @@ class Ran(NamedTuple):
     code: int
     out: str
     err: str
+    json: Path
 
     def report(self):
-        """The JSON of the last line printed."""
-        return json.loads(self.out.splitlines()[-1])
+        """What the script wrote for --json."""
+        return json.loads(self.json.read_text())
 
 
 @pytest.fixture
@@ -148,17 +149,25 @@ def import_path(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cli(capfd):
-    """cli("eval_spair", "--flag", value...) runs a script's command line in this process: Ran."""
+def cli(capfd, tmp_path_factory):
+    """cli("eval_spair", "--flag", value...) runs a script's command line in this process: Ran.
+
+    Where the caller gives no --json, the results go to a file of their own, for Ran.report().
+    """
 
     def run(script, *args):
         module = importlib.import_module(script)
+        flags = [str(value) for value in args]
+        file = tmp_path_factory.mktemp("json") / "results.json"
+        if "--json" not in flags:
+            flags += ["--json", str(file)]
         code = 0
         capfd.readouterr()
         try:
-            module.parser().run(module.main, [str(value) for value in args])
+            module.parser().run(module.main, flags)
         except SystemExit as stop:
             code = stop.code or 0
-        return Ran(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return Ran(code, out, err, file)
 
     return run

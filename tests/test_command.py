@@ -1,13 +1,10 @@
-"""command.py: one-line errors, what made a result, and files that are whole or not there."""
+"""command.py: flags, one-line errors, memory, settings, and what a script says."""
 
 import argparse
 import json
 import os
-import pickle
-import stat
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -16,21 +13,19 @@ from conftest import ROOT
 from command import (
     Command,
     add_backbone_args,
-    check_memory,
+    add_lift_args,
     check_range,
-    claim_folder,
-    difference,
-    first_line,
-    inside,
-    load_tensors,
-    record,
-    replacing,
+    check_torchrun,
+    container_limits,
+    deciding,
+    is_out_of_memory,
+    main_memory,
+    out_of_memory,
+    progress,
     report,
-    save_tensors,
     settings,
-    weights_digest,
-    write_text,
 )
+from files import difference
 
 # ---- command lines ------------------------------------------------------------------------------
 
@@ -106,7 +101,7 @@ def test_bad_input_is_one_line_and_status_2(capsys):
 def test_memory_that_ran_out_is_bad_input_too_and_a_bug_is_not(capsys):
     assert run(raising(RuntimeError("CUDA out of memory. Tried to allocate"))) == 2
     assert run(raising(MemoryError())) == 2
-    assert capsys.readouterr().err.count("pass smaller images or batches") == 2
+    assert capsys.readouterr().err.count("use smaller images or batches") == 2
     with pytest.raises(RuntimeError, match="a bug"):
         run(raising(RuntimeError("a bug")))
 
@@ -122,29 +117,11 @@ def test_interruption_has_its_own_status(capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_first_line_is_not_cut_inside_a_word():
-    assert first_line("one\ntwo") == "one"
-    assert first_line(KeyError()) == "KeyError"
-    words = "word " * 100
-    shortened = first_line(words)
-    assert len(shortened) <= 150
-    assert set(shortened.split()) == {"word", "..."}
-
-
 def test_ranges():
     args = argparse.Namespace(imsize=8, limit=None)
     check_range(args, imsize=8, limit=1)
     with pytest.raises(ValueError, match="--imsize 8 is too small: pass 9 or more"):
         check_range(args, imsize=9)
-
-
-def test_memory_is_checked_where_it_is_main_memory():
-    much = 2**60
-    for device in ("cpu", "mps"):
-        with pytest.raises(ValueError, match=r"maps take .* GB, .*: pass less"):
-            check_memory(much, "maps", "pass less", device)
-    check_memory(much, "maps", "pass less", "cuda:1")
-    check_memory(1, "maps", "pass less")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +142,7 @@ def test_several_processes_are_refused_by_what_one_does(cli, monkeypatch, script
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.count("\n") == 1
     assert ran.err.endswith(
-        ": this is the work of one process: start it with python, not torchrun\n"
+        ": this script runs as one process: start it with python, not torchrun\n"
     )
 
 
@@ -181,133 +158,130 @@ def test_settings_name_flags_what_was_resolved_and_versions():
     json.dumps(found)
 
 
-def test_a_record_knows_paths_and_weights_by_what_they_are(tmp_path, monkeypatch):
+def test_what_decides_a_result_knows_paths_and_weights_by_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    flags = {"lift_path": "a.pth", "device": "cpu", "workers": 3, "imsize": 224}
+    flags = {"lift_path": "a.pth", "device": "cpu", "workers": 3, "imsize": 224, "json": "-"}
     one = argparse.Namespace(dataroot="photos", **flags)
     other = argparse.Namespace(dataroot=str(tmp_path / "photos"), **{**flags, "lift_path": "b.pth"})
 
-    def recorded(args, digest):
-        return record(args, leave_out=["workers"], paths=["dataroot"], digest=digest)
+    def decides(args, digest):
+        return deciding(args, leave_out=["workers"], paths=["dataroot"], digest=digest)
 
-    assert recorded(one, "12") == recorded(other, "12")
-    assert difference(recorded(one, "12"), recorded(other, "12")) == ""
-    assert difference(recorded(one, "12"), recorded(one, "34")) == "digest 12, not 34"
-    assert "workers" not in recorded(one, "12")
-    with_names = {"digest": "1", "upsample": "none"}
-    assert difference(with_names, {"digest": "2", "upsample": "lift"}) == "upsample none, not lift"
+    assert decides(one, "12") == decides(other, "12")
+    assert difference(decides(one, "12"), decides(one, "34")) == "digest 12, not 34"
+    assert decides(one, "12").keys() == {"dataroot", "imsize", "digest"}
 
 
-def test_a_folder_belongs_to_what_made_it(tmp_path):
-    claim_folder(tmp_path / "x", {"lift_iter": 1, "size": (2, 3)}, "pass --overwrite")
-    claim_folder(tmp_path / "x", {"lift_iter": 1, "size": (2, 3)}, "pass --overwrite")
-    with pytest.raises(ValueError, match=r"was made with lift_iter 1, not 2: pass --overwrite"):
-        claim_folder(tmp_path / "x", {"lift_iter": 2, "size": (2, 3)}, "pass --overwrite")
-    claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite", renew=True)
-    claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite")
-    for damaged in ("{", "[1]", "3"):
-        (tmp_path / "x" / "record.json").write_text(damaged)
-        with pytest.raises(ValueError, match="is damaged"):
-            claim_folder(tmp_path / "x", {"lift_iter": 2}, "pass --overwrite")
+# ---- what a script says -------------------------------------------------------------------------
 
 
-def test_digest_follows_names_and_values():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(2, 2)
-    before = weights_digest(layer)
-    assert weights_digest(layer) == before
-    assert weights_digest(torch.nn.Sequential(layer)) != before
-    layer.bias.data[0] += 1
-    assert weights_digest(layer) != before
-    assert len(weights_digest(layer.bfloat16())) == 16
-
-
-def test_report_is_strict_json(tmp_path, capsys):
-    report({"a": float("nan"), "b": (1, 2.5)}, tmp_path / "x.json")
+def test_report_is_strict_json_and_nothing_unless_asked_for(tmp_path, capsys):
+    results = {"a": float("nan"), "b": (1, 2.5)}
+    report(argparse.Namespace(json=None), results)
+    assert capsys.readouterr().out == ""
+    report(argparse.Namespace(json=str(tmp_path / "x.json")), results)
+    assert capsys.readouterr().out == ""
+    report(argparse.Namespace(json="-"), results)
     out = capsys.readouterr().out
     assert json.loads(out) == {"a": None, "b": [1, 2.5]}
     assert (tmp_path / "x.json").read_text() == out
 
 
-# ---- files --------------------------------------------------------------------------------------
+def test_json_into_a_folder_is_refused_before_the_work(tmp_path, capsys):
+    assert run(raising(AssertionError("the work began")), ["--json", str(tmp_path)]) == 2
+    assert "is a folder: pass a file" in capsys.readouterr().err
 
 
-def test_names_that_leave_a_folder_are_refused():
-    assert inside("data", "a/b.jpg").parts == ("data", "a", "b.jpg")
-    for name in ("../x.jpg", "a/../../x.jpg", "/etc/passwd"):
-        with pytest.raises(ValueError, match="leaves the folder"):
-            inside("data", name)
+def test_flags_cannot_be_abbreviated_but_model_is_an_alias(capsys):
+    command = Command("")
+    add_backbone_args(command)
+    add_lift_args(command)
+    assert command.parse_args(["--model", "vit_x"]).model_type == "vit_x"
+    with pytest.raises(SystemExit):
+        command.parse_args(["--model_t", "vit_x"])
+    assert "--model_t" in capsys.readouterr().err
 
 
-def test_replacing_keeps_what_was_there(tmp_path):
-    path = tmp_path / "new" / "x.txt"
-    with replacing(path) as temporary:
-        temporary.write_text("first")
-
-    full = OSError(28, "No space left on device")
-    with pytest.raises(OSError, match=r"cannot write .*x.txt \(.*No space.*\): free some space"):
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise full
-    assert path.read_text() == "first"
-    assert list(path.parent.iterdir()) == [path]
-
-    with pytest.raises(OSError, match="cannot write"), replacing(path / "below" / "a file"):
-        pass
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
+    """One at the end at least; in between one a minute, which nobody waits for here."""
+    assert list(progress(range(3), unit="photo", desc="reading")) == [0, 1, 2]
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    assert err.count("\n") <= 2
+    assert not err.strip() or "photo" in err
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), OSError("encoder zip not available")])
-def test_only_the_systems_errors_are_about_the_disk(tmp_path, error):
-    with pytest.raises(type(error), match=r"^(boom|encoder zip not available)$"):
-        with replacing(tmp_path / "x.txt") as temporary:
-            temporary.write_text("half")
-            raise error
-    assert not list(tmp_path.iterdir())
+# ---- processes ----------------------------------------------------------------------------------
 
 
-def test_devices_stay_devices_and_links_links(tmp_path):
-    write_text(os.devnull, "gone")
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    write_text(tmp_path / "link", "through")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "file").read_text() == "through"
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "LOCAL_RANK"])
+def test_half_a_torchrun_is_refused(monkeypatch, missing):
+    for name in ("MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_torchrun()
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is 2, but {missing} is not set"):
+        check_torchrun()
 
 
-def test_new_files_are_as_private_as_the_user_wants(tmp_path):
-    before = os.umask(0o027)
+# ---- memory -------------------------------------------------------------------------------------
+
+TOO_MUCH = """
+import resource, sys
+import torch, numpy
+from command import is_out_of_memory, limit_memory, main_memory
+limit_memory()
+soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+assert soft <= main_memory()
+for allocate in (torch.zeros, numpy.ones):
     try:
-        write_text(tmp_path / "x", "")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+        allocate(int(main_memory()) // 4)
+    except Exception as error:
+        assert is_out_of_memory(error), repr(error)
+    else:
+        raise SystemExit("more than all memory was given")
+"""
 
 
-def test_tensors_come_back(tmp_path):
-    tensors = {"a": torch.arange(3)}
-    save_tensors(tmp_path / "x.pth", tensors)
-    assert torch.equal(load_tensors(tmp_path / "x.pth", "", "")["a"], tensors["a"])
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*: look again"):
-        load_tensors(tmp_path / "none.pth", "look again", "")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+def test_more_memory_than_there_is_fails_with_an_error():
+    """In a process of its own: the limit holds until the end."""
+    ran = subprocess.run(
+        [sys.executable, "-c", TOO_MUCH], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr + ran.stdout
 
 
-def test_a_small_file_cannot_fill_the_memory(tmp_path):
-    torch.save({"a": torch.zeros(10**6)}, tmp_path / "stored.pth")
-    with zipfile.ZipFile(tmp_path / "stored.pth") as stored:
-        with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
-            for name in stored.namelist():
-                packed.writestr(name, stored.read(name))
-    assert (tmp_path / "packed.pth").stat().st_size < 40_000
-    load_tensors(tmp_path / "stored.pth", "", "")
-    with pytest.raises(ValueError, match=r"bytes that unpack to 4000.*: pass another"):
-        load_tensors(tmp_path / "packed.pth", "", "pass another")
+def test_a_container_has_its_own_limit(monkeypatch):
+    """Of the groups a process is in, each has a limit or none."""
+    tree = {
+        "/proc/self/cgroup": "12:cpu,memory:/docker/abc\n0::/user.slice/job\n1:name=x:/\n",
+        "/sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "4000\n",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9000\n",
+        "/sys/fs/cgroup/user.slice/job/memory.max": "max\n",
+        "/sys/fs/cgroup/user.slice/memory.max": "5000\n",
+    }
+
+    def read_text(path):
+        try:
+            return tree[str(path)]
+        except KeyError:
+            raise FileNotFoundError(str(path)) from None
+
+    monkeypatch.setattr("command.Path.read_text", read_text)
+    assert sorted(container_limits()) == [4000, 5000, 9000, float("inf")]
+    assert main_memory() > 2**20
 
 
-def test_messages_do_not_tell_torchs_history(tmp_path):
-    with open(tmp_path / "x.pth", "wb") as file:
-        pickle.dump(print, file)
-    message = "damaged or holds more than tensors: pass another"
-    with pytest.raises(ValueError, match=message) as found:
-        load_tensors(tmp_path / "x.pth", "", "pass another")
-    assert "PyTorch" not in str(found.value)
+def test_errors_of_memory_are_known_on_every_device():
+    for text in (
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "MPS backend out of memory",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert out_of_memory(MemoryError()).endswith("use smaller images or batches")

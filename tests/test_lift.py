@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from conftest import ROOT, rule_image, rule_state
 from plain_extract import plain_lift
 
-from command import Command, add_lift_args, weights_digest
 from lift import (
+    ConvLayers,
     LiFT,
-    attend,
-    check_lift_args,
+    bilinear_weights,
     double,
     load_lift,
     map_to_tokens,
+    read_lift,
     tokens_to_map,
     upsample,
-    upsampler,
+    weigh_neighbours,
 )
 
 FACTS = {
@@ -30,9 +30,9 @@ FACTS = {
     "tag": "vit_x.tag",
     "layer": 11,
     "facet": "key",
-    "width": 16,
+    "channels": 16,
     "patch": 16,
-    "step": 16,
+    "stride": 16,
     "digest": "1234",
     "device": torch.device("cpu"),
     "dtype": torch.float32,
@@ -41,8 +41,8 @@ EXTRACTOR = SimpleNamespace(**FACTS)
 ORIGIN = {"backbone": "vit_x.tag", "layer": 11, "facet": "key"}
 
 
-def rule_lift(width=16, patch=16, **kwargs):
-    lift = LiFT(width, patch, **kwargs)
+def rule_lift(channels=16, patch=16, **kwargs):
+    lift = LiFT(channels, patch, **kwargs)
     load_rule(lift)
     return lift.eval()
 
@@ -55,9 +55,9 @@ def load_rule(lift):
     lift.load_state_dict(state)
 
 
-def inputs(h, w, patch=16, width=16, batch=2):
+def inputs(h, w, patch=16, channels=16, batch=2):
     images = torch.cat([rule_image(h * patch, w * patch, seed) for seed in range(batch)])
-    feats = torch.randn(batch, width, h, w, generator=torch.Generator().manual_seed(0))
+    feats = torch.randn(batch, channels, h, w, generator=torch.Generator().manual_seed(0))
     return images, feats
 
 
@@ -108,48 +108,70 @@ def test_parameters_and_keys():
         layers.add(f"up1.conv_1.double_conv.{number}")
     assert {key.rsplit(".", 1)[0] for key in keys} == layers
     assert keys == set(LiFT(16, 8).state_dict())
-    assert set(LiFT(16, residual=True).state_dict()) == keys | {"options"}
     attention = {"options", "attend.weight", "attend.bias"}
     assert set(LiFT(16, attend=2).state_dict()) == keys | attention
+    value = {"value.weight", "value.bias"}
+    assert set(LiFT(16, attend=2, heads=2).state_dict()) == keys | attention | value
     assert "up1.conv_1.double_conv.0.bias" not in keys
 
 
-@torch.no_grad()
-def test_residual_starts_at_bilinear():
-    images, feats = inputs(3, 4)
-    assert torch.equal(LiFT(16, residual=True).eval()(images, feats), double(feats))
-    plain = rule_lift()
-    residual = rule_lift(residual=True)
-    wanted = plain(images, feats) + double(feats)
-    torch.testing.assert_close(residual(images, feats), wanted)
+@pytest.mark.parametrize("variant", [{}, {"attend": 1}, {"attend": 1, "heads": 3}])
+def test_a_seed_starts_from_the_weights_of_the_release(variant):
+    """They were printed by the release: layers are made in its order."""
+    torch.manual_seed(0)
+    lift = LiFT(384, 16, **variant)
+    wanted = {
+        "image_convs_1.0.weight": (0.151156, -0.161099),
+        "up1.up.weight": (-0.00026, 0.018598),
+        "image_convs_2.0.weight": (-0.056232, 0.005302),
+    }
+    if not variant:  # elsewhere it starts at zero
+        wanted["outc.weight"] = (0.050602, 0.008401)
+    state = lift.state_dict()
+    for key, beginning in wanted.items():
+        found = state[key].flatten()[:2].tolist()
+        assert found == pytest.approx(beginning, abs=1e-6), key
 
 
-def plain_attend(feats, change, radius):
-    """Cell by cell, neighbour by neighbour."""
+def plain_attend(feats, change, radius, heads):
+    """Cell by cell, neighbour by neighbour, each head on the channels that are its own."""
     batch, _, height, width = feats.shape
     out = double(feats)
     for image in range(batch):
         for y in range(2 * height):
             for x in range(2 * width):
                 number = 0
-                for dy in range(-radius, radius + 1):
-                    for dx in range(-radius, radius + 1):
-                        row = min(max(y // 2 + dy, 0), height - 1)
-                        column = min(max(x // 2 + dx, 0), width - 1)
-                        weight = change[image, number, y, x]
-                        out[image, :, y, x] += weight * feats[image, :, row, column]
-                        number += 1
+                for head in range(heads):
+                    for dy in range(-radius, radius + 1):
+                        for dx in range(-radius, radius + 1):
+                            row = min(max(y // 2 + dy, 0), height - 1)
+                            column = min(max(x // 2 + dx, 0), width - 1)
+                            weight = change[image, number, y, x]
+                            neighbour = feats[image, head::heads, row, column]
+                            out[image, head::heads, y, x] += weight * neighbour
+                            number += 1
     return out
 
 
-@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("radius, heads", [(1, 1), (2, 1), (1, 3)])
 @torch.no_grad()
-def test_attention_equals_loops(radius):
+def test_attention_equals_loops(radius, heads):
     generator = torch.Generator().manual_seed(0)
-    feats = torch.randn(2, 5, 3, 4, generator=generator)
-    change = torch.randn(2, (2 * radius + 1) ** 2, 6, 8, generator=generator)
-    wanted = plain_attend(feats, change, radius)
-    torch.testing.assert_close(attend(feats, change, radius), wanted, rtol=0, atol=1e-5)
+    feats = torch.randn(2, 6, 3, 4, generator=generator)
+    change = torch.randn(2, heads * (2 * radius + 1) ** 2, 6, 8, generator=generator)
+    wanted = plain_attend(feats, change, radius, heads)
+    found = weigh_neighbours(feats, change, bilinear_weights(radius), heads)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_value_changes_the_coarse_features_first():
+    """With heads: what is weighed is feats + value(feats), and the fuser sees feats as they are."""
+    images, feats = inputs(3, 4)
+    lift = LiFT(16, attend=1, heads=2).eval()
+    torch.testing.assert_close(lift(images, feats), double(feats), rtol=0, atol=1e-6)
+    lift.value.weight.copy_(0.5 * torch.eye(16)[:, :, None, None])
+    torch.testing.assert_close(lift(images, feats), double(1.5 * feats), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -211,7 +233,7 @@ def test_grids_that_do_not_match():
     message = r"grid is 3x4 but an image of 64x64 gives 4x4: resize .* patch \(16\)"
     with pytest.raises(ValueError, match=message):
         rule_lift()(torch.zeros(2, 3, 64, 64), feats)
-    with pytest.raises(ValueError, match="image of 50x64 has a side that is no multiple"):
+    with pytest.raises(ValueError, match="image of 50x64 has a side that is not a multiple"):
         rule_lift()(torch.zeros(2, 3, 50, 64), feats)
 
 
@@ -258,7 +280,6 @@ def test_reference_checkpoint(golden_lift, capsys):
     lift = load_lift(golden_lift)
     assert lift.outc.weight.shape == (192, 96, 1, 1)
     assert not lift.training
-    assert not lift.residual
     assert lift.radius == 0
     assert not any(p.requires_grad for p in lift.parameters())
     err = capsys.readouterr().err
@@ -267,17 +288,18 @@ def test_reference_checkpoint(golden_lift, capsys):
 
 def test_prefix_and_origin(tmp_path, capsys):
     state = rule_state(LiFT(16))
-    own = {**ORIGIN, "residual": True, "patch": 16}
+    own = {**ORIGIN, "patch": 16}
     prefixed = {f"module.{key}": value for key, value in state.items()}
     lift = load_lift(write(tmp_path, prefixed, own), EXTRACTOR)
-    assert lift.residual, "a residual module of before its state said so"
     assert all(torch.equal(lift.state_dict()[key], value) for key, value in state.items())
     write(tmp_path, state, own, "lift.pth")  # lift.json speaks for every checkpoint of a run
-    assert load_lift(write(tmp_path, state, name="lift_3.pth"), EXTRACTOR).residual
+    assert read_lift(write(tmp_path, state, name="lift_3.pth")).patch == 16
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("variant", [{"residual": True}, {"attend": 2}, {"attend": 1, "patch": 14}])
+@pytest.mark.parametrize(
+    "variant", [{"attend": 2}, {"attend": 1, "patch": 14}, {"attend": 1, "heads": 2}]
+)
 @torch.no_grad()
 def test_a_variant_without_its_json_loads_as_what_it_is(tmp_path, variant):
     lift = rule_lift(**variant)
@@ -288,7 +310,7 @@ def test_a_variant_without_its_json_loads_as_what_it_is(tmp_path, variant):
 
 def test_a_patch_that_does_not_fit_is_refused(tmp_path):
     path = write(tmp_path, rule_lift(patch=14, attend=1).state_dict())
-    with pytest.raises(ValueError, match="is for patches of 14 pixels, not 16"):
+    with pytest.raises(ValueError, match="trained for patches of 14 pixels, not 16"):
         load_lift(path, EXTRACTOR)
 
 
@@ -324,11 +346,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
     short = dict(state)
     del short["up1.up.bias"]
     cases = {
-        "wide": (rule_state(LiFT(32)), "is for descriptors of 32 channels, but vit_x key has 16"),
+        "wide": (rule_state(LiFT(32)), "trained for descriptors of 32 channels, not 16"),
         "short": (short, "up1.up.bias"),
         "bomb": ({**state, "x": Bomb()}, "holds more than tensors"),
-        "number": ({**state, "x": 1}, "not a LiFT checkpoint .x is no tensor."),
-        "list": ([1], "holds no weights"),
+        "number": ({**state, "x": 1}, "not a LiFT checkpoint .x is not a tensor."),
+        "list": ([1], "cannot read weights"),
         "empty": ({}, "not a LiFT checkpoint"),
         "nan": ({**state, "outc.bias": torch.full((16,), float("nan"))}, "holds NaN"),
     }
@@ -344,9 +366,96 @@ def test_what_is_refused(tmp_path, monkeypatch):
         load_lift(path, EXTRACTOR)
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match="stride 8 is finer than the patch"):
-        load_lift(path, SimpleNamespace(**{**FACTS, "step": 8}))
+        load_lift(path, SimpleNamespace(**{**FACTS, "stride": 8}))
     with pytest.raises(FileNotFoundError, match="--lift_path"):
         load_lift(tmp_path / "none.pth")
+
+
+@torch.no_grad()
+def test_a_file_from_before_there_were_heads_loads_as_one_head(tmp_path):
+    lift = rule_lift(attend=1)
+    old = {**lift.state_dict(), "options": torch.tensor([16.0, 0.0, 1.0])}
+    loaded = load_lift(write(tmp_path, old), silent=True)
+    images, feats = inputs(2, 3)
+    assert loaded.heads == 1
+    assert torch.equal(loaded(images, feats), lift(images, feats))
+
+
+@pytest.mark.parametrize("told_by", ["options", "JSON"])
+def test_a_residual_module_is_refused_in_one_line(tmp_path, told_by):
+    state = rule_state(LiFT(16))
+    facts = dict(ORIGIN)
+    if told_by == "options":
+        state["options"] = torch.tensor([16.0, 1.0, 0.0])
+    else:
+        facts["residual"] = True
+    message = "is a residual LiFT module, which only versions before this one run: take the"
+    with pytest.raises(ValueError, match=message):
+        read_lift(write(tmp_path, state, facts))
+
+
+def test_the_place_of_the_authors_modules_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"download the authors' .* https://drive"):
+        read_lift(tmp_path / "lift_dino_vits16.pth")
+    with pytest.raises(FileNotFoundError, match=r"correct --lift_path, or train one"):
+        read_lift(tmp_path / "mine.pth")
+
+
+def test_what_a_patch_of_14_means_is_told(tmp_path, capsys):
+    path = write(tmp_path, rule_state(LiFT(16)), ORIGIN)
+    load_lift(path, patch_size=14)
+    assert "LoftUp's LiFT pools instead" in capsys.readouterr().err
+    load_lift(path, patch_size=8)
+    assert capsys.readouterr().err == ""
+
+
+# ---- batch norms --------------------------------------------------------------------------------
+
+
+def folded_layers(lift):
+    return [module for module in lift.modules() if isinstance(module, ConvLayers)]
+
+
+@torch.no_grad()
+def test_folding_changes_neither_features_nor_state(tmp_path):
+    lift = rule_lift(attend=1, heads=2)
+    images, feats = inputs(3, 4)
+    wanted = lift(images, feats)
+    loaded = load_lift(write(tmp_path, lift.state_dict()), silent=True)
+    assert all(layers.is_folded for layers in folded_layers(loaded))
+    assert torch.equal(loaded(images, feats), wanted)
+    assert loaded.state_dict().keys() == lift.state_dict().keys()
+    assert torch.equal(copy.deepcopy(loaded)(images, feats), wanted)
+
+
+def test_what_was_folded_is_never_outdated(tmp_path):
+    """Training, new weights, and gradient steps in eval mode each make it so."""
+    images, feats = inputs(3, 4)
+    path = write(tmp_path, rule_lift().state_dict())
+
+    def changed(lift):
+        with torch.no_grad():
+            lift.image_convs_1[0].weight.mul_(2)
+        wanted = plain_lift(lift, images, feats, 1)
+        torch.testing.assert_close(lift(images, feats), wanted, rtol=0, atol=1e-5)
+
+    trained = load_lift(path, silent=True)
+    trained.train()
+    changed(trained.eval())
+
+    loaded = load_lift(path, silent=True)
+    state = {key: 2 * value for key, value in loaded.state_dict().items()}
+    loaded.load_state_dict(state)
+    wanted = plain_lift(loaded, images, feats, 1)
+    torch.testing.assert_close(loaded(images, feats), wanted, rtol=0, atol=1e-4)
+
+    tuned = load_lift(path, silent=True).requires_grad_(True)
+    tuned(images, feats).sum().backward()
+    assert tuned.image_convs_1[1].weight.grad.abs().sum() > 0
+    changed(tuned.requires_grad_(False))
+
+
+# ---- the authors' files -------------------------------------------------------------------------
 
 
 def test_names_of_the_authors_modules_are_checked():
@@ -364,61 +473,3 @@ def test_names_of_the_authors_modules_are_checked():
         origin = json.loads((ROOT / "pretrained" / f"{name}.json").read_text())
         assert (origin["backbone"], origin["patch"], origin["width"]) == (backbone, patch, width)
         assert (origin["layer"], origin["facet"]) == (11, "key")
-
-
-# ---- from flags ---------------------------------------------------------------------------------
-
-
-def flags(*args):
-    command = Command("")
-    add_lift_args(command)
-    return command.parse_args([str(value) for value in args])
-
-
-@torch.no_grad()
-def test_upsampler(tmp_path):
-    images, feats = inputs(2, 3)
-    path = write(tmp_path, rule_state(LiFT(16)), ORIGIN)
-    none = upsampler(flags(), EXTRACTOR)
-    two = upsampler(flags("--upsample", "bilinear", "--lift_iter", 2), EXTRACTOR)
-    lifted = upsampler(flags("--lift_path", path, "--lift_iter", 2), EXTRACTOR)
-    assert (none.factor, two.factor, lifted.factor) == (1, 4, 4)
-    assert torch.equal(none(images, feats), feats)
-    bilinear = F.interpolate(feats, scale_factor=4, mode="bilinear")
-    torch.testing.assert_close(two(images, feats), bilinear)
-    slow = plain_lift(rule_lift(), images, feats, 2)
-    torch.testing.assert_close(lifted(images, feats), slow, rtol=0, atol=1e-5)
-    assert upsampler(flags("--lift_path", path, "--upsample", "none"), EXTRACTOR).factor == 1
-    assert none.facts() == {"upsample": "none"}
-    digest = weights_digest(lifted.lift)
-    assert lifted.facts() == {"upsample": "lift", "lift_digest": digest}
-
-    nothing_to_repeat = "pass --upsample bilinear, or lift with --lift_path FILE"
-    contradictions = [
-        (["--upsample", "lift"], "needs a module: pass --lift_path FILE"),
-        (["--lift_path", path, "--lift_iter", -1], "-1 is negative: pass 0 or more"),
-        (["--lift_iter", 3], nothing_to_repeat),
-        (["--lift_path", path, "--upsample", "none", "--lift_iter", 2], nothing_to_repeat),
-    ]
-    for bad, message in contradictions:
-        with pytest.raises(ValueError, match=message):
-            upsampler(flags(*bad), EXTRACTOR)
-        with pytest.raises(ValueError, match=message):
-            check_lift_args(flags(*bad))
-
-
-def test_flags_of_lift_are_checked_without_a_backbone(tmp_path):
-    """The file, too, and also where it is not used."""
-    good = tmp_path / "lift.pth"
-    torch.save(rule_lift().state_dict(), good)
-    damaged = tmp_path / "damaged.pth"
-    damaged.write_bytes(good.read_bytes()[:1000])
-
-    check_lift_args(flags())
-    check_lift_args(flags("--lift_path", good, "--lift_iter", 2))
-    missing = r"no LiFT checkpoint at .* correct --lift_path"
-    for more in ([], ["--upsample", "bilinear"]):
-        with pytest.raises(FileNotFoundError, match=missing):
-            check_lift_args(flags("--lift_path", tmp_path / "none.pth", *more))
-        with pytest.raises(ValueError, match=r"pass a lift.pth written by train_lift.py"):
-            check_lift_args(flags("--lift_path", damaged, *more))
