@@ -11,7 +11,6 @@ patch grid, t = h*w tokens, R the radius of the attention in cells, G its heads.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,7 +232,7 @@ class LiFT(nn.Module):
             if self.value is not None:
                 feats = feats + self.value(feats)
             change = self.attend(x)                                  # [B, G*(2R+1)^2, 2h, 2w]
-            out = out + weigh_neighbours(feats, change, self.bilinear, self.heads)
+            out = out + weigh_neighbours(feats, change, self.bilinear, self.radius, self.heads)
 
         if as_tokens:
             return map_to_tokens(out)
@@ -279,7 +278,9 @@ def resize_to_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.to(images.dtype)
 
 
-def weigh_neighbours(feats: Tensor, change: Tensor, bilinear: Tensor, heads: int) -> Tensor:
+def weigh_neighbours(
+    feats: Tensor, change: Tensor, bilinear: Tensor, radius: int, heads: int
+) -> Tensor:
     """Give every fine cell a weighted sum of the K = (2R+1)^2 coarse features around its parent.
 
     The parent is the coarse cell that the fine cell is a quarter of. At the border the outermost
@@ -290,12 +291,13 @@ def weigh_neighbours(feats: Tensor, change: Tensor, bilinear: Tensor, heads: int
         change: [B, G*K, 2h, 2w], what each of the G heads adds to each neighbour's weight in
             bilinear upsampling; neighbours are in row-major order.
         bilinear: those weights, [K, 2, 2] (see bilinear_weights).
+        radius: R.
         heads: G. As in the descriptors, channel = d * G + head.
     Returns:
         [B, C, 2h, 2w]; where `change` is zero, the features bilinearly doubled.
     """
     height, width = feats.shape[2:]
-    size = math.isqrt(len(bilinear))  # 2R+1
+    size = 2 * radius + 1
     # split each fine axis into the coarse cell and which of its two halves
     change = change.unflatten(3, (width, 2)).unflatten(2, (height, 2))    # [B, G*K, h, 2, w, 2]
     change = change.unflatten(1, (heads, -1))                             # [B, G, K, h, 2, w, 2]
@@ -304,7 +306,7 @@ def weigh_neighbours(feats: Tensor, change: Tensor, bilinear: Tensor, heads: int
 
     # channels last: one neighbour after the other is added to all channels of a cell at once, and
     # no tensor of K times the size exists
-    padded = F.pad(feats, [size // 2] * 4, mode="replicate")              # [B, C, h + 2R, w + 2R]
+    padded = F.pad(feats, [radius] * 4, mode="replicate")              # [B, C, h + 2R, w + 2R]
     padded = padded.permute(0, 2, 3, 1).unflatten(3, (-1, heads))         # [B, .., .., C/G, G]
     padded = padded.transpose(3, 4).contiguous()                          # [B, .., .., G, C/G]
     total = feats.new_zeros(feats.shape[0], height, 2, width, 2, heads, feats.shape[1] // heads)

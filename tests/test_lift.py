@@ -160,7 +160,7 @@ def test_attention_equals_loops(radius, heads):
     feats = torch.randn(2, 6, 3, 4, generator=generator)
     change = torch.randn(2, heads * (2 * radius + 1) ** 2, 6, 8, generator=generator)
     wanted = plain_attend(feats, change, radius, heads)
-    found = weigh_neighbours(feats, change, bilinear_weights(radius), heads)
+    found = weigh_neighbours(feats, change, bilinear_weights(radius), radius, heads)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
