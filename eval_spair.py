@@ -4,8 +4,11 @@
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --upsample bilinear
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --lift_path lift.pth
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 448
+    python eval_spair.py --dataroot SPair-71k --model_type dino_vits8 --stride 4 --layer 9 --bin
 
-These are the rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice the size.
+The first four are the rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice
+the size. --upsample MODULE:FUNCTION measures any other upsampler. The last one takes the
+descriptors of dino-vit-features: log-binned keys of layer 9.
 
 Both images of a pair go, on black, to a square. Their descriptors are L2-normalised on the feature
 grid and interpolated bilinearly to pixels. Every keypoint of the source goes to the target pixel of
@@ -17,11 +20,11 @@ over the categories. This is the protocol of the LiFT paper's release; --match, 
 100 pairs of each category are drawn, with replacement. --pairs_per_category 0 takes every pair
 once.
 
-Prints a table of pairs, keypoints and PCK and, as the last line, the same and all settings as JSON.
-On one CPU core, ViT-S/16 with LiFT at 224 takes 0.13 s an image, however many pairs the image is
-in, and 2 ms a pair.
+Prints a table of pairs, keypoints and PCK. On one CPU core, ViT-S/16 with LiFT at 224 takes 0.13 s
+an image, however many pairs the image is in, and 2 ms a pair. --bin takes 17 times the memory.
 
-Source: SPair-71k, Min et al., 2019 (arXiv 1908.10543).
+Sources: SPair-71k, Min et al., 2019 (arXiv 1908.10543); log-binned descriptors, Amir et al., 2021
+(arXiv 2112.05814).
 
 Notation: C channels, h w the grid of a map, S the side of the square in pixels, K keypoints. Points
 are (x, y).
@@ -42,11 +45,11 @@ from command import (
     add_lift_args,
     check_one_process,
     check_range,
-    inside,
-    replacing,
+    progress,
     report,
     settings,
 )
+from files import inside, replacing
 
 LARGEST = 4096  # pixels a side; a pair of 30 keypoints then takes 2 GB of similarities
 
@@ -55,22 +58,23 @@ def parser() -> Command:
     """The command line."""
     command = Command(__doc__)
     add = command.add_argument
-    add("--dataroot", required=True, help="SPair-71k folder: PairAnnotation and JPEGImages")
+    add("--dataroot", required=True, help="SPair-71k's folder: PairAnnotation and JPEGImages")
     add("--split", default="test", help="folder of PairAnnotation (default: test)")
-    add("--categories", nargs="+", help="categories (default: all folders of JPEGImages)")
+    add("--categories", nargs="+", help="names of categories (default: all)")
     add(
         "--pairs_per_category", type=int, default=100,
-        help="pairs drawn of each category, 0 for all (default: 100)",
+        help="pairs drawn of each category; 0 takes every pair once (default: 100)",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="seed of that draw (default: 0)")
-    add("--imsize", type=int, default=224, help="side of the square input (default: 224)")
+    add("--imsize", type=int, default=224, help="pixels a side of the square (default: 224)")
+    add("--bin", action="store_true", help="log-binned descriptors, as in dino-vit-features")
     add(
         "--match", choices=("dot", "cosine"), default="dot",
-        help="cosine: descriptors are normalised again after interpolation (default: dot)",
+        help="cosine normalises the descriptors again after interpolation (default: dot)",
     )  # fmt: skip
     add(
         "--alpha", type=float, nargs="+", default=[0.1, 0.05, 0.01],
-        help="PCK thresholds (default: 0.1 0.05 0.01)",
+        help="PCK thresholds, as shares of the object's box (default: 0.1 0.05 0.01)",
     )  # fmt: skip
     add(
         "--threshold", choices=("lt", "le"), default="lt",
@@ -82,9 +86,14 @@ def parser() -> Command:
     )  # fmt: skip
     add("--batch_size", type=int, help="images a forward pass (default: the pixels of 4 at 224)")
     add("--cache_mb", type=int, default=1024, help="MiB of descriptors kept (default: 1024)")
-    add("--visualize", type=int, default=0, metavar="N", help="draw N pairs into --output_dir")
-    add("--output_dir", default="spair_pictures", help="of pictures (default: spair_pictures)")
-    add("--json", help="write the JSON line to this file, too")
+    add(
+        "--visualize", type=int, default=0, metavar="N",
+        help="pairs to draw into --output_dir (default: 0)",
+    )  # fmt: skip
+    add(
+        "--output_dir", default="spair_pictures",
+        help="folder for the pictures (default: spair_pictures)",
+    )  # fmt: skip
     add_backbone_args(command)
     add_lift_args(command)
     return command
@@ -99,13 +108,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
 
-from extractor import build_extractor
-from lift import check_lift_args, upsampler
+from extractor import log_bin
+from features import Features, build_features
+from lift import tokens_to_map
 from photos import read_image
 
-Features = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
+Maps = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
 
 
 class Pair(NamedTuple):
@@ -152,36 +161,33 @@ def read_pair(path: Path, images: Path) -> Pair:
     Args:
         images: the folder of the category's images.
     Raises:
-        ValueError, FileNotFoundError: the file is no annotation of SPair-71k, or one of its images
-            is missing or outside the folder.
+        ValueError, FileNotFoundError: the file is not an annotation of SPair-71k, or one of its
+            images is missing or outside the folder.
     """
     try:
         entry = json.loads(path.read_text())
         # by way of float64: numpy warns of what is too large for float32, torch makes it infinite
         source_points = torch.from_numpy(np.array(entry["src_kps"], np.float64)).float()
         target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float64)).float()
-        are_points = source_points.ndim == 2 and source_points.shape[1] == 2
-        if not are_points or source_points.shape != target_points.shape:
-            shapes = f"{list(source_points.shape)} and {list(target_points.shape)}"
-            raise ValueError(f"src_kps and trg_kps of shapes {shapes}")
-        if not target_points.isfinite().all():
-            raise ValueError(f"trg_kps {entry['trg_kps']}")
-
         left, top, right, bottom = entry["trg_bndbox"]
         extent = float(max(right - left, bottom - top))
-        if not 0 < extent < math.inf:
-            raise ValueError(f"trg_bndbox {entry['trg_bndbox']}")
-        source_name = Path(entry["src_imname"])
-        target_name = Path(entry["trg_imname"])
+        names = [str(Path(entry[key])) for key in ("src_imname", "trg_imname")]
+
+        well_formed = (
+            source_points.shape == target_points.shape == (len(source_points), 2)
+            and target_points.isfinite().all()
+            and 0 < extent < math.inf
+        )
+        if not well_formed:
+            raise ValueError("src_kps and trg_kps must pair points [x, y], trg_bndbox be a box")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        what = f"{path} is no SPair-71k annotation ({error!r})"
+        what = f"{path} is not an SPair-71k annotation ({error!r})"
         raise ValueError(f"{what}: extract the data set again") from error
 
-    source = inside(images, str(source_name))
-    target = inside(images, str(target_name))
+    source, target = [inside(images, name) for name in names]
     for image in (source, target):
         if not image.is_file():
-            raise FileNotFoundError(f"no image at {image}: extract the data set again")
+            raise FileNotFoundError(f"there is no image at {image}: extract the data set again")
     return Pair(path, images.name, source, target, source_points, target_points, extent)
 
 
@@ -210,7 +216,7 @@ def read_pairs(
     for folder in (annotations, images):
         if not folder.is_dir():
             remedy = "pass SPair-71k's folder as --dataroot, and a --split it has"
-            raise FileNotFoundError(f"no folder {folder}: {remedy}")
+            raise FileNotFoundError(f"there is no folder {folder}: {remedy}")
     if not categories:
         categories = [folder.name for folder in images.iterdir() if folder.is_dir()]
 
@@ -219,7 +225,7 @@ def read_pairs(
     for category in sorted(set(categories)):
         paths = sorted(annotations.glob(f"*[_:]{glob.escape(category)}.json"))
         if not paths:
-            what = f"no pairs of category {category!r} in {annotations}"
+            what = f"there are no pairs of category {category!r} in {annotations}"
             raise ValueError(f"{what}: choose others with --categories")
         if per_category > 0:
             drawn = random.choice(len(paths), per_category)
@@ -263,22 +269,24 @@ def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, float, Tensor
 # ---- matching -----------------------------------------------------------------------------------
 
 
-def describe(
-    features: Features, paths: list[Path], size: int, cosine: bool
-) -> dict[Path, Described]:
-    """The descriptors of some images, which pass through the network as one batch.
+def binned(features: Maps) -> Maps:
+    """The same features, log-binned: each cell is joined by its surroundings, in 17 bins."""
 
-    Raises:
-        ValueError: an image cannot be read, or its features are not finite.
-    """
+    def bins(images: Tensor) -> Tensor:
+        feats = features(images)                                                  # [B, C, h, w]
+        height, width = feats.shape[2:]
+        return tokens_to_map(log_bin(feats), (height, width))                     # [B, 17*C, h, w]
+
+    return bins
+
+
+def describe(features: Maps, paths: list[Path], size: int, cosine: bool) -> dict[Path, Described]:
+    """The descriptors of some images, which pass through the network as one batch."""
     # keypoints count the pixels as they are stored
     images = [read_image(path, upright=False) for path in paths]
     boxed = [letterbox(image, size) for image in images]
     squares = torch.stack([to_tensor(square) for square, _, _ in boxed])          # [B, 3, S, S]
     batch = features(squares)                                                     # [B, C, h, w]
-    if not batch.isfinite().all():
-        remedy = "pass --dtype float32, or another --lift_path"
-        raise ValueError(f"the features of {paths[0].parent} are not finite: {remedy}")
 
     described = {}
     for number, path in enumerate(paths):
@@ -402,7 +410,7 @@ def default_batch(size: int) -> int:
 
 
 def match_pairs(
-    features: Features,
+    features: Maps,
     pairs: list[Pair],
     size: int,
     cosine: bool = False,
@@ -440,7 +448,7 @@ def match_pairs(
         work.extend(chunks(list(by_path.values()), capacity))
 
     found = {}
-    with tqdm(total=sum(map(len, work)), unit="pair", disable=None) as bar:
+    with progress(total=sum(map(len, work)), unit="pair") as bar:
         for chunk in work:
             # of the last chunk's images only those stay that this one needs, too
             needed = images_of(chunk)
@@ -448,7 +456,6 @@ def match_pairs(
             missing = [path for path in needed if path not in images]
             for start in range(0, len(missing), batch_size):
                 images.update(describe(features, missing[start : start + batch_size], size, cosine))
-                bar.set_postfix(images=len(images))  # the bar itself stands still meanwhile
 
             for pair in chunk:
                 found[pair.path] = match_pair(pair, images, size)
@@ -641,7 +648,7 @@ def save_pictures(
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that are out of range."""
+    """Raise ValueError for flags that are out of range or do not go together."""
     check_range(
         args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0, visualize=0, seed=0
     )
@@ -650,51 +657,53 @@ def check(args: argparse.Namespace) -> None:
     for alpha in args.alpha:
         if not 0 < alpha < math.inf:
             raise ValueError(f"--alpha {alpha} is out of range: pass shares of the box, as 0.1")
+    if args.bin and args.facet == "attn":
+        what = "--bin needs descriptors, and --facet attn has attention to all cells"
+        raise ValueError(f"{what}: pass another --facet, or leave out --bin")
     check_one_process()
 
 
+def check_grid(features: Features, size: int) -> None:
+    """Raise ValueError unless size x size pixels are whole patches, and cells whole pixels."""
+    features.check_size(size, size)
+    stride = features.backbone.stride
+    if features.factor > stride:
+        what = f"features {features.factor:g} times as fine are finer than the pixels"
+        remedy = f"pass --lift_iter {int(math.log2(stride))} or less, or another --upsample"
+        raise ValueError(f"{what}: {remedy}")
+
+
 def main(args: argparse.Namespace) -> None:
-    """Match all pairs, print the table and the JSON line, draw pictures."""
+    """Match all pairs, print the table, draw pictures."""
     check(args)
     pairs = read_pairs(
         args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
     )
-    check_lift_args(args)
-    extractor = build_extractor(args)
-    if args.imsize % extractor.patch:
-        what = f"--imsize {args.imsize} is no multiple of the patch ({extractor.patch})"
-        raise ValueError(f"{what}: pass one")
-    up = upsampler(args, extractor)
-    if up.factor > extractor.step:
-        what = f"--lift_iter {args.lift_iter} makes a grid that is finer than the pixels"
-        raise ValueError(f"{what}: pass {int(math.log2(extractor.step))} or less")
-
-    def features(images):                              # [B, 3, S, S] in 0..1 -> [B, C, h, w]
-        images = extractor.normalize(images.to(extractor.device))
-        return up(images, extractor(images))
+    features = build_features(args)
+    check_grid(features, args.imsize)
+    maps: Maps = features
+    if args.bin:
+        maps = binned(features)
 
     batch_size = args.batch_size or default_batch(args.imsize)
     cosine = args.match == "cosine"
-    matches = match_pairs(features, pairs, args.imsize, cosine, batch_size, args.cache_mb)
+    matches = match_pairs(maps, pairs, args.imsize, cosine, batch_size, args.cache_mb)
     results = evaluate(matches, args.alpha, args.threshold, args.average)
     print(table(results))
 
-    used = settings(
+    all_settings = settings(
         args,
-        device=str(extractor.device),
+        device=str(features.backbone.device),
         batch_size=batch_size,
         categories=[name for name in results if name != "mean"],
-        **extractor.facts(),
-        **up.facts(),
+        **features.facts(),
     )
-    line = {
-        "settings": used,
+    counts = {
         "pairs": len(pairs),
         "keypoints": sum(len(match.source) for match in matches),
         "images": len(images_of(pairs)),
-        "results": results,
     }
-    report(line, args.json)
+    report(args, {"settings": all_settings, **counts, "results": results})
 
     # in pictures, whatever is correct at any alpha is correct
     largest = max(args.alpha)

@@ -32,7 +32,7 @@ from eval_spair import (
     with_legend,
 )
 from extractor import ViTExtractor
-from lift import load_lift, upsample
+from lift import load_lift, tokens_to_map, upsample
 
 SIZE = 64
 
@@ -65,7 +65,7 @@ def tree(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("spair") / "tree")
 
 
-def last_json(ran):
+def report(ran):
     assert ran.code == 0, ran.err
     return ran.report()
 
@@ -94,7 +94,7 @@ def test_golden(cli, shared, underscored, vit_tiny, golden_lift, key, style):
     if key == "with_lift":
         flags += ["--lift_path", golden_lift]
 
-    ran = last_json(cli("eval_spair", *flags))
+    ran = report(cli("eval_spair", *flags))
     assert (ran["pairs"], ran["keypoints"], ran["images"]) == (22, 160, 16)
     assert ran["results"].keys() == golden.keys()
     for name, row in golden.items():  # the release divides in float32
@@ -167,6 +167,8 @@ ROWS = {
     "stride": ["--stride", "8"],
     "lift": ["--lift_path"],
     "iterated": ["--lift_iter", "2", "--lift_path"],
+    "layer": ["--layer", "6"],
+    "own": ["--upsample", "test_eval_spair:tripled"],
 }
 # the photos are random: few keypoints are found nearby
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
@@ -182,16 +184,31 @@ def many_keypoints(tmp_path_factory):
 def plain_rows(many_keypoints, rule_weights, rule_lift):
     """The results of the plain algorithm for every row."""
     results = {}
-    for row in ROWS:
+    for row, flags in ROWS.items():
         stride = 16
         if row == "stride":
             stride = 8
+        layer = None
+        if "--layer" in flags:
+            layer = 6
         extractor = ViTExtractor(
-            "vit_tiny_patch16_224", stride, backbone_path=rule_weights, device="cpu"
+            "vit_tiny_patch16_224", stride, backbone_path=rule_weights, device="cpu", layer=layer
         )
         features = features_of(row, extractor, rule_lift)
         results[row], _ = plain_spair(features, many_keypoints, SIZE, ALPHAS)
     return results
+
+
+def tripled():
+    """Somebody's own upsampler: every cell becomes 3x3 cells, mixed with the colours there."""
+
+    def upsample(images, feats):
+        height, width = feats.shape[2:]
+        fine = F.interpolate(feats, scale_factor=3, mode="bicubic")
+        colours = F.interpolate(images, (3 * height, 3 * width), mode="area").mean(1, True)
+        return fine * (0.5 + colours)
+
+    return upsample
 
 
 def features_of(row, extractor, lift_path):
@@ -202,6 +219,8 @@ def features_of(row, extractor, lift_path):
     def features(images):
         images = extractor.normalize(images)
         feats = extractor(images)
+        if row == "own":
+            return tripled()(extractor.denormalize(images), feats)
         if row == "bilinear":
             return F.interpolate(feats, scale_factor=2, mode="bilinear")
         if row == "lift":
@@ -229,7 +248,7 @@ def test_rows_of_the_paper(cli, many_keypoints, rule_backbone, rule_lift, plain_
     flags += ["--alpha", *ALPHAS, "--device", "cpu", *rule_backbone, *ROWS[row]]
     if "--lift_path" in flags:
         flags.append(rule_lift)
-    results = last_json(cli("eval_spair", *flags))["results"]
+    results = report(cli("eval_spair", *flags))["results"]
 
     assert results.keys() == plain_rows[row].keys()
     for name in ("cat", "dog"):
@@ -240,6 +259,27 @@ def test_rows_of_the_paper(cli, many_keypoints, rule_backbone, rule_lift, plain_
             assert difference < 1.5, results  # rounding may part ties
         else:
             assert difference > 3, f"no other than {other}"
+
+
+def test_bin(cli, tree, rule_backbone, rule_extractor):
+    """The log-binned descriptors of dino-vit-features, of any layer."""
+    extractor = rule_extractor(layer=6)
+
+    def features(images):
+        tokens = extractor.extract_descriptors(extractor.normalize(images), bin=True)
+        return tokens_to_map(tokens[:, 0], extractor.num_patches)                 # [B, 17*C, h, w]
+
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 0, "--device", "cpu"]
+    flags += ["--layer", 6, "--alpha", 0.3, *rule_backbone]
+    ran = report(cli("eval_spair", *flags, "--bin"))
+    assert ran["settings"]["bin"] is True
+    matches = match_pairs(features, read_pairs(tree, per_category=0), SIZE)
+    expected, _ = plain_spair(features, tree, SIZE, (0.3,))
+    one_keypoint = 100 / 30  # of a category: rounding may part ties
+    for name, row in ran["results"].items():
+        assert row == pytest.approx(evaluate(matches, (0.3,))[name]), name
+        assert row == pytest.approx(expected[name], abs=one_keypoint + 1e-6), name
+    assert report(cli("eval_spair", *flags))["results"] != ran["results"]
 
 
 # ---- each image once, bounded memory ------------------------------------------------------------
@@ -428,7 +468,7 @@ def test_categories_and_split(cli, tmp_path, rule_backbone):
     (tree / "PairAnnotation/test").rename(tree / "PairAnnotation/val")
     flags = ["--dataroot", tree, "--imsize", SIZE, "--split", "val", *rule_backbone]
     flags += ["--categories", "cow", "at", "--pairs_per_category", 3]
-    ran = last_json(cli("eval_spair", *flags))
+    ran = report(cli("eval_spair", *flags))
     rows = [(name, row.get("pairs")) for name, row in ran["results"].items()]
     assert rows == [("at", 3), ("cow", 3), ("mean", None)]
 
@@ -443,9 +483,8 @@ def test_output(cli, tree, tmp_path, rule_backbone):
     flags += ["--match", "cosine", "--threshold", "le", "--average", "image", "--json", file]
     flags += ["--visualize", 3, "--output_dir", pictures, *rule_backbone]
     ran = cli("eval_spair", *flags)
-    line = last_json(ran)
-
-    assert json.loads(file.read_text()) == line
+    assert ran.code == 0, ran.err
+    line = json.loads(file.read_text())
     assert line["settings"]["match"] == "cosine"
     assert line["settings"]["versions"]["torch"] == torch.__version__
     assert (line["pairs"], line["keypoints"]) == (4, 20)
@@ -453,6 +492,7 @@ def test_output(cli, tree, tmp_path, rule_backbone):
     mean_line = next(row for row in ran.out.splitlines() if row.startswith("mean"))
     mean = line["results"]["mean"]
     keys = ("pck@0.1", "pck@0.05", "pck@0.01")
+    assert len(ran.out.splitlines()) == 4  # header, two categories and the mean: a table only
     assert mean_line.split()[1:] == [f"{mean[key]:.2f}" for key in keys]
 
     assert 1 <= len(list(pictures.glob("*_*.png"))) <= 3
@@ -462,17 +502,25 @@ def test_output(cli, tree, tmp_path, rule_backbone):
         assert Image.open(path).size == (896, 480)  # two squares of 448, the legend below
 
 
+def test_json_on_stdout(cli, tree, rule_backbone):
+    flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 1, *rule_backbone]
+    ran = cli("eval_spair", *flags, "--json", "-")
+    line = json.loads(ran.out.splitlines()[-1])
+    assert line["results"].keys() == {"cat", "dog", "mean"}
+    assert line["pairs"] == 2
+
+
 def test_settings_say_what_was_left_out(cli, tree, rule_backbone, rule_lift):
     """They used to be null."""
     flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 1, "--device", "cpu"]
     flags += rule_backbone
-    used = last_json(cli("eval_spair", *flags))["settings"]
+    used = report(cli("eval_spair", *flags))["settings"]
     assert (used["layer"], used["stride"], used["upsample"]) == (11, 16, "none")
     assert used["categories"] == ["cat", "dog"]
     assert used["batch_size"] == 4 * 224**2 // SIZE**2
     assert used["device"] == "cpu"
 
-    lifted = last_json(cli("eval_spair", *flags, "--lift_path", rule_lift))["settings"]
+    lifted = report(cli("eval_spair", *flags, "--lift_path", rule_lift))["settings"]
     assert lifted["upsample"] == "lift"
     assert lifted["digest"] == used["digest"]
     assert len(lifted["lift_digest"]) == 16
@@ -485,7 +533,7 @@ def mean_colours():
 
 def test_a_backbone_of_ones_own(cli, tree):
     flags = ["--dataroot", tree, "--imsize", SIZE, "--pairs_per_category", 0, "--device", "cpu"]
-    ran = last_json(
+    ran = report(
         cli("eval_spair", *flags, "--my_extractor", "test_eval_spair:mean_colours", "--alpha", 0.3)
     )
     assert (ran["settings"]["backbone"], ran["settings"]["stride"]) == (
@@ -631,18 +679,19 @@ SPOILED = {
     "a name that is a number": (change(trg_imname=3), [], "annotation"),
     "missing image": (missing_image, [], "0002.jpg"),
     "truncated image": (truncated, [], "0001.jpg"),
-    "imsize": (no_change, ["--imsize", 70], "no multiple of the patch (16)"),
+    "imsize": (no_change, ["--imsize", 70], "70 is not a multiple of the patch (16)"),
     "no imsize": (no_change, ["--imsize", 0], "--imsize"),
     "huge imsize": (no_change, ["--imsize", 160000], "pass 4096 or less"),
     "grid finer than pixels": (
-        no_change, ["--upsample", "bilinear", "--lift_iter", 12], "pass 4 or less",
+        no_change, ["--upsample", "bilinear", "--lift_iter", 12], "pass --lift_iter 4 or less",
     ),
     "negative count": (no_change, ["--pairs_per_category", -1], "--pairs_per_category"),
     "negative seed": (no_change, ["--seed", -1], "--seed"),
     "no batch": (no_change, ["--batch_size", 0], "--batch_size"),
     "no threshold": (no_change, ["--alpha", 0.1, 0], "--alpha 0.0"),
     "lift without module": (no_change, ["--upsample", "lift"], "--lift_path"),
-    "features are no numbers": (no_change, NOT_NUMBERS, "not finite: pass --dtype float32"),
+    "features are no numbers": (no_change, NOT_NUMBERS, "not finite in float32: pass"),
+    "bins of attention": (no_change, ["--bin", "--facet", "attn"], "leave out --bin"),
 }  # fmt: skip
 
 
