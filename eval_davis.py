@@ -1,77 +1,79 @@
-"""DAVIS 2017: propagate the first mask of every video by dense features, and score J&F.
+"""Video: propagate the mask of the first frame by dense features, and score J&F (DAVIS 2017).
 
     python eval_davis.py --dataroot DAVIS --model_type dino_vits16 --lift_path lift.pth \\
         --output_dir results
     python eval_davis.py --dataroot DAVIS --score_only masks_of_another_method --output_dir scores
+    python eval_davis.py --frames my_video.mp4 --mask first.png --output_dir results
 
-The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{sequence}/ and scores
-them. Interrupted, it keeps the sequences that are done and begins the interrupted one anew. The
-folder keeps a record of the settings and weights that made its masks. A run with others is refused
-there and needs another --output_dir.
+The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{video}/ and scores them.
+Interrupted, it keeps the videos that are done and begins the interrupted one anew. A run with other
+settings or weights is refused in that folder: it needs another --output_dir, or --overwrite.
 
-The second command scores a folder of {sequence}/*.png and writes nothing into it.
+The second command scores a folder of {video}/*.png and writes nothing into it. Both write
+global_results-val.csv and per-sequence_results-val.csv as davis2017-evaluation does, say where, and
+print a table of J and F per object.
 
-Both write global_results-val.csv and per-sequence_results-val.csv as davis2017-evaluation does,
-say where, and print a table of J and F per object and one line of JSON with settings and results.
+The third command is for your own video, a folder of pictures or a movie, and the mask of its first
+frame. It also writes pictures of the masks over the frames, as --overlay does for the others. There
+is nothing to score. A video of --dataroot may also have the mask of its first frame alone.
 
 Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after Jabri et al., arXiv
 2006.14613). Each cell takes the labels of the most similar cells, within a window, of the first and
-the last frames. Scores are those of davis2017-evaluation, semi-supervised: the first and the last
-frame do not count, and 255 is background. There are two differences. Decay does not wrap in videos
-of more than 256 frames. And 255 in a result is background too, with a note, instead of an error.
+the last frames. Scores are explained in davis_scores.py. Files are in natural order: 2.jpg comes
+before 10.jpg.
 
 The masks of DAVIS 2016 are 0 and 255, with 255 for the object: pass --binary.
 
 --dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and
-ImageSets/2017/val.txt. On 2 CPU cores a frame at 224 takes about 0.1 s with ViT-S/16 and LiFT, 0.5
-s with ViT-S/8 and LiFT, and 1.5 ms to score.
+ImageSets/2017/val.txt. Data sets without the level 480p, such as MOSE, are taken with --sequences.
+On 2 CPU cores a frame at 224 takes about 0.1 s with ViT-S/16 and LiFT, 0.5 s with ViT-S/8 and LiFT,
+and 1.5 ms to score.
 
 Notation: H W image pixels, h w the grid of features, C channels, n labels (background and objects),
 T context frames, p patch size.
 """
 
 import argparse
-import csv
 import math
 import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from command import (
-    RECORD,
     Command,
+    Progress,
     add_backbone_args,
     add_lift_args,
-    check_memory,
     check_one_process,
     check_range,
-    claim_folder,
-    first_line,
-    inside,
-    record,
-    replacing,
+    deciding,
+    note,
+    progress,
     report,
     settings,
 )
+from files import Results, inside, replacing
 
 
 def parser() -> Command:
     """The command line."""
     command = Command(__doc__)
-    add = command.add_argument
-    add("--dataroot", required=True, help="DAVIS 2017: Annotations, ImageSets, JPEGImages (480p)")
-    add(
-        "--output_dir", default="temp_davis_test",
-        help="for davis_vidseg_{imsize}_layer{layer}, or with --score_only for the scores "
-        "(default: temp_davis_test)",
-    )  # fmt: skip
-    add("--imsize", type=int, default=224, help="side to which frames are squashed (default: 224)")
+    group = command.add_argument_group("videos", "A data set, or a video of your own.")
+    add = group.add_argument
+    add("--dataroot", help="DAVIS 2017: Annotations, ImageSets and JPEGImages (480p)")
+    add("--sequences", nargs="+", help="only these videos (default: ImageSets/2017/val.txt)")
+    add("--frames", metavar="PATH", help="your own video: a folder of pictures, or a movie")
+    add("--mask", metavar="PNG", help="with --frames: the labels 0, 1, 2, ... of its first frame")
+    add("--binary", action="store_true", help="masks show one object: whatever is not 0")
+
+    group = command.add_argument_group("propagation", "How masks get from frame to frame.")
+    add = group.add_argument
+    add("--imsize", type=int, default=224, help="pixels that frames are squashed to (default: 224)")
     add("--short_side", type=int, help="DINO's resizing instead: pixels of the shorter side")
     add("--n_last_frames", type=int, default=7, help="context besides the first (default: 7)")
     add(
@@ -79,13 +81,18 @@ def parser() -> Command:
         help="radius of the window, in cells; 0: everywhere (default: 12)",
     )  # fmt: skip
     add("--topk", type=int, default=5, help="context cells that vote (default: 5)")
-    add("--sequences", nargs="+", help="only these (default: ImageSets/2017/val.txt)")
-    add("--binary", action="store_true", help="255 is the object, as in DAVIS 2016, and not void")
-    add("--score_only", metavar="DIR", help="propagate nothing, score DIR/{sequence}/*.png")
+
+    group = command.add_argument_group("results", "What is written.")
+    add = group.add_argument
+    add(
+        "--output_dir", default="temp_davis_test",
+        help="folder for davis_vidseg_{imsize}_layer{layer}, or with --score_only for the scores "
+        "(default: temp_davis_test)",
+    )  # fmt: skip
+    add("--score_only", metavar="DIR", help="propagate nothing, score DIR/{video}/*.png")
+    add("--overlay", action="store_true", help="also write overlay/{video}/*.jpg")
+    add("--overwrite", action="store_true", help="first remove the masks of an earlier run")
     add("--workers", type=int, default=4, help="threads for files and scores (default: 4)")
-    add("--overlay", action="store_true", help="also write overlay/{sequence}/*.jpg")
-    add("--video", metavar="MP4", help="also write the overlays of all sequences as one video")
-    add("--json", metavar="FILE", help="also write the last line of the output to this file")
     add_backbone_args(command)
     add_lift_args(command)
     return command
@@ -101,192 +108,168 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
 
-from extractor import DenseExtractor, build_extractor
-from lift import Upsampler, check_lift_args, upsampler
-from photos import read_image
+from davis_scores import (
+    CSVS,
+    MaskReader,
+    boundary,
+    evaluate,
+    read_mask,
+    table,
+    voc_palette,
+    write_csv,
+)
+from features import Features, build_features
+from photos import IMAGES, read_image, sorted_naturally
 
 TEMPERATURE = 0.1
 TILE = 14  # cells, the side of a block of targets: small blocks waste less, large ones are faster
+GPU_BLOCK = 2**28  # cosines of a block of targets on a GPU (1 GB): there large blocks are faster
 BATCH = 4  # frames that go through the backbone at once
-VOID = 255  # pixels that nobody labelled; with --binary the object
-FPS = 24
-LONGEST_NAME = 255  # characters of a folder's name
-REMEDY = "pass another --output_dir"  # where a folder has masks of something else
 
-CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
-METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
-
-# what --score_only uses: the rest of the settings is about propagation, and left out of its output
+# what --score_only uses: the other settings are about propagation, and left out of its output
 SCORING = (
-    "dataroot", "sequences", "binary", "score_only", "workers", "output_dir", "overlay", "video",
-    "json", "versions",
+    "dataroot", "sequences", "binary", "score_only", "workers", "output_dir", "overlay", "versions",
 )  # fmt: skip
 
 # flags that do not change the masks, or that the facts of backbone and LiFT state better
 NOT_IN_MASKS = (
-    "output_dir", "sequences", "workers", "score_only", "overlay", "video", "json",
-    "model_type", "channel", "patch",
+    "output_dir", "sequences", "workers", "score_only", "overlay", "overwrite", "model_type",
+    "channel", "patch",
 )  # fmt: skip
 
 
-# ---- the data set -------------------------------------------------------------------------------
+# ---- videos -------------------------------------------------------------------------------------
 
 
-class Sequence(NamedTuple):
-    """A video."""
+class Video(NamedTuple):
+    """A video, its files in order."""
 
     name: str
-    masks: list[Path]   # its annotations, in order
     frames: list[Path]  # none for scoring alone
+    masks: list[Path]   # its annotations: of every frame, or of the first alone
+
+    def has_truth(self) -> bool:
+        """Whether there is more than the mask that is propagated."""
+        return not self.frames or len(self.masks) == len(self.frames)
 
 
-def find_sequences(
-    dataroot: str | Path, names: list[str] | None, with_frames: bool
-) -> list[Sequence]:
-    """The sequences `names`, or those of ImageSets/2017/val.txt.
+def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool) -> list[Video]:
+    """The videos `names` of a data set, or those of its ImageSets/2017/val.txt.
 
     Raises:
         FileNotFoundError: the list, a folder, a frame or an annotation is missing.
-        ValueError: the list names no sequence, or a name can be none or leads out of the data set.
+        ValueError: the list is empty, or a name leads out of the data set.
     """
     root = Path(dataroot)
-    val = root / "ImageSets/2017/val.txt"
-    if names:
-        for name in names:
-            if not 0 < len(name) <= LONGEST_NAME:
-                what = f"--sequences has a name of {len(name)} characters"
-                raise ValueError(f"{what}: pass folders of Annotations/480p, or leave it out")
-    else:
+    if not names:
+        val = root / "ImageSets/2017/val.txt"
+        remedy = "correct --dataroot, or name videos with --sequences"
         if not val.is_file():
-            remedy = "correct --dataroot, or name sequences with --sequences"
-            raise FileNotFoundError(f"no list of sequences at {val}: {remedy}")
+            raise FileNotFoundError(f"there is no list of videos at {val}: {remedy}")
         names = val.read_text(errors="replace").split()
+        if not names:
+            raise ValueError(f"{val} is empty: {remedy}")
 
-        # file systems take no longer name: a wrong file was read as the list
-        if not names or max(len(name) for name in names) > LONGEST_NAME:
-            remedy = "restore it, or name sequences with --sequences"
-            raise ValueError(f"{val} names no sequence, or what can be none: {remedy}")
+    videos = []
+    for name in dict.fromkeys(names):  # each once
+        masks = list_files(inside(part_of(root, "Annotations"), name), {".png"})
+        frames = []
+        if with_frames:
+            frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES)
+            check_frames(name, frames, masks)
+        videos.append(Video(name, frames, masks))
+    return videos
 
-    names = list(dict.fromkeys(names))  # each once
-    return [find_sequence(root, name, with_frames) for name in names]
+
+def part_of(root: Path, part: str) -> Path:
+    """The folder of the annotations or frames of a data set; some leave out the level 480p."""
+    folder = root / part / "480p"
+    if not folder.is_dir() and (root / part).is_dir():
+        return root / part
+    return folder
 
 
-def find_sequence(root: Path, name: str, with_frames: bool) -> Sequence:
-    """One sequence by its name.
+def list_files(
+    folder: Path,
+    suffixes: set[str],
+    remedy: str = "correct --dataroot or --sequences",
+    besides: Path = Path(),
+) -> list[Path]:
+    """The files of a folder with these suffixes but `besides`, in natural order.
 
     Raises:
-        FileNotFoundError: it has no annotations or frames, or they are not in pairs.
-        ValueError: the name leads out of the data set.
+        FileNotFoundError: there is none.
     """
-    masks = find_files(inside(root / "Annotations/480p", name), "*.png")
-    if not with_frames:
-        return Sequence(name, masks, [])
-    frames = find_files(inside(root / "JPEGImages/480p", name), "*.jpg")
-
-    annotated = {path.stem for path in masks}
-    filmed = {path.stem for path in frames}
-    unpaired = sorted(annotated ^ filmed)
-    if unpaired:
-        what = "frame"
-        if unpaired[0] in filmed:
-            what = "annotation"
-        raise FileNotFoundError(f"{name} has no {what} {unpaired[0]}: restore it in {root}")
-    return Sequence(name, masks, frames)
-
-
-def find_files(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder, sorted; FileNotFoundError if there is none."""
-    files = sorted(folder.glob(pattern))
+    files = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            hidden = path.name.startswith(".")
+            is_other = path.resolve() != besides.resolve()
+            if path.suffix.lower() in suffixes and is_other and not hidden:
+                files.append(path)
     if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder}: correct --dataroot or --sequences")
-    return files
+        what = "pictures" if len(suffixes) > 1 else "masks (.png)"
+        raise FileNotFoundError(f"there are no {what} in {folder}: {remedy}")
+    return sorted_naturally(files)
 
 
-def read_indexed(path: Path) -> tuple[np.ndarray, list[int] | None]:
-    """Read an indexed or grey PNG.
-
-    Returns:
-        Its values [H, W] uint8, and its palette as a flat list, or None.
-    Raises:
-        FileNotFoundError, ValueError: in one line that names the file.
-    """
-    if not path.is_file():
-        remedy = "restore it, every frame but the first and the last is scored"
-        raise FileNotFoundError(f"no mask {path}: {remedy}")
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise ValueError(f"its mode is {image.mode}")
-            return np.array(image).astype(np.uint8), image.getpalette()
-    except Exception as error:  # damaged files raise nearly anything
-        what = f"{path} is not a readable indexed PNG ({first_line(error)})"
-        raise ValueError(f"{what}: restore it or write it anew") from error
-
-
-def read_labels(path: Path, binary: bool = False) -> np.ndarray:
-    """The object labels [H, W] uint8 of an indexed PNG. Raises as `read_indexed`.
-
-    255 is background, or with `binary` the object 1.
-    """
-    values, _ = read_indexed(path)
-    return to_labels(values, binary)
-
-
-def to_labels(values: np.ndarray, binary: bool) -> np.ndarray:
-    """The values of a mask with 255 as background, or with `binary` as the object 1."""
-    meaning = 0
-    if binary:
-        meaning = 1
-    return np.where(values == VOID, meaning, values).astype(np.uint8)
-
-
-def read_first_labels(sequence: Sequence, binary: bool) -> np.ndarray:
-    """The labels [H, W] uint8 of the first annotation.
+def check_frames(name: str, frames: list[Path], masks: list[Path] | None = None) -> None:
+    """Check that frames differ in name, and have a mask each, or the first one alone.
 
     Raises:
-        ValueError: it is unreadable, or has no object that could be followed.
+        FileNotFoundError: a frame or a mask is missing.
+        ValueError: two frames would have one result.
     """
-    path = sequence.masks[0]
-    values, _ = read_indexed(path)
-    labels = to_labels(values, binary)
-    if labels.any():
-        return labels
-    if VOID in values:
-        what = f"{path} holds nothing but 0 and 255, which is void in DAVIS 2017"
-        raise ValueError(f"{what}: pass --binary if 255 is the object, as in DAVIS 2016")
-    remedy = f"restore it, or leave {sequence.name} out with --sequences"
-    raise ValueError(f"{path} marks no object: {remedy}")
+    stems = [path.stem for path in frames]
+    for stem, following in pairwise(stems):
+        if stem == following:
+            what = f"{frames[0].parent} has two frames {stem}"
+            raise ValueError(f"{what}: keep one, since results are named after them")
+    if masks is None:
+        return
+    annotated = [path.stem for path in masks]
+    missing = sorted_naturally(set(stems) ^ set(annotated))
+    if missing and annotated != stems[:1]:
+        what = "annotation" if missing[0] in stems else "frame"
+        where = f"{frames[0].parent} and {masks[0].parent}"
+        raise FileNotFoundError(f"{name} has no {what} {missing[0]}: restore it, see {where}")
 
 
-def pixels(size: tuple[int, int]) -> str:
-    """A size (W, H) as text."""
-    return f"{size[0]}x{size[1]} pixels"
+def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
+    """The video of --frames and --mask.
 
-
-def voc_palette() -> list[int]:
-    """The palette of Pascal VOC as a flat list; DAVIS's is the same but for a few shades.
-
-    The bits of a label are dealt to red, green and blue, in turn, from the highest bit down.
+    Args:
+        unpacked: a folder into which the frames of a movie are written.
     """
-    palette = []
-    for label in range(256):
-        for channel in range(3):
-            shade = 0
-            for turn in range(3):
-                bit = (label >> (3 * turn + channel)) & 1
-                shade |= bit << (7 - turn)
-            palette.append(shade)
-    return palette
+    if frames.is_file():
+        folder = unpacked / frames.name
+        unpack(frames, folder)
+        return Video(frames.stem, list_files(folder, IMAGES), [mask])
+
+    remedy = "pass a folder of pictures, or a movie, as --frames"
+    files = list_files(frames, IMAGES, remedy, besides=mask)
+    check_frames(frames.name, files)
+    return Video(frames.resolve().name, files, [mask])
 
 
-def write_indexed(path: Path, values: np.ndarray, palette: list[int]) -> None:
-    """Write values [H, W] uint8 as an indexed PNG, whole or not at all."""
-    image = Image.fromarray(values)
-    image.putpalette(palette)
-    with replacing(path) as temporary:
-        image.save(temporary)
+def unpack(movie: Path, folder: Path) -> None:
+    """Write the frames of a movie as folder/00000.jpg, 00001.jpg, ...; ValueError without any."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # one line of ours is enough
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    capture = cv2.VideoCapture(str(movie))
+    folder.mkdir()
+    number = 0
+    while True:
+        there, picture = capture.read()  # BGR
+        if not there:
+            break
+        photo = Image.fromarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+        photo.save(folder / f"{number:05d}.jpg", quality=95, subsampling=0)
+        number += 1
+    if number == 0:
+        remedy = "pass a folder of its frames"
+        raise ValueError(f"OpenCV cannot read --frames {movie} as a movie: {remedy}")
 
 
 # ---- frames -------------------------------------------------------------------------------------
@@ -327,33 +310,36 @@ def read_frame(
     """
     photo = read_image(path, upright=False)  # annotations count the pixels as stored
     if photo.size != size:
-        what = f"{path} has {pixels(photo.size)}, its annotation {pixels(size)}"
+        width, height = size
+        what = f"{path} has {photo.width}x{photo.height} pixels, its mask {width}x{height} pixels"
         raise ValueError(f"{what}: take both of one resolution")
     if by_cv2:
         return to_tensor(cv2.resize(np.asarray(photo), input_size))
     return to_tensor(photo.resize(input_size, Image.Resampling.BICUBIC))
 
 
-def batches(
-    read: Callable[[Path], Tensor], paths: list[Path], pool: ThreadPoolExecutor
-) -> Iterator[Tensor]:
-    """Yield read(path) of all paths, stacked [B, ...].
-
-    The threads of `pool` read a batch while the one before is used.
-    """
-    chunks = []
-    for start in range(0, len(paths), BATCH):
-        chunks.append(paths[start : start + BATCH])
-
-    reading = pool.map(read, chunks[0])
-    for number in range(len(chunks)):
-        frames = list(reading)
-        if number + 1 < len(chunks):
-            reading = pool.map(read, chunks[number + 1])
-        yield torch.stack(frames)
-
-
 # ---- propagation --------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """The mask of the first frame of a video."""
+
+    labels: np.ndarray         # [H, W] uint8
+    values: np.ndarray         # the same as it is written: with void, and in its own values
+    unit: int                  # the value that stands for label 1
+    palette: list[int] | None
+
+
+def read_given(video: Video, binary: bool) -> Given:
+    """The mask of the first frame. Raises as `MaskReader.objects`."""
+    path = video.masks[0]
+    labels = MaskReader(binary).objects(path)
+    values, palette = read_mask(path)
+    unit = 1
+    if binary:
+        unit = int(values.max())  # 1, or 255 in DAVIS 2016
+    values = np.where(labels > 0, labels * np.uint8(unit), values)
+    return Given(labels, values, unit, palette)
 
 
 def one_hot(labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
@@ -368,47 +354,66 @@ def one_hot(labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
     lost = np.setdiff1d(labels[labels > 0], small).tolist()
     if lost:
         what = f"objects {lost} fall between the cells of the grid ({height}x{width})"
-        print(f"note: {what}: not propagated", file=sys.stderr)
+        note(f"{what}: they are not propagated")
     return F.one_hot(torch.from_numpy(small).long(), int(labels.max()) + 1).float()
 
 
 def propagate(
-    features: Callable[[Tensor], Tensor],
-    images: Iterable[Tensor],
-    labels: np.ndarray,
+    video: Video,
+    given: Given,
+    features: Features,
+    results: Results,
+    pool: ThreadPoolExecutor,
+    bar: Progress,
+    imsize: int = 224,
+    short_side: int | None = None,
     n_last_frames: int = 7,
     size_mask_neighborhood: int = 12,
     topk: int = 5,
-) -> Iterator[Tensor]:
-    """Yield the soft segmentation [n, h, w] of every frame of a video but the first.
+) -> None:
+    """Write a mask for every frame of a video: {name}/{frame}.png in the results.
 
-    The context of a frame is the first frame and the `n_last_frames` before it.
+    The context of a frame is the first frame and the `n_last_frames` before it. The threads of
+    `pool` read the next frames and write masks meanwhile.
 
-    Args:
-        features: any callable [B, 3, H, W] -> [B, C, h, w].
-        images: batches of frames.
-        labels: the objects of the first frame, [H, W] uint8.
-        size_mask_neighborhood: radius of the window in cells; 0 is everywhere.
-        topk: how many cells of the context vote.
+    Raises:
+        ValueError, OSError: a frame cannot be read or has another size, or masks cannot be written.
     """
-    first = None
+    height, width = given.labels.shape
+    size = frame_size(width, height, imsize, short_side, features.patch)
+    features.check_size(size[1], size[0], "--short_side" if short_side else "--imsize")
+    read = partial(read_frame, size=(width, height), input_size=size, by_cv2=short_side is not None)
+
     recent: deque = deque(maxlen=n_last_frames)
-    for batch in images:
-        maps = F.normalize(features(batch), dim=1)                    # [B, C, h, w]
-        for cells in maps.permute(0, 2, 3, 1).contiguous():           # [h, w, C]
-            if first is None:
-                given = one_hot(labels, cells.shape[:2]).to(cells.device)
-                first = (cells, given)
+    writing = []
+    reading = pool.map(read, video.frames[:BATCH])
+    for start in range(0, len(video.frames), BATCH):
+        images = torch.stack(list(reading))                                # [B, 3, H, W]
+        reading = pool.map(read, video.frames[start + BATCH : start + 2 * BATCH])
+
+        maps = F.normalize(features(images), dim=1)                        # [B, C, h, w]
+        maps = maps.permute(0, 2, 3, 1).contiguous()
+        for number, cells in enumerate(maps, start):                       # [h, w, C]
+            if number == 0:
+                labels = one_hot(given.labels, cells.shape[:2])
+                first = (cells, labels.to(cells.device))
                 continue
             context = [first, *recent]
-            segmentation = transfer(cells, context, size_mask_neighborhood, topk)  # [h, w, n]
-            recent.append((cells, segmentation))
-            yield segmentation.permute(2, 0, 1)
+            soft = transfer(cells, context, size_mask_neighborhood, topk)  # [h, w, n]
+            recent.append((cells, soft))
+            hard = harden(soft.permute(2, 0, 1), features.patch, (width, height))
+            values = hard * np.uint8(given.unit)
+            name = mask_name(video, number)
+            writing.append(pool.submit(write_mask, results, name, values, given.palette))
+            bar.update()
+
+    for written in writing:
+        written.result()  # raises what the thread raised
+    write_mask(results, mask_name(video, 0), given.values, given.palette)
+    bar.update()
 
 
-def transfer(
-    cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, topk: int
-) -> Tensor:
+def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, topk: int) -> Tensor:
     """Carry the segmentations of a context over to a frame.
 
     The sources of a target cell are all cells of all context frames that are at most `radius` away
@@ -431,7 +436,7 @@ def transfer(
     _, first_segmentation = context[0]
     label_count = first_segmentation.shape[2]
     out = cells.new_empty(height, width, label_count)
-    side = block_side(height, width, radius)
+    side = block_side(height, width, radius, len(context), cells.device)
 
     for top, left in product(range(0, height, side), range(0, width, side)):
         target_rows = slice(top, min(top + side, height))
@@ -451,47 +456,54 @@ def transfer(
         targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
         cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
         outside = outside_window(
-            (height, width), target_rows, target_columns, source_rows, source_columns, radius,
-            cells.device,
-        )  # fmt: skip
+            target_rows, target_columns, source_rows, source_columns, radius, cells.device
+        )
         # a view: the sources that are filled with -inf here are so in `cosine`
         by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b]
         by_frame.masked_fill_(outside[:, None], -math.inf)
 
-        values, indices = most_similar(cosine, topk)                  # [a, k]
-        weights = (values / TEMPERATURE).softmax(dim=1)
-        carried = (weights[..., None] * votes[indices]).sum(dim=1)    # [a, n]
+        if cells.device.type == "cpu":
+            carried = vote_of_few(cosine, votes, topk)                # [a, n]
+        else:
+            carried = vote_of_all(cosine, votes, topk)
         out[target_rows, target_columns] = carried.unflatten(0, targets.shape[:2])
     return out
 
 
-def block_side(height: int, width: int, radius: int) -> int:
+def block_side(height: int, width: int, radius: int, frames: int, device: torch.device) -> int:
     """The side of a block of targets in a grid of h x w cells, for a window of this radius.
 
-    A small grid is one block, if the blocks would share nearly all of their sources.
-    """
-    reach = TILE + 2 * radius  # of the sources of a block
-    if max(height, width) <= min(2 * TILE, reach):
-        return 2 * TILE
-    return TILE
-
-
-def too_far(
-    size: int, target: slice, source: slice, radius: int, device: torch.device
-) -> Tensor:
-    """Along one axis: is each source cell over `radius` cells from each target? [targets, sources]
+    On a CPU a small grid is one block, if the blocks would share nearly all of their sources. On a
+    GPU blocks are as large as its memory allows, since each of them has its own launches.
 
     Args:
-        size: cells of the axis.
-        target, source: the parts of it that are compared.
+        frames: T, whose cells are the sources.
     """
-    cells = torch.arange(size, device=device)
-    distance = cells[target, None] - cells[None, source]
+    if device.type == "cpu":
+        reach = TILE + 2 * radius  # of the sources of a block
+        if max(height, width) <= min(2 * TILE, reach):
+            return 2 * TILE
+        return TILE
+
+    side = max(height, width)
+    while side > TILE:
+        targets = min(side, height) * min(side, width)
+        sources = min(side + 2 * radius, height) * min(side + 2 * radius, width)
+        if targets * sources * frames <= GPU_BLOCK:
+            break
+        side = math.ceil(side / 2)
+    return side
+
+
+def too_far(target: slice, source: slice, radius: int, device: torch.device) -> Tensor:
+    """Along one axis: is each source over `radius` cells from each target? [targets, sources]"""
+    targets = torch.arange(target.start, target.stop, device=device)
+    sources = torch.arange(source.start, source.stop, device=device)
+    distance = targets[:, None] - sources[None, :]
     return distance.abs() > radius
 
 
 def outside_window(
-    grid: tuple[int, int],
     target_rows: slice,
     target_columns: slice,
     source_rows: slice,
@@ -503,11 +515,35 @@ def outside_window(
 
     The window is a square, so a source is outside if either coordinate is too far.
     """
-    height, width = grid
-    rows = too_far(height, target_rows, source_rows, radius, device)          # [a_h, b_h]
-    columns = too_far(width, target_columns, source_columns, radius, device)  # [a_w, b_w]
-    outside = rows[:, None, :, None] | columns[None, :, None, :]              # [a_h, a_w, b_h, b_w]
-    return outside.flatten(2).flatten(0, 1)                                   # [a, b]
+    rows = too_far(target_rows, source_rows, radius, device)           # [a_h, b_h]
+    columns = too_far(target_columns, source_columns, radius, device)  # [a_w, b_w]
+    outside = rows[:, None, :, None] | columns[None, :, None, :]       # [a_h, a_w, b_h, b_w]
+    return outside.flatten(2).flatten(0, 1)                            # [a, b]
+
+
+def vote_of_few(cosine: Tensor, votes: Tensor, topk: int) -> Tensor:
+    """The mean vote of the most similar sources, weighted by exp(cosine / 0.1).
+
+    Args:
+        cosine: [a, N], -inf for what has no vote.
+        votes: [N, n].
+    Returns:
+        [a, n].
+    """
+    values, indices = most_similar(cosine, topk)                      # [a, k]
+    weights = (values / TEMPERATURE).softmax(dim=1)
+    return (weights[..., None] * votes[indices]).sum(dim=1)
+
+
+def vote_of_all(cosine: Tensor, votes: Tensor, topk: int) -> Tensor:
+    """The same for a GPU: every source votes, most of them with weight 0.
+
+    So nobody waits to hear how many sources tie with the `topk`-th. Changes `cosine`.
+    """
+    best = cosine.topk(min(topk, cosine.shape[1])).values             # [a, k]
+    least = best[:, -1:].clamp(min=-2)  # below all cosines, and above -inf
+    cosine.masked_fill_(cosine < least, -math.inf)
+    return (cosine / TEMPERATURE).softmax(dim=1) @ votes
 
 
 def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -553,490 +589,80 @@ def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarra
     return np.array(image.resize(size, Image.Resampling.NEAREST))
 
 
-def write_masks(
-    sequence: Sequence, folder: Path, labels: Iterable[np.ndarray], pool: ThreadPoolExecutor,
-    bar: tqdm, binary: bool,
-) -> None:  # fmt: skip
-    """Write the masks of a sequence to a folder: `labels` as they come, then the first annotation.
+# ---- results ------------------------------------------------------------------------------------
 
-    The threads of `pool` write while the next ones are computed. The annotation is written last, so
-    that a run which fails at its first features leaves no mask.
 
-    Args:
-        labels: [H, W] uint8 of every frame but the first.
-        binary: write 255 for the object, as the given mask has it.
-    Raises:
-        OSError: the folder takes no files.
+def open_results(args: argparse.Namespace, features: Features) -> Results:
+    """The folder of the masks; ValueError if it was made with other settings.
+
+    Scores and pictures of an earlier run are removed: they tell of other masks.
     """
-    given, palette = read_indexed(sequence.masks[0])
-    palette = palette or voc_palette()
-
-    writing = []
-    for path, found in zip(sequence.masks[1:], labels):
-        if binary:
-            found = np.where(found == 1, VOID, found).astype(np.uint8)
-        writing.append(pool.submit(write_indexed, folder / path.name, found, palette))
-        bar.update()
-    for written in writing:
-        written.result()  # raises what the thread raised
-    write_indexed(folder / sequence.masks[0].name, given, palette)
-
-
-def finished(sequence: Sequence, folder: Path) -> bool:
-    """Whether all masks of a sequence are there."""
-    return all((folder / path.name).is_file() for path in sequence.masks)
-
-
-def claim(folder: Path, made_by: dict[str, Any]) -> None:
-    """Keep a record of what makes the masks of a folder, before the first of them is made.
-
-    A record of a run that came to no mask is replaced. So two runs that start at once may both get
-    through here, and `propagate_all` looks again before each mask.
-
-    Raises:
-        ValueError: they were made by something else, or nobody knows by what.
-    """
-    has_masks = any(folder.rglob("*.png"))  # of any sequence: a later run may score them all
-    if has_masks and not (folder / RECORD).is_file():
-        raise ValueError(f"{folder} has masks and no record of what made them: {REMEDY}")
-    claim_folder(folder, made_by, REMEDY, renew=not has_masks)
-
-
-def propagate_all(
-    args: argparse.Namespace, sequences: list[Sequence], pool: ThreadPoolExecutor
-) -> tuple[Path, dict[str, Any]]:
-    """Write the masks of every sequence that is not finished yet.
-
-    Returns:
-        Their folder, and the settings as they were resolved.
-    Raises:
-        ValueError: something does not fit together, or the folder holds results of other settings.
-    """
-    check_lift_args(args)
-    extractor = build_extractor(args)
-    up = upsampler(args, extractor)
-    facts = {**extractor.facts(), **up.facts()}
-
     size = str(args.imsize)
-    flag = "--imsize"
     if args.short_side:
         size = f"short{args.short_side}"
-        flag = "--short_side"
-    source = f"layer{extractor.layer}"
+    source = f"layer{features.backbone.layer}"
     if args.my_extractor:
-        source = "my_extractor"  # has no layers
+        source = "my_extractor"  # it has no layers
     folder = Path(args.output_dir, f"davis_vidseg_{size}_{source}")
-    made_by = record(args, leave_out=NOT_IN_MASKS, paths=("dataroot",), **facts)
-    claim(folder, made_by)
+    made_by = deciding(args, NOT_IN_MASKS, ("dataroot", "frames", "mask"), **features.facts())
+    remedy = "pass --overwrite or another --output_dir"
+    results = Results(folder, made_by, args.overwrite, own=("*.png", "*.jpg"), remedy=remedy)
     for name in CSVS:
-        (folder / name).unlink(missing_ok=True)  # it tells of other masks
-
-    def features(frames):                                  # [B, 3, H, W] in 0..1 -> [B, C, h, w]
-        images = extractor.normalize(frames.to(extractor.device))
-        feats = up(images, extractor(images))
-        if not feats.isfinite().all():
-            remedy = "pass --dtype float32, or another --lift_path"
-            raise ValueError(f"the features of the frames are not finite: {remedy}")
-        return feats
-
-    def harden_all(soft, photo_size):              # of each segmentation: labels at (W, H)
-        for segmentation in soft:
-            # before each mask: another run may have replaced the record while there was no mask
-            claim_folder(folder, made_by, REMEDY)
-            yield harden(segmentation, extractor.patch, photo_size)
-
-    count = sum(len(sequence.masks) - 1 for sequence in sequences)
-    with torch.inference_mode(), tqdm(total=count, unit="frame", disable=None) as bar:
-        for sequence in sequences:
-            bar.set_description(sequence.name)
-            if finished(sequence, folder / sequence.name):
-                bar.update(len(sequence.masks) - 1)
-                continue
-
-            first = read_first_labels(sequence, args.binary)
-            height, width = first.shape
-            input_size = frame_size(width, height, args.imsize, args.short_side, extractor.patch)
-            check_frame_size(input_size, extractor.patch, flag)
-            context = 1 + min(args.n_last_frames, len(sequence.frames))
-            needed = memory_needed(
-                extractor, up, input_size, int(first.max()) + 1, context,
-                args.size_mask_neighborhood,
-            )  # fmt: skip
-            check_memory(
-                needed,
-                f"frames of {pixels(input_size)}",
-                f"pass a smaller {flag} or --lift_iter",
-                device=extractor.device,
-            )
-            read = partial(
-                read_frame,
-                size=(width, height),
-                input_size=input_size,
-                by_cv2=args.short_side is not None,
-            )
-            soft = propagate(
-                features,
-                batches(read, sequence.frames, pool),
-                first,
-                args.n_last_frames,
-                args.size_mask_neighborhood,
-                args.topk,
-            )
-            hard = harden_all(soft, (width, height))
-            write_masks(sequence, folder / sequence.name, hard, pool, bar, args.binary)
-    return folder, settings(args, device=str(extractor.device), **facts)
-
-
-def check_frame_size(size: tuple[int, int], patch: int, flag: str) -> None:
-    """Raise ValueError unless both sides (W, H), which `flag` sets, are multiples of the patch."""
-    if size[0] % patch or size[1] % patch:
-        what = f"frames are read at {pixels(size)}, which is no multiple of the patch ({patch})"
-        raise ValueError(f"{what}: pass another {flag}")
-
-
-def memory_needed(
-    extractor: DenseExtractor,
-    up: Upsampler,
-    size: tuple[int, int],
-    label_count: int,
-    context: int,
-    radius: int,
-) -> int:
-    """About how many bytes the propagation takes for frames that are read at `size` (W, H).
-
-    Args:
-        label_count: n.
-        context: frames whose cells may vote.
-        radius: of the window in cells; 0 is everywhere.
-    """
-    width, height = size
-    rows, columns = extractor.grid(height, width)
-    channels = extractor.channels(rows * columns)
-    cells = rows * columns * up.factor**2
-    if radius == 0:
-        radius = max(rows, columns) * up.factor
-    side = block_side(rows * up.factor, columns * up.factor, radius)
-    # of a block of targets, in each frame of the context
-    sources = min(cells, (side + 2 * radius) ** 2)
-
-    # a batch as it is read, the next one, normalised, and channels last for LiFT
-    numbers = 4 * BATCH * 3 * width * height
-    # one block of a ViT: its input and output, queries, keys and values, and an MLP of four times
-    # the width; the facet attn has no width, and its map is larger than these
-    numbers += 14 * BATCH * rows * columns * (extractor.width or 0)
-    # its features about three times: as they are made, normalised, and channels last
-    numbers += 3 * BATCH * cells * channels
-    if up.factor > 1:
-        numbers += BATCH * cells * extractor.patch**2   # LiFT's enlarged image and convolutions
-    numbers += context * cells * (channels + label_count)
-    numbers += 2 * side**2 * context * sources          # cosines, and which are outside
-    numbers += 3 * label_count * cells * extractor.patch**2  # enlarged to be hardened
-    return 4 * numbers  # float32
-
-
-# ---- scores -------------------------------------------------------------------------------------
-
-
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """The boundary of a mask, both [H, W] bool.
-
-    Those are the pixels that differ from their right, lower or lower-right neighbour. A map of
-    labels, uint8, may be passed as well: the boundary is then what is not 0 in the result.
-    """
-    padded = np.pad(mask, (0, 1), mode="edge")
-    right = mask ^ padded[:-1, 1:]
-    lower = mask ^ padded[1:, :-1]
-    lower_right = mask ^ padded[1:, 1:]
-    return right | lower | lower_right
-
-
-def disk(shape: tuple[int, int]) -> np.ndarray:
-    """How far two boundaries may be apart in masks of `shape` (H, W): a disk, uint8.
-
-    Its radius is 0.8 % of the diagonal, rounded up.
-    """
-    radius = math.ceil(0.008 * math.hypot(*shape))
-    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    return (x * x + y * y <= radius * radius).astype(np.uint8)
-
-
-def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Region similarity J of two masks [H, W] bool (Perazzi et al. 2016).
-
-    That is intersection over union, and 1 if both are empty.
-    """
-    union = np.count_nonzero(mask | truth)
-    if union == 0:
-        return 1.0
-    return np.count_nonzero(mask & truth) / union
-
-
-def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
-    """Contour accuracy F of two masks [H, W] bool (Perazzi et al. 2016).
-
-    That is the F-measure of their boundaries, matched within the disk `near`.
-    """
-    edge = boundary(mask)
-    true_edge = boundary(truth)
-    count = np.count_nonzero(edge)
-    true_count = np.count_nonzero(true_edge)
-    if count == 0 and true_count == 0:
-        return 1.0
-    if count == 0 or true_count == 0:
-        return 0.0
-
-    around = cv2.dilate(edge.view(np.uint8), near).view(bool)
-    true_around = cv2.dilate(true_edge.view(np.uint8), near).view(bool)
-    precision = np.count_nonzero(edge & true_around) / count
-    recall = np.count_nonzero(true_edge & around) / true_count
-    if precision + recall == 0:
-        return 0.0
-    return 2 * precision * recall / (precision + recall)
-
-
-def crop(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The part of two label maps that holds all objects and boundaries; the rest adds nothing."""
-    anything = labels | truth  # not 0 where either has an object
-    x, y, width, height = cv2.boundingRect(anything)
-    rows = slice(max(y - 1, 0), y + height + 1)
-    columns = slice(max(x - 1, 0), x + width + 1)
-    return labels[rows, columns], truth[rows, columns]
-
-
-def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple[float, float]]:
-    """(J, F) of each of the objects 1..count in two label maps [H, W] uint8 of one size."""
-    near = disk(truth.shape)
-    labels, truth = crop(labels, truth)
-    scores = []
-    for number in range(1, count + 1):
-        mask = labels == number
-        true_mask = truth == number
-        scores.append((jaccard(mask, true_mask), contour(mask, true_mask, near)))
-    return scores
-
-
-def score_sequence(sequence: Sequence, folder: Path, binary: bool = False) -> np.ndarray:
-    """J and F of every object and scored frame, for the masks in a folder.
-
-    Returns:
-        [objects, 2, frames].
-    Raises:
-        ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
-            objects.
-    """
-    count = int(read_first_labels(sequence, binary).max())
-    scores = []
-    has_void = False
-    for annotation in sequence.masks[1:-1]:
-        path = folder / annotation.name
-        truth = read_labels(annotation, binary)
-        values, _ = read_indexed(path)
-        if VOID in values:
-            has_void = True
-        labels = to_labels(values, binary)
-        check_result(path, labels, truth, count)
-        scores.append(score_frame(labels, truth, count))
-
-    if has_void and not binary:
-        what = f"{folder} has label {VOID}, which counts as background"
-        print(f"note: {what} (--binary: as the object)", file=sys.stderr)
-    by_frame = np.reshape(scores, (-1, count, 2))  # [frames, objects, 2], also for no frame
-    return by_frame.transpose(1, 2, 0)
-
-
-def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) -> None:
-    """Raise ValueError unless a result has its annotation's size and no label above `count`."""
-    if labels.shape != truth.shape:
-        size = pixels(labels.shape[::-1])
-        wanted = pixels(truth.shape[::-1])
-        what = f"{path} has {size}, its annotation {wanted}"
-        raise ValueError(f"{what}: resize it (nearest) to the annotation")
-    if labels.max() > count:
-        what = f"{path}: label {labels.max()} where the first annotation has {count} objects"
-        raise ValueError(f"{what}: keep to their labels")
-
-
-def summary(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, recall and decay of one object's J or F, given for its frames: [frames].
-
-    Recall is the share above 0.5. Decay is the mean of the first quarter of the frames minus that
-    of the last. All three are NaN if there is no frame.
-    """
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
-
-    # as in davis2017-evaluation: halves are rounded up, and quarters share the frame at their edge
-    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-    first = values[edges[0] : edges[1] + 1].mean()
-    last = values[edges[3] : edges[4] + 1].mean()
-    return values.mean(), (values > 0.5).mean(), first - last
-
-
-def evaluate(
-    masks: Path, sequences: list[Sequence], pool: ThreadPoolExecutor, binary: bool = False
-) -> dict[str, Any]:
-    """Score the folder `masks` of {sequence}/*.png with the threads of `pool`.
-
-    Returns:
-        METRICS, which are means over all objects of all sequences, and `per_object`, {name: [J,
-        F]}. Objects without a scored frame, those of videos of one or two, are None and left out.
-    Raises:
-        ValueError, FileNotFoundError: as `score_sequence`.
-    """
-
-    def score(sequence):
-        return score_sequence(sequence, masks / sequence.name, binary)
-
-    jobs = pool.map(score, sequences)
-    scores = list(tqdm(jobs, total=len(sequences), desc="J&F", unit="video", disable=None))
-    short = [sequence.name for sequence in sequences if len(sequence.masks) < 3]
-    if short:
-        names = ", ".join(short)
-        what = "not scored, nothing between the first and the last frame"
-        print(f"note: {what}: {names}", file=sys.stderr)
-
-    per_object = {}
-    scored = []  # for each object with a scored frame: mean, recall and decay of J, then of F
-    for sequence, found in zip(sequences, scores):
-        for number, (region, edge) in enumerate(found, 1):
-            j = summary(region)
-            f = summary(edge)
-            name = f"{sequence.name}_{number}"
-            per_object[name] = [number_or_none(j[0]), number_or_none(f[0])]
-            if len(region):
-                scored.append(j + f)
-
-    means = np.full(6, math.nan)
-    if scored:
-        means = np.mean(scored, axis=0)
-    j_and_f = (means[0] + means[3]) / 2
-    results: dict[str, Any] = {METRICS[0]: number_or_none(j_and_f)}
-    for metric, mean in zip(METRICS[1:], means):
-        results[metric] = number_or_none(mean)
-    results["per_object"] = per_object
+        results.path(name).unlink(missing_ok=True)
     return results
 
 
-def number_or_none(value: float) -> float | None:
-    """A float for JSON, which has no NaN."""
-    if math.isnan(value):
-        return None
-    return float(value)
+def mask_name(video: Video, number: int) -> str:
+    """The name of the mask of a frame in the results."""
+    return f"{video.name}/{video.frames[number].stem}.png"
 
 
-# ---- output -------------------------------------------------------------------------------------
+def write_mask(results: Results, name: str, values: np.ndarray, palette: list[int] | None) -> None:
+    """Write values [H, W] uint8 as an indexed PNG; OSError if the folder takes no files."""
+    image = Image.fromarray(values)
+    image.putpalette(palette or voc_palette())
+    with results.writing(name) as path:
+        image.save(path)
 
 
-def three(value: float | None) -> str:
-    """Three decimals, as in the CSV files of davis2017-evaluation; nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:.3f}"
+def is_done(video: Video, given: Given, results: Results) -> bool:
+    """Whether all masks of a video are there, and come from the mask that is given now."""
+    if not all(results.has(mask_name(video, number)) for number in range(len(video.frames))):
+        return False
+    values, _ = read_mask(results.path(mask_name(video, 0)))
+    return np.array_equal(values, given.values)
 
 
-def write_csv(folder: Path, results: dict[str, Any]) -> None:
-    """Write the two CSV files of davis2017-evaluation: the global results, and those per object.
+def write_overlays(
+    folder: Path, masks: Path, videos: list[Video], pool: ThreadPoolExecutor
+) -> None:
+    """Write the `picture` of every frame that has a mask as folder/{video}/{frame}.jpg."""
 
-    Raises:
-        OSError: the folder takes no files.
-    """
-    overall = [METRICS, [three(results[metric]) for metric in METRICS]]
-    each = [("Sequence", "J-Mean", "F-Mean")]
-    for name, (region, edge) in results["per_object"].items():
-        each.append((name, three(region), three(edge)))
-    for name, rows in zip(CSVS, (overall, each)):
-        with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    def write(frame: Path, mask: Path, path: Path) -> None:
+        with replacing(path) as temporary:
+            picture(frame, mask).save(temporary, quality=90)
 
-
-def table(results: dict[str, Any]) -> str:
-    """J and F of each object, then the means, as text."""
-    width = max(len(name) for name in (*results["per_object"], *METRICS))
-    lines = [f"{'':{width}}       J       F"]
-    for name, (region, edge) in results["per_object"].items():
-        lines.append(f"{name:{width}} {three(region) or '-':>7} {three(edge) or '-':>7}")
-    for metric in METRICS:
-        lines.append(f"{metric:{width}} {three(results[metric]) or '-':>7}")
-    return "\n".join(lines)
+    writing = []
+    for video in videos:
+        for frame in video.frames:
+            mask = masks / video.name / f"{frame.stem}.png"
+            if mask.is_file():  # other methods may leave out the first and the last
+                path = folder / video.name / f"{frame.stem}.jpg"
+                writing.append(pool.submit(write, frame, mask, path))
+    for written in progress(writing, unit="picture", desc="overlay"):
+        written.result()
 
 
-def pictures(masks: Path, sequences: list[Sequence]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield every frame that has a mask, its objects tinted and outlined in white.
-
-    Yields:
-        The name of the sequence, that of the frame, and RGB [H, W, 3] uint8.
-    """
-    for sequence in sequences:
-        for path in sequence.frames:
-            mask = masks / sequence.name / f"{path.stem}.png"
-            if not mask.is_file():  # other methods may leave out the first and the last
-                continue
-            values, palette = read_indexed(mask)
-            height, width = values.shape
-            colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
-            photo = np.asarray(read_image(path, upright=False).resize((width, height)))
-            tinted = photo // 2 + colours[values] // 2
-            picture = np.where(values[..., None] > 0, tinted, photo)
-            picture[boundary(values) > 0] = 255
-            yield sequence.name, path.stem, picture
-
-
-def write_overlays(folder: Path, masks: Path, sequences: list[Sequence]) -> None:
-    """Write the `pictures` as JPEG files folder/{sequence}/{frame}.jpg."""
-    for name, frame, picture in pictures(masks, sequences):
-        with replacing(folder / name / f"{frame}.jpg") as temporary:
-            Image.fromarray(picture).save(temporary, quality=90)
-
-
-def write_video(path: str, masks: Path, sequences: list[Sequence]) -> None:
-    """Write the `pictures` of all sequences, one after another, as one video.
-
-    Frames have the size of the first one, without the last row or column of an odd size, which
-    H.264 does not take.
-
-    Raises:
-        ValueError: OpenCV has no encoder for it.
-    """
-    width, height = read_image(sequences[0].frames[0], upright=False).size
-    size = (width - width % 2, height - height % 2)
-    with replacing(path) as temporary:
-        writer = open_video(temporary, path, size)
-        for _, _, picture in pictures(masks, sequences):
-            resized = cv2.resize(picture, (width, height))[: size[1], : size[0]]
-            writer.write(cv2.cvtColor(resized, cv2.COLOR_RGB2BGR))
-        writer.release()
-
-
-def open_video(temporary: Path, path: str, size: tuple[int, int]) -> cv2.VideoWriter:
-    """A writer of H.264, or where OpenCV has none, of MPEG-4 part 2, with a note.
-
-    Args:
-        temporary, path: where it writes, and the name for messages.
-        size: (W, H).
-    Raises:
-        ValueError: OpenCV has neither.
-    """
-    # both libraries print what they tried: one line of ours is enough
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        h264 = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"avc1"), FPS, size)
-        if h264.isOpened():
-            return h264
-        mpeg4 = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), FPS, size)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-
-    if not mpeg4.isOpened():
-        remedy = "install opencv-python from PyPI, or take --overlay"
-        raise ValueError(f"this OpenCV cannot write {path}: {remedy}")
-    print(
-        f"note: this OpenCV has no H.264 encoder: {path} is MPEG-4 part 2, which browsers and "
-        f"QuickTime do not play; for them: ffmpeg -i {path} -pix_fmt yuv420p h264.mp4",
-        file=sys.stderr,
-    )
-    return mpeg4
+def picture(frame: Path, mask: Path) -> Image.Image:
+    """A frame with its objects tinted and outlined in white."""
+    values, palette = read_mask(mask)
+    height, width = values.shape
+    colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
+    photo = np.asarray(read_image(frame, upright=False).resize((width, height)))
+    tinted = photo // 2 + colours[values] // 2
+    shown = np.where(values[..., None] > 0, tinted, photo)
+    shown[boundary(values) > 0] = 255
+    return Image.fromarray(shown)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -1047,46 +673,74 @@ def check(args: argparse.Namespace) -> None:
     check_range(
         args, imsize=1, short_side=1, n_last_frames=0, size_mask_neighborhood=0, topk=1, workers=1
     )
-    if args.video and Path(args.video).suffix != ".mp4":
-        what = f"--video {args.video} is no MPEG-4 file"
-        raise ValueError(f"{what}: give it a name that ends in .mp4")
     check_one_process()
+    own = "--frames FOLDER --mask FIRST.png"
+    if not args.dataroot and not args.frames:
+        raise ValueError(f"there is no video: pass --dataroot DAVIS, or {own}")
+    if bool(args.frames) != bool(args.mask):
+        raise ValueError(f"--frames and --mask need each other: pass {own}")
+    if args.frames and (args.dataroot or args.sequences or args.score_only):
+        raise ValueError(f"--dataroot, --sequences and --score_only do not go with {own}")
+
+
+def propagate_all(
+    args: argparse.Namespace, videos: list[Video], pool: ThreadPoolExecutor
+) -> tuple[Path, dict[str, Any]]:
+    """Propagate the videos that are not done yet; the folder of the masks, and the settings."""
+    features = build_features(args)
+    results = open_results(args, features)
+    count = sum(len(video.frames) for video in videos)
+    with torch.inference_mode(), progress(total=count, unit="frame") as bar:
+        for video in videos:
+            bar.set_description(video.name)
+            given = read_given(video, args.binary)
+            if is_done(video, given, results):
+                bar.update(len(video.frames))
+                continue
+            propagate(
+                video, given, features, results, pool, bar, args.imsize, args.short_side,
+                args.n_last_frames, args.size_mask_neighborhood, args.topk,
+            )  # fmt: skip
+    device = str(features.backbone.device)
+    return results.folder, settings(args, **{**features.facts(), "device": device})
 
 
 def main(args: argparse.Namespace) -> None:
-    """Propagate (unless --score_only), score, write and print."""
+    """Propagate (unless --score_only), score, print and write."""
     check(args)
-    with_frames = not args.score_only or args.overlay or args.video is not None
-    sequences = find_sequences(args.dataroot, args.sequences, with_frames)
-    for sequence in sequences:
-        read_first_labels(sequence, args.binary)  # told before a backbone is built
+    with TemporaryDirectory() as unpacked, ThreadPoolExecutor(args.workers) as pool:
+        if args.frames:
+            videos = [own_video(Path(args.frames), Path(args.mask), Path(unpacked))]
+        else:
+            with_frames = not args.score_only or args.overlay
+            videos = find_videos(args.dataroot, args.sequences, with_frames)
+        for video in videos:
+            read_given(video, args.binary)  # bad masks are told before a backbone is built
 
-    with ThreadPoolExecutor(args.workers) as pool:
         if args.score_only:
             masks = Path(args.score_only)
             folder = Path(args.output_dir)  # the masks may be somebody else's
-            used = {}
-            for name, value in settings(args).items():
-                if name in SCORING:
-                    used[name] = value
+            used = {name: value for name, value in settings(args).items() if name in SCORING}
         else:
-            masks, used = propagate_all(args, sequences, pool)
+            masks, used = propagate_all(args, videos, pool)
             folder = masks
-        results = evaluate(masks, sequences, pool, args.binary)
 
-    frames = sum(len(sequence.masks) for sequence in sequences)
-    line = {"settings": used, "sequences": len(sequences), "frames": frames, "results": results}
-    print(table(results))
-    try:
-        write_csv(folder, results)
-    finally:  # where that fails, the line is still printed
-        report(line, args.json)
-    print(f"note: the scores are in {folder / CSVS[0]} and {CSVS[1]}", file=sys.stderr)
+        results = None
+        scored = {video.name: video.masks for video in videos if video.has_truth()}
+        if scored:
+            results = evaluate(masks, scored, pool, args.binary)
+            print(table(results))
+            write_csv(folder, results)
+            note(f"the scores are in {folder / CSVS[0]} and {CSVS[1]}")
+        frames = sum(max(len(video.frames), len(video.masks)) for video in videos)
+        line = {"settings": used, "sequences": len(videos), "frames": frames, "results": results}
+        report(args, line)
 
-    if args.overlay:
-        write_overlays(folder / "overlay", masks, sequences)
-    if args.video:
-        write_video(args.video, masks, sequences)
+        own = [video for video in videos if not video.has_truth()]
+        write_overlays(folder / "overlay", masks, videos if args.overlay else own, pool)
+        for video in own:
+            note(f"{video.name} has the mask of its first frame alone: there is nothing to score")
+            print(f"masks in {masks / video.name}, pictures in {folder / 'overlay' / video.name}")
 
 
 if __name__ == "__main__":

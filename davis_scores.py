@@ -1,0 +1,467 @@
+"""J and F of video object segmentation, as davis2017-evaluation computes them (semi-supervised).
+
+    with ThreadPoolExecutor(4) as pool:
+        results = evaluate(Path("results"), {"libby": annotations}, pool)   # masks of every frame
+    print(table(results))
+    write_csv(Path("scores"), results)
+
+The objects of a video are the labels 1..max of its first annotation. Its first and last frames are
+not scored, and 255 is background. There are two differences. Decay does not wrap in videos of more
+than 256 frames. And 255 in a result is background too, with a note, instead of an error.
+
+Notation: H W pixels of a mask.
+"""
+
+import csv
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from command import note, progress
+from files import first_line, replacing
+
+VOID = 255  # pixels that nobody labelled; with --binary the object, as every other value but 0
+
+CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
+METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
+WITHOUT = "J&F-Mean without absent labels"
+
+
+# ---- masks --------------------------------------------------------------------------------------
+
+
+def voc_palette() -> list[int]:
+    """The palette of Pascal VOC as a flat list.
+
+    The bits of a label are dealt to red, green and blue, in turn, from the highest bit down.
+    """
+    palette = []
+    for label in range(256):
+        for channel in range(3):
+            shade = 0
+            for turn in range(3):
+                bit = (label >> (3 * turn + channel)) & 1
+                shade |= bit << (7 - turn)
+            palette.append(shade)
+    return palette
+
+
+def davis_palette() -> list[int]:
+    """The palette of DAVIS as a flat list: nearly VOC's first 22 colours, then shades of grey."""
+    palette = [min(shade, 191) for shade in voc_palette()[: 3 * 22]]
+    for label in range(22, 256):
+        palette += [label, label, label]
+    return palette
+
+
+def labels_of_colours() -> dict[tuple[int, ...], int]:
+    """{(R, G, B): label} of DAVIS's palette, of VOC's, and of grey; the first of them counts."""
+    grey = [label for label in range(256) for _ in range(3)]
+    labels: dict[tuple[int, ...], int] = {}
+    for palette in (davis_palette(), voc_palette(), grey):
+        for label in range(256):
+            colour = tuple(palette[3 * label : 3 * label + 3])
+            labels.setdefault(colour, label)
+    return labels
+
+
+def labels_of_shades() -> dict[int, int]:
+    """{grey value: label} of DAVIS's first colours: no video of it has more than ten objects."""
+    strip = Image.fromarray(np.arange(1, 11, dtype=np.uint8)[None])
+    strip.putpalette(davis_palette())
+    shades = np.array(strip.convert("RGB").convert("L"))[0]
+    return {shade: label for label, shade in enumerate(shades.tolist(), 1)}
+
+
+LABELS_OF_COLOURS = labels_of_colours()
+LABELS_OF_SHADES = labels_of_shades()
+
+
+def read_mask(path: Path) -> tuple[np.ndarray, list[int] | None]:
+    """Read a mask: indexed, grey of 1, 8 or 16 bits, or in the colours of DAVIS's or VOC's palette.
+
+    Returns:
+        Its values [H, W] uint8, and its palette as a flat list, or None.
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no mask {path}: restore it, or correct the path")
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # damaged files raise nearly anything
+        what = f"{path} is not a readable PNG ({first_line(error)})"
+        raise ValueError(f"{what}: restore it or write it anew") from error
+
+    if image.mode in ("P", "L", "1"):
+        return np.array(image).astype(np.uint8), image.getpalette()
+    if image.mode in ("RGB", "RGBA", "LA", "PA"):
+        return read_colours(path, np.array(image.convert("RGBA"))), None
+
+    values = np.array(image)
+    if values.max() > 255 and not (values % 257).any():  # 8 bits, stretched to 16
+        values = values // 257
+    if values.min() < 0 or values.max() > 255:
+        what = f"{path} holds values from {values.min()} to {values.max()}, and no labels"
+        raise ValueError(f"{what}: write labels 0, 1, 2, ... up to 254")
+    return values.astype(np.uint8), None
+
+
+def read_colours(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """The labels [H, W] uint8 of colours [H, W, 4]; what is wholly transparent is background.
+
+    Raises:
+        ValueError: a colour is in neither palette.
+    """
+    red, green, blue, alpha = np.moveaxis(pixels.astype(np.int32), -1, 0)
+    codes = np.where(alpha > 0, (red << 16) | (green << 8) | blue, 0)
+    found, places = np.unique(codes, return_inverse=True)
+
+    labels = []
+    for code in found.tolist():
+        colour = (code >> 16, (code >> 8) & 255, code & 255)
+        if colour not in LABELS_OF_COLOURS:
+            what = f"{path} has the colour {colour}, which is in neither DAVIS's nor VOC's palette"
+            raise ValueError(f"{what}: write labels 0, 1, 2, ... as an indexed or grey PNG")
+        labels.append(LABELS_OF_COLOURS[colour])
+    return np.array(labels, np.uint8)[places].reshape(codes.shape)
+
+
+class MaskReader:
+    """Reads the masks of one video in one folder as labels [H, W] uint8.
+
+    255 is background. The first mask that is read decides what grey values mean: those of the
+    palette's colours (38 for its red, ...) are the labels of these colours.
+
+    Attributes:
+        has_void: 255 was in one of them.
+        has_shades: grey values are those of the palette's colours.
+
+    Args:
+        binary: there is one object, whatever is not 0.
+    """
+
+    def __init__(self, binary: bool = False):
+        self.binary = binary
+        self.has_void = False
+        self.has_shades = False
+        self.table: np.ndarray | None = None  # the label of each value, [256] uint8
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """Raises FileNotFoundError and ValueError as `read_mask`."""
+        values, palette = read_mask(path)
+        if self.table is None:
+            there = set(np.unique(values).tolist()) - {0, VOID}
+            red = min(LABELS_OF_SHADES, key=LABELS_OF_SHADES.__getitem__)
+            are_shades = red in there and there <= LABELS_OF_SHADES.keys()
+            self.has_shades = are_shades and palette is None and not self.binary
+            self.table = self._label_table()
+        if VOID in values:
+            self.has_void = True
+        return cv2.LUT(values, self.table)
+
+    def _label_table(self) -> np.ndarray:
+        table = np.arange(256, dtype=np.uint8)
+        if self.binary:
+            return table.clip(0, 1)
+        table[VOID] = 0
+        if self.has_shades:
+            for shade, label in LABELS_OF_SHADES.items():
+                table[shade] = label
+        return table
+
+    def objects(self, path: Path) -> np.ndarray:
+        """The labels of the first annotation of a video.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be read, or has no object to be followed.
+        """
+        labels = self(path)
+        if labels.any():
+            return labels
+        if self.has_void:
+            what = f"{path} holds nothing but 0 and 255, which is void in DAVIS 2017"
+            raise ValueError(f"{what}: pass --binary if 255 is the object, as in DAVIS 2016")
+        raise ValueError(f"{path} marks no object: restore it, or leave its video out")
+
+
+def absent_labels(labels: np.ndarray) -> list[int]:
+    """The labels below the largest of a mask that do not occur in it."""
+    return np.setdiff1d(np.arange(1, labels.max() + 1), labels).tolist()
+
+
+def as_ranges(numbers: list[int]) -> str:
+    """Ascending numbers as text, such as "1-4, 7"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    words = []
+    for first, last in ranges:
+        words.append(f"{first}" if first == last else f"{first}-{last}")
+    return ", ".join(words)
+
+
+# ---- the scores of a frame ----------------------------------------------------------------------
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """The boundary of a mask, both [H, W] bool.
+
+    Those are the pixels that differ from their right, lower or lower-right neighbour. A map of
+    labels, uint8, may be passed as well: the boundary is then what is not 0 in the result.
+    """
+    padded = np.pad(mask, (0, 1), mode="edge")
+    right = mask ^ padded[:-1, 1:]
+    lower = mask ^ padded[1:, :-1]
+    lower_right = mask ^ padded[1:, 1:]
+    return right | lower | lower_right
+
+
+def disk(shape: tuple[int, int]) -> np.ndarray:
+    """How far two boundaries may be apart in masks of `shape` (H, W): a disk, uint8.
+
+    Its radius is 0.8 % of the diagonal, rounded up.
+    """
+    radius = math.ceil(0.008 * math.hypot(*shape))
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    return (x * x + y * y <= radius * radius).astype(np.uint8)
+
+
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Region similarity J of two masks [H, W] bool (Perazzi et al. 2016).
+
+    That is intersection over union, and 1 if both are empty.
+    """
+    union = np.count_nonzero(mask | truth)
+    if union == 0:
+        return 1.0
+    return np.count_nonzero(mask & truth) / union
+
+
+def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
+    """Contour accuracy F of two masks [H, W] bool (Perazzi et al. 2016).
+
+    That is the F-measure of their boundaries, matched within the disk `near`.
+    """
+    edge = boundary(mask)
+    true_edge = boundary(truth)
+    count = np.count_nonzero(edge)
+    true_count = np.count_nonzero(true_edge)
+    if count == 0 and true_count == 0:
+        return 1.0
+    if count == 0 or true_count == 0:
+        return 0.0
+
+    around = cv2.dilate(edge.view(np.uint8), near).view(bool)
+    true_around = cv2.dilate(true_edge.view(np.uint8), near).view(bool)
+    precision = np.count_nonzero(edge & true_around) / count
+    recall = np.count_nonzero(true_edge & around) / true_count
+    if precision + recall == 0:
+        return 0.0
+    return 2 * precision * recall / (precision + recall)
+
+
+def crop(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The part of two label maps that holds all objects and boundaries; the rest adds nothing."""
+    anything = labels | truth  # not 0 where either has an object
+    x, y, width, height = cv2.boundingRect(anything)
+    rows = slice(max(y - 1, 0), y + height + 1)
+    columns = slice(max(x - 1, 0), x + width + 1)
+    return labels[rows, columns], truth[rows, columns]
+
+
+def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple[float, float]]:
+    """(J, F) of each of the objects 1..count in two label maps [H, W] uint8 of one size."""
+    near = disk(truth.shape)
+    labels, truth = crop(labels, truth)
+    scores = []
+    for number in range(1, count + 1):
+        mask = labels == number
+        true_mask = truth == number
+        scores.append((jaccard(mask, true_mask), contour(mask, true_mask, near)))
+    return scores
+
+
+# ---- the scores of a video ----------------------------------------------------------------------
+
+
+class VideoScores(NamedTuple):
+    """J and F of every object of a video."""
+
+    values: np.ndarray  # [objects, 2, scored frames]
+    absent: list[int]   # objects that the first annotation does not show
+
+
+def score_video(annotations: list[Path], folder: Path, binary: bool = False) -> VideoScores:
+    """Score the masks in a folder, which have the names of the annotations.
+
+    Raises:
+        ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
+            objects.
+    """
+    read_truth = MaskReader(binary)
+    read_result = MaskReader(binary)
+    first = read_truth.objects(annotations[0])
+    count = int(first.max())
+
+    scores = []
+    for annotation in annotations[1:-1]:
+        path = folder / annotation.name
+        truth = read_truth(annotation)
+        labels = read_result(path)
+        check_result(path, labels, truth, count)
+        scores.append(score_frame(labels, truth, count))
+
+    if read_result.has_void and not binary:
+        what = f"{folder} has label {VOID}, which counts as background"
+        note(f"{what} (--binary: as the object)")
+    for read, where in ((read_truth, annotations[0].parent), (read_result, folder)):
+        if read.has_shades:
+            what = f"the masks in {where} are grey, in the shades of DAVIS's palette"
+            note(f"{what}: they were read as the labels of its colours")
+    by_frame = np.reshape(scores, (-1, count, 2))  # [frames, objects, 2], also for no frame
+    return VideoScores(by_frame.transpose(1, 2, 0), absent_labels(first))
+
+
+def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) -> None:
+    """Raise ValueError unless a result has its annotation's size and no label above `count`."""
+    if labels.shape != truth.shape:
+        height, width = labels.shape
+        true_height, true_width = truth.shape
+        what = (
+            f"{path} has {width}x{height} pixels, its annotation {true_width}x{true_height} pixels"
+        )
+        raise ValueError(f"{what}: resize it (nearest) to the annotation")
+    if labels.max() > count:
+        what = f"{path}: label {labels.max()} where the first annotation has {count} objects"
+        raise ValueError(f"{what}: keep to their labels")
+
+
+def summary(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, recall and decay of one object's J or F, given for its frames: [frames].
+
+    Recall is the share above 0.5. Decay is the mean of the first quarter of the frames minus that
+    of the last. All three are NaN if there is no frame.
+    """
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+
+    # as in davis2017-evaluation: halves are rounded up, and quarters share the frame at their edge
+    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first = values[edges[0] : edges[1] + 1].mean()
+    last = values[edges[3] : edges[4] + 1].mean()
+    return values.mean(), (values > 0.5).mean(), first - last
+
+
+# ---- the scores of all videos -------------------------------------------------------------------
+
+
+def evaluate(
+    masks: Path, annotations: dict[str, list[Path]], pool: ThreadPoolExecutor, binary: bool = False
+) -> dict[str, Any]:
+    """Score the folders masks/{video} with the threads of `pool`.
+
+    Args:
+        annotations: of every video, in the order of its frames.
+    Returns:
+        METRICS, which are means over all objects of all videos, and `per_object`, {name: [J, F]}.
+        Objects without a scored frame, those of videos of one or two, are None and left out.
+        `absent`, {video: labels}, names objects that the first annotation does not show. They
+        count, as in davis2017-evaluation; WITHOUT is the mean of the others.
+    Raises:
+        ValueError, FileNotFoundError: as `score_video`.
+    """
+
+    def score(name: str) -> VideoScores:
+        return score_video(annotations[name], masks / name, binary)
+
+    jobs = pool.map(score, annotations)
+    scores = list(progress(jobs, total=len(annotations), unit="video", desc="J&F"))
+    short = [name for name, paths in annotations.items() if len(paths) < 3]
+    if short:
+        what = "not scored, since nothing lies between the first and the last frame"
+        note(f"{what}: {', '.join(short)}")
+
+    per_object = {}
+    absent = {}
+    scored = []   # for each object with a scored frame: mean, recall and decay of J, then of F
+    present = []  # for each of them: does the first annotation show it?
+    for video, found in zip(annotations, scores):
+        if found.absent:
+            absent[video] = found.absent
+        for number, (region, edge) in enumerate(found.values, 1):
+            j = summary(region)
+            f = summary(edge)
+            per_object[f"{video}_{number}"] = [number_or_none(j[0]), number_or_none(f[0])]
+            if len(region):
+                scored.append(j + f)
+                present.append(number not in found.absent)
+
+    means = np.full(6, math.nan)
+    without = math.nan
+    if scored:
+        means = np.mean(scored, axis=0)
+        without = np.mean(np.array(scored)[present][:, [0, 3]])
+    j_and_f = (means[0] + means[3]) / 2
+    results: dict[str, Any] = {METRICS[0]: number_or_none(j_and_f)}
+    for metric, mean in zip(METRICS[1:], means):
+        results[metric] = number_or_none(mean)
+    results["per_object"] = per_object
+    results["absent"] = absent
+    results[WITHOUT] = number_or_none(without)
+    if absent:
+        labels = "; ".join(f"{video}: {as_ranges(numbers)}" for video, numbers in absent.items())
+        note(
+            "labels that the first mask does not show count as objects, as in davis2017-evaluation "
+            f"({labels}); without them J&F-Mean is {three(results[WITHOUT]) or '-'}"
+        )
+    return results
+
+
+def number_or_none(value: float) -> float | None:
+    """A float for JSON, where NaN does not exist."""
+    if math.isnan(value):
+        return None
+    return float(value)
+
+
+def three(value: float | None) -> str:
+    """Three decimals, as in the CSV files of davis2017-evaluation; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.3f}"
+
+
+def write_csv(folder: Path, results: dict[str, Any]) -> None:
+    """Write the two CSV files of davis2017-evaluation: the global results, and those per object.
+
+    Raises:
+        OSError: the folder takes no files.
+    """
+    overall = [METRICS, [three(results[metric]) for metric in METRICS]]
+    each = [("Sequence", "J-Mean", "F-Mean")]
+    for name, (region, edge) in results["per_object"].items():
+        each.append((name, three(region), three(edge)))
+    for name, rows in zip(CSVS, (overall, each)):
+        with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def table(results: dict[str, Any]) -> str:
+    """J and F of each object, then the means, as text."""
+    width = max(len(name) for name in (*results["per_object"], *METRICS))
+    lines = [f"{'':{width}}       J       F"]
+    for name, (region, edge) in results["per_object"].items():
+        lines.append(f"{name:{width}} {three(region) or '-':>7} {three(edge) or '-':>7}")
+    for metric in METRICS:
+        lines.append(f"{metric:{width}} {three(results[metric]) or '-':>7}")
+    return "\n".join(lines)
