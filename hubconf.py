@@ -2,6 +2,7 @@
 
     features = torch.hub.load("/path/to/this/clone", "lift", source="local", backbone="vit_mini16")
     dense = features(images)              # [B, 3, H, W] in 0..1 -> [B, C, 2h, 2w], h = H/p, w = W/p
+    dense = features("cat.jpg")           # or one photo: a path, a PIL image, an array [H, W, 3]
     dense, coarse = features(images, iterations=2, out_size=(480, 640), return_backbone=True)
 
     lift = torch.hub.load("/path/to/this/clone", "lift_module", source="local")
@@ -14,8 +15,7 @@ The files of this repository are read by their place, under private names: the c
 `extractor.py` or `lift.py` stays what it is.
 """
 
-import copy
-import functools
+import contextlib
 import importlib.util
 import pathlib
 import sys
@@ -23,11 +23,18 @@ import types
 import typing
 
 import torch
+import torchvision
 
-dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"]
+dependencies = [
+    "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm",
+]  # fmt: skip
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_FILES = ("command", "photos", "extractor", "lift")  # each imports only those before it
+
+# each imports only those before it
+_FILES = (
+    "files", "command", "photos", "backbones", "dense", "extractor", "lift", "features",
+)  # fmt: skip
 
 
 # ---- files of this repository -------------------------------------------------------------------
@@ -57,14 +64,14 @@ def _read_files() -> dict[str, types.ModuleType]:
 
 
 def _lift_file(backbone: str) -> pathlib.Path:
-    """The LiFT checkpoint of a backbone in this repository, the best variant first.
+    """The LiFT checkpoint of a backbone in this repository, the better variant first.
 
     Raises:
         FileNotFoundError: there is none.
     """
     # the authors' files of supervised ViTs have no size in their names
     for name in (backbone, backbone.removesuffix("_224")):
-        for variant in ("_attend", "_residual", ""):
+        for variant in ("_attend", ""):
             file = _ROOT / "pretrained" / f"lift_{name}{variant}.pth"
             if file.is_file():
                 return file
@@ -72,14 +79,16 @@ def _lift_file(backbone: str) -> pathlib.Path:
     raise FileNotFoundError(f"pretrained/ has no LiFT for {backbone}: {remedy}")
 
 
-def _absolute(path: str | pathlib.Path | None) -> str | None:
-    """A path made absolute, so that it holds in another working folder too; None stays None."""
-    if path is None:
-        return None
-    return str(pathlib.Path(path).absolute())
+@contextlib.contextmanager
+def _named_as_in_python() -> typing.Iterator[None]:
+    """Let errors speak of backbone_path and dtype, not of --backbone_path and --dtype."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise type(error)(str(error).replace("--", "")) from None
 
 
-# ---- checks -------------------------------------------------------------------------------------
+# ---- the model ----------------------------------------------------------------------------------
 
 
 def _check_iterations(iterations: int) -> None:
@@ -106,122 +115,89 @@ def _check_values(images: torch.Tensor) -> None:
         raise ValueError(f"images in {low:.3g}..{high:.3g}: pass images / 255, in 0..1")
 
 
-# ---- the model ----------------------------------------------------------------------------------
-
-
-class _LoadedAgain(torch.nn.Module):
-    """A module that is unpickled by calling torch.hub again, and then loading its weights.
-
-    An ordinary pickle would name its class, and the classes of these files are known under no name
-    that another process could import.
-    """
-
-    def _call(self) -> tuple[str, dict[str, typing.Any]]:
-        """The entry point that makes the same module, and its arguments."""
-        raise NotImplementedError
-
-    def __reduce__(self) -> tuple[typing.Any, ...]:
-        entry, arguments = self._call()
-        load = functools.partial(torch.hub.load, source="local", **arguments)
-        return load, (str(_ROOT), entry), self.state_dict()
-
-    def __setstate__(self, state: dict[str, typing.Any]) -> None:
-        """Take over the weights, after going to their device; each keeps its own precision."""
-        # LiFT's last layer stands for all of them: it is there in every _LoadedAgain
-        for key, weight in state.items():
-            if key.endswith("outc.weight"):
-                self.to(weight.device)
-        self.load_state_dict(state, assign=True)
-
-    def __deepcopy__(self, memo: dict[int, typing.Any]) -> "_LoadedAgain":
-        """Copy what is there, without reading files again."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-
-class _LiFT(_LoadedAgain):
-    """What `lift_module` adds to the class LiFT: it can be pickled.
-
-    What is unpickled is frozen and in eval mode, as `lift_module` always gives it.
-    """
-
-    patch_size: int
-    lift_path: str
-
-    def _call(self) -> tuple[str, dict[str, typing.Any]]:
-        return "lift_module", {"lift_path": self.lift_path, "patch_size": self.patch_size}
-
-
-class _Features(_LoadedAgain):
+class _Model(torch.nn.Module):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32, without gradients.
 
-    Sides are multiples of the patch.
+    It can be copied, compiled and exported. It cannot be pickled, as no other process could import
+    its class: save its state_dict, and call torch.hub.load where it is needed again.
 
     Args:
-        extractor: a ViTExtractor of this repository.
-        lift: the LiFT module.
-        upsample: the function lift.upsample of this repository.
+        features: a Features of this repository, with LiFT.
         options: `iterations`, `out_size` and `return_backbone` of a call that leaves them out.
-        arguments: the other arguments of `lift`, by which __reduce__ makes the same model again.
     """
 
-    def __init__(
-        self,
-        extractor: torch.nn.Module,
-        lift: torch.nn.Module,
-        upsample: typing.Callable[..., torch.Tensor],
-        options: dict[str, typing.Any],
-        arguments: dict[str, typing.Any],
-    ):
+    def __init__(self, features: typing.Any, options: dict[str, typing.Any]):
         super().__init__()
-        self.extractor: typing.Any = extractor
-        self.lift = lift
-        self.upsample = upsample
+        self.features = features
         self.options = options
-        self.arguments = arguments
         self.eval()
 
-    def train(self, mode: bool = True) -> "_Features":
+    @property
+    def extractor(self) -> typing.Any:
+        """The backbone, a ViTExtractor."""
+        return self.features.backbone
+
+    @property
+    def lift(self) -> typing.Any:
+        """The LiFT module."""
+        return self.features.upsampler.lift
+
+    def train(self, mode: bool = True) -> "_Model":
         """Keep both frozen networks in eval mode, also inside a model that trains."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor, **options: typing.Any) -> typing.Any:
+    def forward(self, images: typing.Any, **options: typing.Any) -> typing.Any:
         """The dense features of images; with return_backbone, also the backbone's own.
 
         Args:
+            images: [B, 3, H, W] in 0..1, with sides that are multiples of the patch; or one photo
+                (a path, a PIL image, an array [H, W, 3] uint8), which becomes a batch of one at its
+                own size, rounded to such multiples: `preprocess` can make it smaller.
             options: `iterations`, `out_size` and `return_backbone`, for this call only.
         Raises:
             ValueError: the images are not in 0..1 or off the patch grid, or an option is wrong.
         """
-        return self._features(images, **{**self.options, **options})
+        return self._run(images, **{**self.options, **options})
 
-    def _features(
+    def _run(
         self,
-        images: torch.Tensor,
+        images: typing.Any,
         iterations: int,
         out_size: int | tuple[int, int] | None,
         return_backbone: bool,
     ) -> typing.Any:
         """`forward`, with every option given."""
         _check_iterations(iterations)
+        if not isinstance(images, torch.Tensor):
+            images = self.preprocess(images)
         _check_values(images)
 
-        images = self.extractor.normalize(images)
-        feats = self.extractor(images)                                  # [B, C, h, w]
-        dense = self.upsample(self.lift, images, feats, iterations)     # [B, C, 2^n h, 2^n w]
+        features = self.features
+        if iterations != features.upsampler.iterations:
+            upsampler = type(features.upsampler)(self.lift, self.extractor, iterations)
+            features = type(features)(self.extractor, upsampler)
+        maps = features(images, return_all=True)
+        coarse = maps[0]                                            # [B, C, h, w]
+        dense = maps[-1]                                            # [B, C, 2^n h, 2^n w]
         if out_size is not None:
             dense = torch.nn.functional.interpolate(
                 dense, size=out_size, mode="bilinear", align_corners=False
             )
         if return_backbone:
-            return dense, feats
+            return dense, coarse
         return dense
 
-    def _call(self) -> tuple[str, dict[str, typing.Any]]:
-        return "lift", {**self.arguments, **self.options}
+    def preprocess(
+        self, photo: typing.Any, load_size: int | tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """One photo (a path, a PIL image, an array [H, W, 3] uint8) -> [1, 3, H, W] in 0..1.
+
+        Args:
+            load_size: pixels of the shorter side, or (H, W); None leaves the photo's own.
+        """
+        _, fitted = self.extractor.preprocess(photo, load_size)
+        return torchvision.transforms.functional.to_tensor(fitted)[None]
 
 
 # ---- entry points -------------------------------------------------------------------------------
@@ -241,9 +217,10 @@ def lift(
 ) -> torch.nn.Module:
     """A frozen ViT with LiFT: images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32.
 
-    The model normalises the images itself. `iterations`, `out_size` and `return_backbone` can be
-    given to a call too. On a GPU torch runs convolutions in TF32 unless the caller says
-    `torch.backends.cudnn.allow_tf32 = False`, as this repository's scripts do.
+    The model normalises the images itself; it takes a path or a PIL image, too. `iterations`,
+    `out_size` and `return_backbone` can be given to a call too. On a GPU torch runs convolutions in
+    TF32 unless the caller says `torch.backends.cudnn.allow_tf32 = False`, as this repository's
+    scripts do.
 
     Args:
         backbone: a name of the README, or a ViT of timm.
@@ -260,38 +237,20 @@ def lift(
     """
     _check_iterations(iterations)
     files = _read_files()
-    precisions = files["command"].PRECISIONS
-    if dtype not in precisions:
-        raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(precisions)}")
-    if lift_path is None:
-        lift_path = _lift_file(backbone)
-
-    extractor = files["extractor"].ViTExtractor(
-        backbone,
-        stride=None,
-        device=device,
-        backbone_path=backbone_path,
-        layer=layer,
-        facet=facet,
-        dtype=dtype,
-    )
-    module = files["lift"].load_lift(lift_path, extractor)
-
+    features = files["features"]
+    with _named_as_in_python():
+        file = files["lift"].read_lift(lift_path or _lift_file(backbone))
+        extractor = files["extractor"].ViTExtractor(
+            backbone, None, None, device, backbone_path, layer, facet, dtype
+        )
+        module = files["lift"].load_lift(file, extractor)
     options = {
         "iterations": iterations,
         "out_size": out_size,
         "return_backbone": return_backbone,
     }
-    arguments = {
-        "backbone": backbone,
-        "lift_path": _absolute(lift_path),
-        "backbone_path": _absolute(backbone_path),
-        "layer": layer,
-        "facet": facet,
-        "device": device,
-        "dtype": dtype,
-    }
-    return _Features(extractor, module, files["lift"].upsample, options, arguments)
+    upsampler = features.Lifted(module, extractor, iterations)
+    return _Model(features.Features(extractor, upsampler), options)
 
 
 def lift_module(
@@ -308,13 +267,9 @@ def lift_module(
     Raises:
         ValueError, FileNotFoundError: in one line, for a file that is missing or no checkpoint.
     """
-    if lift_path is None:
-        lift_path = _lift_file(backbone)
-    module = _read_files()["lift"].load_lift(lift_path, patch_size=patch_size)
-    # make it a LiFT that can be pickled: a class made on the spot, of _LiFT and its own
-    module.__class__ = type("LiFT", (_LiFT, type(module)), {})
-    module.lift_path = _absolute(lift_path)
-    return module
+    lift = _read_files()["lift"]
+    with _named_as_in_python():
+        return lift.load_lift(lift_path or _lift_file(backbone), patch_size=patch_size)
 
 
 def lift_vit_mini16(**options: typing.Any) -> torch.nn.Module:
