@@ -14,8 +14,10 @@ workers are killed at the end, however it comes.
 import atexit
 import itertools
 import multiprocessing
+import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -176,7 +178,8 @@ class Loader:
         self.running = []
         try:
             for worker in running:
-                worker.pipe.close()  # an idle worker ends now
+                with suppress(OSError):  # it has died already
+                    worker.pipe.send(None)  # an idle worker ends now
             until = time.monotonic() + 1
             for worker in running:
                 worker.process.join(max(0, until - time.monotonic()))
@@ -184,6 +187,7 @@ class Loader:
             for worker in running:
                 worker.process.kill()
                 worker.process.join()
+                worker.pipe.close()
 
     def why_dead(self) -> str:
         """What to tell of the worker that has died."""
@@ -208,18 +212,29 @@ class Loader:
 
 
 def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
-    """What a worker does: read the items it is asked for, until the pipe closes.
+    """What a worker does: read the items of the keys that come, until None comes.
 
     Ctrl-C and SIGTERM often reach every process of a group. They are meant for the main one. It
     may need its workers until a step of training is done, and ends them afterwards.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # what fails in multiprocessing's own threads when the main process dies is not worth a word
+    sys.excepthook = lambda *error: None
+
     torch.set_num_threads(1)  # the workers share the cores, and OpenMP may hang after a fork
-    with suppress(EOFError, OSError):  # the main process has closed the pipe, or has died
-        while True:
-            key = pipe.recv()
+    with suppress(EOFError, OSError):  # the main process has died
+        while (key := pipe.recv()) is not None:
             pipe.send_bytes(answer(dataset, key, batched))
+
+
+def end_with_parent() -> None:
+    """Wait until the main process has ended, and end this one at once."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def answer(dataset: Dataset, key: Any, batched: bool) -> Any:
