@@ -692,7 +692,7 @@ def propagate_all(
     count = sum(len(video.frames) for video in videos)
     with torch.inference_mode(), progress(total=count, unit="frame") as bar:
         for video in videos:
-            bar.set_description(video.name)
+            bar.set_description(video.name, refresh=False)
             given = read_given(video, args.binary)
             if is_done(video, given, results):
                 bar.update(len(video.frames))

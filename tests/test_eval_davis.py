@@ -791,7 +791,7 @@ def test_binary_masks_score_as_those_of_label_1(binary_tree, propagate, cli, tmp
 def test_a_first_mask_without_an_object_is_one_line(propagate, tree):
     first = tree / "Annotations/480p/two/00000.png"
     Image.fromarray(np.zeros((60, 90), np.uint8)).save(first)
-    one_line(propagate(), f"{first} marks no object: restore it, or leave two out")
+    one_line(propagate(), f"{first} marks no object: restore it, or leave its video out")
 
 
 # ---- pictures and scores of others --------------------------------------------------------------
@@ -972,7 +972,7 @@ def test_a_folder_that_takes_no_files(tree, cli, tmp_path):
     ran = cli("eval_davis", *flags)
     assert ran.code == 2
     assert "cannot write" in ran.err
-    assert "pass another path" in ran.err
+    assert "choose another path" in ran.err
     assert "J&F-Mean   1.000" in ran.out  # the scores are not lost
 
 
