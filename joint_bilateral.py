@@ -87,5 +87,5 @@ def shifted(maps: Tensor, down: int, right: int) -> Tensor:
 
 
 def per_cell(maps: Tensor) -> Tensor:
-    """A map [B, C, h, w] as [B, C, h, 1, w, 1]: it goes with each of a coarse cell's f x f cells."""
+    """A map [B, C, h, w] as [B, C, h, 1, w, 1]: it goes with all f x f output cells."""
     return maps[:, :, :, None, :, None]
