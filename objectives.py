@@ -1,0 +1,537 @@
+"""What training minimises, and on what: photos at three sizes, warped copies, losses, scores.
+
+    photos = Photos(paths, imsize=448, downsample="resize", augment=True)
+    objective = Objective(lift, "both", centre)
+    loss = objective(images, feats)
+
+Only train_lift.py uses it. The losses are those of the LiFT paper, section 3.2, and two of ours:
+cosines of centred features, and the matching of points between a photo and a warped copy of it.
+
+Notation: B batch, C channels, h w the patch grid, S pixels of the square photos, P points.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision.transforms import ColorJitter
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
+
+from extractor import DenseExtractor
+from feature_cache import images_and_features
+from features import check_finite
+from lift import double
+from loading import Loader
+from photos import read_image, spread
+
+Key = tuple[int, int]  # (epoch, index): a photo, and the seed of its jitter
+
+MOST_BROKEN = 100  # unreadable photos in a row; more, and the drive is gone
+CENTRE_PHOTOS = 64  # that the mean feature is estimated on
+
+# How a copy differs from its photo: see random_warp
+WARP_DEGREES = 25
+WARP_SCALES = (0.7, 1.5)
+WARP_SHIFT = 1 / 8
+MATCH_POINTS = 256  # points of a photo, each looked for among as many cells of its copy
+MATCH_TEMPERATURE = 0.05  # cosines are divided by it before the softmax
+
+# ---- photos -------------------------------------------------------------------------------------
+
+
+class Photos(Dataset):
+    """Photos as squares of three sizes, uint8.
+
+    photos[epoch, index] is a dict of "full" [3, S, S], "half" [3, S/2, S/2], "quarter" [3, S/4,
+    S/4] and "broken". A photo that cannot be read is replaced by the next one that can, and
+    "broken" is then its index. Otherwise "broken" is -1. With `augment` the colours are jittered.
+
+    With `warp` a photo comes with a warped copy of it: "full" is then [2, 3, S, S], and so on, and
+    "warp" [2, 3] takes places in the copy to those in the photo (see random_warp).
+
+    All that is random follows from (seed, epoch, index). It holds paths and numbers only, so that
+    it is cheap to send to a loader's workers.
+
+    Raises:
+        ValueError: MOST_BROKEN photos in a row cannot be read, or none of fewer.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        imsize: int,
+        downsample: str = "stride",
+        augment: bool = False,
+        seed: int = 0,
+        warp: bool = False,
+    ):
+        self.paths = paths
+        self.imsize = imsize
+        self.downsample = downsample
+        self.seed = seed
+        self.warp = warp
+        self.jitter = None
+        if augment:
+            self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def is_random(self) -> bool:
+        """Whether a photo looks different in each epoch, and with another seed."""
+        return self.jitter is not None or self.warp
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        most = min(len(self), MOST_BROKEN)
+        for candidate in range(index, index + most):
+            candidate %= len(self)  # behind the last photo comes the first
+            try:
+                image = read_image(self.paths[candidate])
+            except (ValueError, OSError):
+                continue
+            item: dict[str, Any] = self.make_item(image, (self.seed, epoch, index))
+            item["broken"] = -1
+            if candidate != index:
+                item["broken"] = index
+            return item
+        what = f"none of the {most} photos from {self.paths[index]} on can be read"
+        raise ValueError(f"{what}: check that they are still there, or pass another --dataroot")
+
+    def make_item(self, image, seed: tuple[int, int, int]) -> dict[str, Any]:
+        """What photos[epoch, index] gives of a PIL image, without "broken".
+
+        Args:
+            seed: decides jitter and warp; no two keys have the same.
+        """
+        image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
+        # jitter and warp draw from torch's global generator, which is put back afterwards
+        with torch.random.fork_rng(devices=[]):
+            one_number = np.random.SeedSequence(seed).generate_state(1)[0]
+            torch.manual_seed(int(one_number))
+            photo = self.pyramid(self.recolour(image))
+            if not self.warp:
+                return photo
+            warp = random_warp()
+            copy = self.pyramid(warped(self.recolour(image), warp))
+
+        item = {}
+        for level in photo:
+            item[level] = torch.stack([photo[level], copy[level]])
+        item["warp"] = warp
+        return item
+
+    def recolour(self, image) -> Tensor:
+        """A PIL image as uint8 [3, S, S], its colours jittered where they are to be."""
+        if self.jitter:
+            image = self.jitter(image)
+        return pil_to_tensor(image)
+
+    def pyramid(self, full: Tensor) -> dict[str, Tensor]:
+        """An image [3, S, S] in S, S/2 and S/4 pixels."""
+        if self.downsample == "stride":
+            half = full[:, ::2, ::2]
+            quarter = full[:, ::4, ::4]
+        else:
+            half = resize(full, [self.imsize // 2] * 2, antialias=True)
+            quarter = resize(full, [self.imsize // 4] * 2, antialias=True)
+        return {"full": full, "half": half.contiguous(), "quarter": quarter.contiguous()}
+
+
+def random_warp() -> Tensor:
+    """A random matrix [2, 3] that takes places in a copy to those in its photo.
+
+    A place is (x, y, 1), with x and y from -1 to 1 between the outer edges of the image. The copy
+    shows the photo turned by up to WARP_DEGREES either way, scaled by a factor of WARP_SCALES (its
+    logarithm is uniform), and shifted by up to WARP_SHIFT of the side along each axis. The numbers
+    are drawn from torch's global generator.
+    """
+    for_angle, for_scale, for_x, for_y = torch.rand(4).tolist()  # each in 0..1
+    angle = math.radians(WARP_DEGREES) * (2 * for_angle - 1)
+    smallest, largest = WARP_SCALES
+    scale = smallest * (largest / smallest) ** for_scale
+    right = 2 * WARP_SHIFT * (2 * for_x - 1)  # sides are 2 long
+    down = 2 * WARP_SHIFT * (2 * for_y - 1)
+
+    # from copy to photo: where the copy shows things larger, places move together
+    cosine = math.cos(angle) / scale
+    sine = math.sin(angle) / scale
+    return torch.tensor([[cosine, -sine, right], [sine, cosine, down]])
+
+
+def warped(image: Tensor, warp: Tensor) -> Tensor:
+    """The copy of an image [3, S, S] uint8 that a warp describes; both have one shape and type.
+
+    What lies outside the photo is mirrored at its border.
+    """
+    places = F.affine_grid(warp[None], [1, *image.shape], align_corners=False)  # [1, S, S, 2]
+    copy = F.grid_sample(
+        image[None].float(), places, padding_mode="reflection", align_corners=False
+    )
+    return copy[0].round().to(torch.uint8)
+
+
+# ---- the order of photos ------------------------------------------------------------------------
+
+
+def steps_of_an_epoch(photos: int, batch_size: int, world: int) -> int:
+    """How many batches each of `world` processes gets in an epoch."""
+    share = math.ceil(photos / world)
+    return math.ceil(share / batch_size)
+
+
+def stream(
+    n: int, batch_size: int, epochs: int, rank: int, world: int, seed: int, skip: int
+) -> Iterator[list[Key]]:
+    """Yield this process's batches of keys, epoch after epoch, each epoch in an order of its own.
+
+    Args:
+        n: how many photos there are. Where they cannot be dealt out evenly, some come twice in an
+            epoch, so that every process has as many batches.
+        epochs: how many there are from the beginning, those before a stop included.
+        rank: the number of this process, of `world`.
+        skip: leave out so many batches at the start, as they were seen before a stop.
+    """
+    # shuffles by default, by seed and epoch
+    sampler = DistributedSampler(range(n), world, rank, seed=seed)
+    steps = steps_of_an_epoch(n, batch_size, world)
+    for epoch in range(skip // steps, epochs):
+        sampler.set_epoch(epoch)
+        keys = [(epoch, index) for index in sampler]
+        for step in range(steps):
+            if epoch * steps + step >= skip:
+                yield keys[step * batch_size : (step + 1) * batch_size]
+
+
+def in_order(photos: Dataset, batch_size: int, rank: int = 0, world: int = 1) -> list[list[Key]]:
+    """This process's batches of keys, each photo once, in the order of the data set."""
+    keys = [(0, index) for index in range(rank, len(photos), world)]
+    return [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def cosine_distance(out: Tensor, target: Tensor) -> Tensor:
+    """Mean over all positions of 1 - cos, of maps [B, C, h, w]."""
+    return 1 - F.cosine_similarity(out, target, dim=1).mean()
+
+
+def loss_between(loss: str, out: Tensor, target: Tensor, centre: Tensor | None) -> Tensor:
+    """One of train_lift.LOSSES between two maps [B, C, h, w].
+
+    Args:
+        loss: cosine, l1 and l2 are the paper's. centred is the cosine after `centre` was subtracted
+            from both sides, both is the sum of the two cosines.
+        centre: the mean feature [C, 1, 1]; only for these two.
+    """
+    if loss == "l1":
+        return F.l1_loss(out, target)
+    if loss == "l2":
+        return F.mse_loss(out, target)
+    if loss == "cosine":
+        return cosine_distance(out, target)
+    centred = cosine_distance(out - centre, target - centre)
+    if loss == "centred":
+        return centred
+    return cosine_distance(out, target) + centred
+
+
+class Matching(nn.Module):
+    """How badly points of photos are found again in their warped copies, by their features alone.
+
+    P cells of each copy are chosen by match_cells. The warp says which point of the photo each of
+    them shows. That point is looked for among the P cells: the loss is the cross-entropy of its own
+    cell, from cosines. This is InfoNCE (van den Oord et al., arXiv 1807.03748) over the places of
+    one image. The mean feature is left in: without it more points are found, and videos suffer.
+
+    Args:
+        grid: (h, w) of the features.
+    """
+
+    def __init__(self, grid: tuple[int, int]):
+        super().__init__()
+        height, width = grid
+        cells = match_cells(height * width)                             # [P]
+        # where their centres lie in a copy, from -1 to 1
+        x = (2 * (cells % width) + 1) / width - 1
+        y = (2 * (cells // width) + 1) / height - 1
+        centres = torch.stack([x, y, torch.ones_like(x)])               # [3, P]
+        # A place beyond the centre of the outermost cell counts as that centre: what
+        # padding_mode="border" does, which Apple's GPUs lack.
+        outermost = torch.tensor([1 - 1 / width, 1 - 1 / height])
+        # as buffers they go to the device once, and no step waits for them
+        self.register_buffer("cells", cells, persistent=False)
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("outermost", outermost, persistent=False)
+
+    def places(self, warp: Tensor) -> Tensor:
+        """Where the cells' centres lie in the photos, from -1 to 1: [B, P, 2]."""
+        # not as a matrix product, which autocast would round to a tenth of a cell
+        places = (warp[:, :, :, None] * self.centres).sum(dim=2)        # [B, 2, P]
+        return places.transpose(1, 2)
+
+    def inside(self, warp: Tensor) -> Tensor:
+        """Which cells show something of their photo: [B, P].
+
+        The others show its mirrored border. They are neither points nor candidates.
+        """
+        return (self.places(warp).abs() <= 1).all(dim=2)
+
+    def forward(self, pairs: Tensor, warp: Tensor) -> Tensor:
+        """The sum of the losses of all points inside their photos, a scalar.
+
+        Args:
+            pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
+            warp: [B, 2, 3], from places in the copy to those in the photo: see random_warp.
+        """
+        paired = pairs.unflatten(0, (-1, 2))                            # [B, 2, C, h, w]
+        photos = paired[:, 0]                                           # [B, C, h, w]
+        copies = paired[:, 1]                                           # [B, C, h, w]
+        in_copy = copies.flatten(2)[:, :, self.cells]                   # [B, C, P]
+
+        inside = self.inside(warp)                                      # [B, P]
+        places = self.places(warp).clamp(-self.outermost, self.outermost)
+        in_photo = F.grid_sample(photos, places[:, None], align_corners=False)
+        in_photo = in_photo.squeeze(2)                                  # [B, C, P]
+
+        points = F.normalize(in_photo, dim=1).transpose(1, 2)           # [B, P, C]
+        cosines = points @ F.normalize(in_copy, dim=1)                  # [B, point, cell]
+        logits = cosines.float() / MATCH_TEMPERATURE
+        logits = logits.masked_fill(~inside[:, None, :], -1e4)
+
+        # point i belongs in cell i, so that its loss is that of the diagonal
+        losses = logits.logsumexp(dim=2) - logits.diagonal(dim1=1, dim2=2)  # [B, P]
+        # a product instead of losses[inside], whose shape a GPU would have to tell first
+        return (losses * inside).sum()
+
+
+def match_cells(count: int) -> Tensor:
+    """MATCH_POINTS of the `count` cells of a grid, or all if they are fewer.
+
+    They are spread at random and always the same. LiFT treats all cells alike, and a warp takes
+    them to other places in each photo, so new ones at each step would teach it nothing more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(count, generator=generator)
+    return shuffled[:MATCH_POINTS]
+
+
+class Objective(nn.Module):
+    """The loss of LiFT over all scales, as a module (LiFT paper, section 3.2).
+
+    Args:
+        loss: see loss_between.
+        centre: the mean feature [C, 1, 1], for the losses that need it.
+        grid: (h, w) of the features at S, where photos come with warped copies (see Matching).
+    """
+
+    def __init__(
+        self,
+        lift: nn.Module,
+        loss: str,
+        centre: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        self.lift = lift
+        self.loss = loss
+        self.register_buffer("centre", centre, persistent=False)
+        self.matching = None
+        if grid is not None:
+            self.matching = Matching(grid)
+
+    def forward(
+        self,
+        images: list[Tensor],
+        feats: list[Tensor],
+        warp: Tensor | None = None,
+        point_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of the losses at S and at S/2, a scalar.
+
+        Args:
+            images: normalised, at S/2 and S/4.
+            feats: the backbone's, at S, S/2 and S/4.
+            warp: [B, 2, 3], where images and features are pairs, see Matching.
+            point_weight: for pairs the weight of a point's loss, a scalar. Matching is not in the
+                paper. It is done on what is made of the features at S/2.
+        """
+        total = 0.0
+        for level, image in enumerate(images):
+            finer = feats[level]                           # [B, C, 2h, 2w]
+            coarser = feats[level + 1]                     # [B, C, h, w]
+            out = self.lift(image, coarser).float()        # [B, C, 2h, 2w]
+            total = total + loss_between(self.loss, out, finer, self.centre)
+            if self.matching is not None and level == 0:
+                total = total + point_weight * self.matching(out, warp)
+        return total
+
+
+# ---- a step -------------------------------------------------------------------------------------
+
+
+def prepare(
+    lift: nn.Module, args, extractor: DenseExtractor, centre: Tensor | None = None
+) -> tuple[nn.Module, Callable]:
+    """Make the model to train of a LiFT module, compiled and distributed as the flags ask.
+
+    Returns:
+        An Objective (or its DistributedDataParallel), and a function that makes the context to call
+        it in: autocast to bfloat16, or none.
+    """
+    torch.backends.cudnn.benchmark = True  # sizes stay the same
+    lift = lift.to(memory_format=torch.channels_last)
+    grid = None
+    if args.match:
+        grid = extractor.grid(args.imsize, args.imsize)
+    model: nn.Module = Objective(lift, args.loss, centre, grid).to(extractor.device)
+    if args.compile:
+        model.compile()
+        # a ViT's blocks share their code: one compilation for all
+        for part in getattr(extractor.model, "blocks", [extractor.model]):
+            part.compile()
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
+
+    # bfloat16 for float16 too: it has the range of float32, and needs no scaling of losses
+    precision: Callable = nullcontext
+    if extractor.dtype != torch.float32:
+        precision = partial(torch.autocast, extractor.device.type, torch.bfloat16)
+    return model, precision
+
+
+def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
+    """The factor of --lr after `step` steps: the product of a warmup and a decay.
+
+    The warmup grows linearly to 1 over `warmup` steps. The decay is 1 with the schedule constant.
+    With cosine it falls as half a cosine from 1 at step 0 to 0 at step `total`.
+    """
+    decay = 1.0
+    if schedule == "cosine":
+        progress = min(step / total, 1)
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+    growth = min(1.0, (step + 1) / (warmup + 1))
+    return decay * growth
+
+
+def match_share(step: int, total: int, end: float) -> float:
+    """The share of --match that counts at `step`: 1 for half of the steps, then linear to `end`."""
+    left = min(1.0, 2 - 2 * step / total)  # 1, and then linear to 0
+    return end + (1 - end) * left
+
+
+def train_step(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    extractor: DenseExtractor,
+    optimizer: torch.optim.Optimizer,
+    precision: Callable = nullcontext,
+    match: float = 0.0,
+) -> tuple[Tensor, list[int]]:
+    """One step of the optimizer. On a GPU nothing here waits for it.
+
+    Args:
+        model: an Objective, or its DistributedDataParallel.
+        batch: of Photos or Cached.
+        precision: makes the context that the model runs in.
+        match: the weight of matching, where photos come with warped copies.
+    Returns:
+        The loss, a scalar tensor, and the indices of photos that could not be read.
+    """
+    images, feats = images_and_features(batch, extractor)
+    warp = None
+    weight = None
+    if "warp" in batch:
+        warp = batch["warp"].to(extractor.device, non_blocking=True)
+        objective = getattr(model, "module", model)
+        weight = point_weight(objective.matching, warp, match)
+    with precision():
+        loss = model(images[1:], feats, warp, weight)  # LiFT needs no image at S
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    broken = [index for index in batch["broken"].tolist() if index >= 0]  # it is on the CPU
+    return loss.detach(), broken
+
+
+def point_weight(matching: Matching, warp: Tensor, match: float) -> Tensor:
+    """The weight of each point, so that their mean over all processes counts `match` times.
+
+    Processes have different numbers of points inside their photos, and their gradients are
+    averaged. So each takes `match` over the mean number.
+    """
+    points = matching.inside(warp).sum().float()
+    if dist.is_initialized():
+        dist.all_reduce(points)
+        points /= dist.get_world_size()
+    return match / points.clamp(min=1)
+
+
+# ---- the mean feature, and what is measured -----------------------------------------------------
+
+
+@torch.no_grad()
+def mean_feature(photos: Dataset, extractor: DenseExtractor) -> Tensor:
+    """The mean of the features at S over up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
+
+    Raises:
+        ValueError: the features are not finite.
+    """
+    keys = [(0, index) for index in spread(range(len(photos)), CENTRE_PHOTOS)]
+    batches = [keys[at : at + 8] for at in range(0, len(keys), 8)]
+
+    total = torch.zeros(extractor.channels, dtype=torch.float64)
+    images = 0
+    for batch in Loader(photos, 0, batches):
+        _, by_level = images_and_features(batch, extractor, levels=1)
+        feats = by_level[0]  # [B, C, h, w]
+        total += feats.mean((2, 3)).cpu().double().sum(0)
+        images += len(feats)  # photos, and their copies if there are any
+    mean = total / images
+    check_finite(mean, extractor.dtype)
+    return mean.float()[:, None, None].to(extractor.device)
+
+
+def scores(
+    lifted: Tensor, lifted_twice: Tensor | None, feats: list[Tensor], centre: Tensor
+) -> dict[str, Tensor]:
+    """Mean cosines of features made from smaller photos with the backbone's own at S.
+
+    Args:
+        lifted: what LiFT made of the features at S/2, [B, C, h, w].
+        lifted_twice: what it made of those at S/4, or None.
+        feats: the backbone's, at S, S/2 and, for `lifted_twice`, S/4.
+        centre: the mean feature [C, 1, 1].
+    Returns:
+        [B] in -1..1 for "lift", "bilinear" and "nearest", made from S/2, and for "lift_twice" and
+        "bilinear_twice", made from S/4. Each is there again with "_centred" behind its name: the
+        cosine after `centre` was subtracted from both sides.
+    """
+    target = feats[0]  # [B, C, h, w], and so is everything in `made`
+    made = {
+        "lift": lifted,
+        "bilinear": double(feats[1]),
+        "nearest": F.interpolate(feats[1], scale_factor=2),
+    }
+    if lifted_twice is not None:
+        made["lift_twice"] = lifted_twice
+        made["bilinear_twice"] = F.interpolate(feats[2], scale_factor=4, mode="bilinear")
+
+    found = {}
+    for name, map_made in made.items():
+        cosines = F.cosine_similarity(map_made, target)                       # [B, h, w]
+        found[name] = cosines.mean((1, 2)).cpu().double()
+        cosines = F.cosine_similarity(map_made - centre, target - centre)
+        found[f"{name}_centred"] = cosines.mean((1, 2)).cpu().double()
+    return found
