@@ -4,15 +4,29 @@
     photo = fit(photo, patch=16, load_size=224)              # sides are multiples of 16
     coarse, fine = pca_rgb([feats, dense])                   # [C, h, w] each -> uint8 [h, w, 3]
 
+How pixels become 8-bit RGB:
+- Transparent pixels lie on white, as every viewer shows them.
+- Of an animation, a document of pages or a pair of pictures the first one counts.
+- Whole numbers of more than 8 bits: white is the largest number of 8, 10, 12, 14 or 16 bits, the
+  fewest that hold the largest value in the file. So a camera's 12 bits in a file of 16 are not
+  nearly black.
+- Floating point numbers within 0..1 are shares of white.
+- All other numbers (floats of any other range, negative ones, more than 16 bits) are stretched:
+  their lowest thousandth becomes black, their highest white.
+
 Notation: C channels, H W image pixels, h w the grid of a map.
 """
 
 import glob
+import mmap
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +34,57 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 
+from command import note
+
+Name = TypeVar("Name", str, Path)
+
 # suffixes of the files that count as images in a folder or pattern
 IMAGES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".bmp", ".gif", ".tif", ".tiff",
-    ".webp", ".avif", ".ppm", ".pgm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".png", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
 }  # fmt: skip
+
+# the library for what phones write, where it is installed
+HEIC = {".heic", ".heif", ".hif"}
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    IMAGES |= HEIC
+
+# cameras' own files; in some of them Pillow finds nothing but a thumbnail
+RAW = {
+    ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf",
+    ".pef", ".srw", ".3fr", ".iiq", ".raw", ".rwl", ".x3f",
+}  # fmt: skip
+
+# suffixes of other files that somebody may take for photos
+NOT_READ = HEIC | RAW | {
+    ".jxl", ".jxr", ".wdp", ".ico", ".icns", ".pcx", ".psd", ".psb", ".xcf", ".svg", ".svgz",
+    ".eps", ".exr", ".hdr", ".dds", ".dcm", ".fits", ".pdf", ".mp4", ".mov", ".m4v", ".avi",
+    ".mkv", ".webm",
+}  # fmt: skip
+
+MOVIE = ("a movie", "take its frames, as with ffmpeg -i MOVIE frames/%05d.png")
+HEIC_PHOTO = ("an HEIC photo", "pip install pillow-heif, or convert it to JPEG")
+
+# what files are that are not photos, by how they begin (at a byte), and what to do with them
+SIGNS = (
+    (0, b"%PDF", ("a PDF document", "render its pages, as with pdftoppm -png")),
+    (4, b"ftyphe", HEIC_PHOTO),
+    (4, b"ftypmif1", HEIC_PHOTO),
+    (4, b"ftyp", MOVIE),
+    (8, b"AVI ", MOVIE),
+    (0, b"\x1aE\xdf\xa3", MOVIE),
+    (0, b"\xff\x0a", ("a JPEG XL photo", "convert it, as with djxl")),
+    (4, b"JXL ", ("a JPEG XL photo", "convert it, as with djxl")),
+    (0, b"\x93NUMPY", ("a NumPy array", "save it as PNG")),
+    (0, b"PK\x03\x04", ("a zip archive", "unpack it")),
+    (0, b"version https://git-lfs", ("a pointer of Git LFS", "run git lfs pull")),
+)
+
+OURS = ("alternatives", "iterations", "pca", "attn", "mask", "pred")  # see `ours`
+LONGEST = 32  # times the shorter side: a picture of 5000x20 pixels is a strip, not a photo
 
 # Pillow warns of large images, and refuses those of twice that size: the refusal is enough
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -34,66 +94,146 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path: str | Path, upright: bool = True) -> Image.Image:
-    """Read any image file as an RGB PIL image; 16-bit greys are scaled to 8 bits.
+    """Read any image file as an 8-bit RGB PIL image (see the top of this file).
 
     Args:
         upright: turn the photo as its EXIF orientation says. Annotations count the pixels as they
             are stored: pass False for a data set.
     Raises:
-        FileNotFoundError, ValueError: in one line that names the file, for a missing, damaged or
-            over-large one.
+        FileNotFoundError, ValueError: in one line that names the file and what it is, for one that
+            is missing, damaged, over-large or not a photo.
     """
+    check_path(path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no image at {path}: correct the path")
+        what = "a folder, not an image," if Path(path).is_dir() else "no image"
+        raise FileNotFoundError(f"there is {what} at {path}: correct the path")
+    if Path(path).suffix.lower() in RAW:
+        raise ValueError(f"{path} is a camera's raw file: export it as JPEG or TIFF")
     try:
         with Image.open(path) as image:
+            stored = all_bits(image, path)
             if upright:
-                return rgb(ImageOps.exif_transpose(image))
-            stored = rgb(image)
-            stored.info.clear()  # else as_photo would find EXIF's orientation, and turn it
-            return stored
+                return rgb(ImageOps.exif_transpose(stored), path)
+            pixels = rgb(stored, path)
+            pixels.info.clear()  # else as_photo would find EXIF's orientation, and turn it
+            return pixels
     except Image.DecompressionBombError as error:
         what = f"{path} is too large to be read safely ({error})"
         raise ValueError(f"{what}: make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
-        reason = str(error) or type(error).__name__
-        what = f"{path} is not a readable image ({reason})"
-        raise ValueError(f"{what}: replace or remove it") from error
+        kind, remedy = what_it_is(Path(path))
+        if not kind:
+            reason = str(error) or type(error).__name__
+            kind, remedy = f"not a readable image ({reason})", "replace or remove it"
+        raise ValueError(f"{path} is {kind}: {remedy}") from error
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB."""
+def check_path(path: str | Path) -> None:
+    """Raise ValueError for an empty path, which would mean the current folder, and for a URL."""
+    if not str(path).strip():
+        raise ValueError("the path of the photos is empty (an unset variable?): pass a path")
+    if re.match(r"[a-z]{2,}://", str(path)):
+        raise ValueError(f"{path} is a URL: download the photo, and pass the file")
+
+
+def what_it_is(path: Path) -> tuple[str, str]:
+    """What a file is that Pillow cannot read, and what to do: ("", "") for what nobody knows."""
+    with path.open("rb") as file:
+        begin = file.read(512)
+    if not begin:
+        return "an empty file", "replace or remove it"
+    for at, sign, known in SIGNS:
+        if begin[at:].startswith(sign):
+            return known
+    text = begin.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "a web page", "download the photo itself"
+    if text.startswith((b"<svg", b"<?xml")):
+        return "an SVG drawing, or other XML", "export it as PNG"
+    return "", ""
+
+
+def rgb(image: Image.Image, name: str | Path = "an image") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB; `name` is for the note on its range."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = eight_bits(image)
+        values = np.asarray(image, dtype=np.float32)
+        grey = Image.fromarray(eight_bits(values, image.mode == "F", name))
+        return grey.convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
     return image.convert("RGB")
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits as one of 8; Pillow itself would clip it at 255.
+def all_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """An opened file; colours of 9 to 14 bits in 16 as those of 8, as Pillow does not read them.
 
-    Floating point values that are all in 0..1 are taken for shares of white.
+    Pillow keeps the upper 8 of 16 bits, which is right only if all 16 are used.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    if image.mode == "F" and values.max(initial=0) <= 1:
-        values *= 255
-    if values.max(initial=0) > 255:
-        values /= 257  # 65535 becomes 255
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    if not deep or image.mode not in ("RGB", "RGBA", "LA"):
+        return image
+    import cv2
+
+    pixels: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # [H, W, BGR(A)]
+    if pixels is None or pixels.shape[:2] != image.size[::-1] or pixels[..., :3].max() >= 2**14:
+        return image
+    channels = [eight_bits(pixels[..., 2::-1].astype(np.float32), False, path)]
+    if pixels.shape[2] == 4:
+        channels.append(eight_bits(pixels[..., 3:].astype(np.float32), False, path))
+    colours = Image.fromarray(np.concatenate(channels, axis=2))
+    colours.info["exif"] = image.getexif().tobytes()
+    return colours
 
 
-def as_photo(image: Any) -> Image.Image:
+def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarray:
+    """Numbers of any range as uint8, by the rule at the top of this file."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return np.zeros(values.shape, np.uint8)
+    black, white = 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    whole = not floating and low >= 0 and high < 2**16
+    if whole:
+        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+    elif not floating or low < 0 or high > 1:
+        black, white = (float(value) for value in np.percentile(known, (0.1, 99.9)))
+    if not (floating and white == 1):
+        range_of_file = f"{name} has values from {low:g} to {high:g}"
+        note_once(f"{range_of_file}, and {black:g} is read as black, {white:g} as white")
+
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    shares = (values - black) / max(white - black, 1e-12)
+    return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
+
+
+TOLD = mmap.mmap(-1, 1)  # a byte that worker processes share, so that a run has one such note
+
+
+def note_once(text: str) -> None:
+    """Tell the first such thing of a run; there may be thousands."""
+    if TOLD[0] == 0:
+        TOLD[0] = 1
+        note(f"{text}; other such files are read by the same rule")
+
+
+def as_photo(image: Any, upright: bool = True) -> Image.Image:
     """An RGB PIL image of a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path; a PIL image, which is turned as its EXIF says; an array [H, W, 3] uint8; or a
-            tensor [3, H, W] or [1, 3, H, W], uint8 or floating point in 0..1.
+        image: a path; a PIL image; an array [H, W, 3] uint8; or a tensor [3, H, W] or [1, 3, H, W],
+            uint8 or floating point in 0..1.
+        upright: turn a photo as its EXIF says.
     Raises:
         FileNotFoundError, ValueError: for what is none of these.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, upright)
     if isinstance(image, Image.Image):
-        return rgb(ImageOps.exif_transpose(image))
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        return rgb(image)
     if isinstance(image, torch.Tensor):
         return tensor_photo(image)
     array = np.asarray(image)
@@ -123,23 +263,83 @@ def list_images(path: str | Path) -> list[Path]:
     Folders behind links are searched, each once. Hidden files and folders are left out.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; says what is there instead.
     """
+    check_path(path)
     if Path(path).is_file():
         return [Path(path)]
+    files = files_at(path)
+    images = {file for file in files if file.suffix.lower() in IMAGES and file.is_file()}
+    if images:
+        return sorted_naturally(images)
+    found = counted(Counter(map(looks_like_a_photo, files)))
+    if found:
+        found = f", but {found}"
+    elif not Path(path).exists() and not glob.has_magic(str(path)):
+        found = ", which does not exist"
+    remedy = "pass an image, a folder of images or a quoted pattern"
+    raise ValueError(f"there are no images at {path}{found}: {remedy}")
+
+
+def files_at(path: str | Path) -> list[Path]:
+    """Whatever lies below a folder or matches a pattern, but for hidden files."""
     if Path(path).is_dir():
         found = walk(Path(path))
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = [Path(name) for name in set(glob.glob(str(path), recursive=True))]
+    return [file for file in found if not file.name.startswith(".")]
 
-    images = set()  # a pattern may find a file twice
-    for file in found:
-        if file.suffix.lower() in IMAGES and not file.name.startswith(".") and file.is_file():
-            images.add(file)
-    if not images:
-        remedy = "pass an image, a folder of images or a quoted pattern"
-        raise ValueError(f"no images at {path}: {remedy}")
-    return sorted(images)
+
+def note_left_out(path: str | Path) -> None:
+    """Tell in one line which files look like photos and were left out by list_images, if any.
+
+    A script calls this at its end.
+    """
+    if Path(path).is_file():
+        return
+    others = counted(Counter(map(looks_like_a_photo, files_at(path))))
+    if others:
+        remedy = "convert them to JPEG (magick mogrify -format jpg FILES), or correct their suffix"
+        if any(suffix in others for suffix in HEIC):
+            remedy = f"pip install pillow-heif for HEIC, {remedy}"
+        note(f"left out for their format: {others}: {remedy}")
+
+
+def looks_like_a_photo(file: Path) -> str:
+    """The suffix of a file that is not read but may be a photo; "" for all others."""
+    suffix = file.suffix.lower()
+    if suffix in IMAGES:
+        return ""
+    if suffix in NOT_READ:
+        return suffix
+    if suffix.startswith(tuple(IMAGES)):  # .jpg_large, or a blank at the end
+        return repr(suffix)
+    if not suffix:
+        with suppress(OSError), file.open("rb") as opened:
+            if opened.read(3) in (b"\xff\xd8\xff", b"\x89PN"):
+                return "without a suffix"
+    return ""
+
+
+def counted(suffixes: Counter[str]) -> str:
+    """Counts of suffixes as text: 3 .heic, 1 .jxl."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix)
+
+
+def sorted_naturally(names: Iterable[Name]) -> list[Name]:
+    """Names or paths in order; numbers in them count as numbers, so 2.jpg comes before 10.jpg."""
+
+    def key(name: Name) -> tuple[list[str], str]:
+        parts = [re.sub(r"\d+", lambda run: run[0].zfill(32), part) for part in Path(name).parts]
+        return parts, str(name)  # 1.jpg and 01.jpg: the same number
+
+    return sorted(names, key=key)
+
+
+def ours(path: str | Path) -> bool:
+    """Whether a file has the name of a picture that one of our scripts wrote: cat.jpg_pca.png."""
+    photo, _, kind = Path(path).stem.rpartition("_")
+    return kind in OURS and Path(path).suffix == ".png" and Path(photo).suffix.lower() in IMAGES
 
 
 def walk(root: Path) -> list[Path]:
@@ -184,6 +384,11 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 # ---- fitting ------------------------------------------------------------------------------------
+
+
+def is_strip(width: int, height: int) -> bool:
+    """Whether a picture is so long that its resized version would be huge."""
+    return max(width, height) > LONGEST * min(width, height)
 
 
 def fitted_size(
@@ -287,23 +492,28 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
 def is_typical(unit: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A mask [h*w] of the unit cells [h*w, C]: False for outlying cells in a corner.
 
-    A corner is a fourteenth of each side, which is one cell for 224 pixels and a patch of 16. A
-    cell is outlying if its cosine to the mean cell is far below the median: by more than five times
-    the median absolute deviation.
+    A cell is outlying if its cosine to the mean cell is far below the median: by more than five
+    times the median absolute deviation.
     """
     similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [h*w]
     median = similarity.median()
     deviation = (similarity - median).abs().median()
     far = similarity < median - 5 * deviation
+    return ~(far & corner_cells(height, width).flatten())
 
+
+def corner_cells(height: int, width: int) -> torch.Tensor:
+    """Which cells of a grid lie in its corners, which stand apart in many ViTs: a mask [h, w].
+
+    A corner is a fourteenth of each side, which is one cell for 224 pixels and a patch of 16.
+    """
     rows = torch.arange(height)
     columns = torch.arange(width)
     high = max(1, round(height / 14))
     wide = max(1, round(width / 14))
     at_top_or_bottom = (rows < high) | (rows >= height - high)
     at_a_side = (columns < wide) | (columns >= width - wide)
-    in_corner = at_top_or_bottom[:, None] & at_a_side[None, :]  # [h, w]
-    return ~(far & in_corner.flatten())
+    return at_top_or_bottom[:, None] & at_a_side[None, :]
 
 
 def titled_sheet(panels: list[tuple[str, Image.Image]], height: int = 336) -> Image.Image:

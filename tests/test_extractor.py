@@ -22,21 +22,24 @@ from plain_extract import plain_features, plain_log_bin, plain_map
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+import backbones
 import extractor as extractor_module
+from backbones import (
+    BACKBONES,
+    build_backbone,
+    load_backbone_file,
+    pick_device,
+    resolve,
+)
 from command import FACETS, Command, add_backbone_args
 from extractor import (
-    BACKBONES,
     ViTExtractor,
     attention,
-    build_backbone,
     build_extractor,
     interpolate_positions,
     join_heads,
-    load_backbone_file,
     log_bin,
-    pick_device,
     project,
-    resolve,
 )
 from lift import LiFT, map_to_tokens, upsample
 
@@ -75,7 +78,7 @@ def golden_descriptors(vit, images, facts):
     if what == "cls":
         return vit.extract_descriptors(images, include_cls=True)[0]
     if facts.get("lift"):
-        lift = LiFT(vit.width, vit.patch).eval()
+        lift = LiFT(vit.channels, vit.patch).eval()
         lift.load_state_dict(rule_state(lift))
         with torch.no_grad():
             return map_to_tokens(upsample(lift, images, vit(images), facts.get("iters", 1)))
@@ -108,17 +111,17 @@ def test_golden(shared, golden_vits, case):
 SIZES = [((160, 160), 16), ((96, 160), 16), ((64, 48), 8), ((48, 48), 4)]
 
 
-@pytest.mark.parametrize("facet", FACETS)
+@pytest.mark.parametrize("facet", [facet for facet in FACETS if facet != "token_norm"])
 @pytest.mark.parametrize("size, stride", SIZES)
 def test_equals_the_whole_forward(small, facet, size, stride, monkeypatch):
     # the slow version reads positions as DINO's code does, which is for rows of BACKBONES
-    monkeypatch.setitem(BACKBONES, SMALL, resolve(SMALL))
+    monkeypatch.setitem(BACKBONES, SMALL, resolve(SMALL)._replace(positions="dino"))
     images = torch.cat([rule_image(*size, seed) for seed in (1, 2)])
     for layer in (0, 5):
         vit = extractor(small, layer=layer, facet=facet, stride=stride)
         slow = plain_map(small, images, layer, facet, stride)
         assert_near(vit(images), slow)
-        assert vit.width == (None if facet == "attn" else slow.shape[1])
+        assert vit.channels == (None if facet == "attn" else slow.shape[1])
         tokens = vit.extract_descriptors(images, include_cls=True)[:, 0]
         slow_tokens = plain_features(small, images, layer, facet, stride)  # CLS first
         assert_near(tokens, join_heads(slow_tokens))
@@ -338,7 +341,7 @@ def test_any_vit_equals_timm(name):
     vit.facet = "key"
     p = vit.patch
     assert vit.grid(3 * p, 5 * p) == (3, 5)
-    assert vit(torch.randn(1, 3, 3 * p, 5 * p)).shape == (1, vit.width, 3, 5)
+    assert vit(torch.randn(1, 3, 3 * p, 5 * p)).shape == (1, vit.channels, 3, 5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -716,7 +719,7 @@ def test_ones_own_backbone(import_path):
     )
     images = torch.randn(2, 3, 32, 48)
     assert maps(images).shape == (2, 5, 4, 6)
-    assert (maps.patch, maps.width, maps.layer) == (8, 5, None)
+    assert (maps.patch, maps.channels, maps.layer) == (8, 5, None)
     assert tokens(images).shape == (2, 7, 4, 6)
     assert tokens.mean == (0.4, 0.5, 0.6)  # numbers, which JSON can hold
     assert not tokens.mean_rgb.requires_grad

@@ -1,0 +1,491 @@
+"""Frozen networks: their names, their weights in every published format, and devices.
+
+    model = build_backbone("dino_vits16")                         # timm's ViT, without head
+    model = build_backbone("dinov2_vits14", "dinov2_vits14_pretrain.pth")
+
+Backbones come from timm. A weight file may have timm's names of the tensors, or those of DINO,
+Meta's DINOv2 and DINOv3, Hugging Face's transformers, MAE or MoCo v3, and may be a training's
+checkpoint around them (see `load_backbone_file`).
+"""
+
+import argparse
+import importlib
+import inspect
+import math
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from command import PRECISIONS, note
+from files import first_line, load_tensors
+
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of red, green and blue
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Backbone(NamedTuple):
+    """A named backbone."""
+
+    tag: str  # timm's full name: a name without a tag changes its weights between releases
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]]
+    file: str | None = None  # weights in this repository
+    positions: str = "dino"  # how they are resampled for other grids: as "dino" or "timm" does it
+
+
+BACKBONES = {
+    "dino_vits16": Backbone("vit_small_patch16_224.dino", IMAGENET),
+    "dino_vits8": Backbone("vit_small_patch8_224.dino", IMAGENET),
+    "dino_vitb16": Backbone("vit_base_patch16_224.dino", IMAGENET),
+    "dino_vitb8": Backbone("vit_base_patch8_224.dino", IMAGENET),
+    "vit_tiny_patch16_224": Backbone("vit_tiny_patch16_224.augreg_in21k_ft_in1k", HALF),
+    "vit_small_patch16_224": Backbone("vit_small_patch16_224.augreg_in21k_ft_in1k", HALF),
+    "vit_base_patch16_224": Backbone("vit_base_patch16_224.augreg2_in21k_ft_in1k", HALF),
+    "vit_base_patch8_224": Backbone("vit_base_patch8_224.augreg2_in21k_ft_in1k", HALF),
+    "vit_mini16": Backbone("vit_tiny_patch16_224", HALF, "pretrained/vit_mini16.safetensors"),
+    "dinov2_vits14": Backbone("vit_small_patch14_dinov2.lvd142m", IMAGENET, None, "timm"),
+    "dinov2_vitb14": Backbone("vit_base_patch14_dinov2.lvd142m", IMAGENET, None, "timm"),
+    "dinov2_vits14_reg": Backbone("vit_small_patch14_reg4_dinov2.lvd142m", IMAGENET, None, "timm"),
+    "dinov2_vitb14_reg": Backbone("vit_base_patch14_reg4_dinov2.lvd142m", IMAGENET, None, "timm"),
+}
+
+
+def resolve(name: str) -> Backbone:
+    """The row of BACKBONES of this name, or one made for any other model of timm.
+
+    Raises:
+        ValueError: neither knows the name.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if name == "vit_small_patch8_224":
+        instead = "take dino_vits8 or vit_base_patch8_224"
+        raise ValueError(f"there are no supervised weights of vit_small_patch8_224: {instead}")
+
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"unknown model {name}: pass one of {known}, or the name of a ViT in timm")
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "another model"
+        raise ValueError(f"timm has no weights {name}: pass {known}") from error
+    if cfg is None:
+        known = "a ViT of timm.list_pretrained('vit_*')"
+        raise ValueError(f"timm has no weights of {name}: pass {known}")
+
+    tag = name
+    if cfg.tag:
+        tag = f"{cfg.architecture}.{cfg.tag}"
+    for row in BACKBONES.values():
+        if row.tag == tag and row.file is None:
+            return row
+    return Backbone(tag, (tuple(cfg.mean), tuple(cfg.std)), positions="timm")
+
+
+# ---- weight files -------------------------------------------------------------------------------
+
+# modules that wrap another one add their name to those of all tensors inside
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# how the weights of the patch embedding end; what stands before them is a training's own prefix
+EMBEDDINGS = (
+    "patch_embed.proj.weight",                        # timm, DINO, Meta, MAE, MoCo v3
+    "embeddings.patch_embeddings.projection.weight",  # transformers' ViT, DINOv2, MAE
+    "embeddings.patch_embeddings.weight",             # transformers' DINOv3
+)
+
+# formats by a name that only they have; the first that is found counts
+FORMATS = (
+    (r"embeddings\.patch_embeddings\.weight$", "transformers' DINOv3"),
+    (r"layer\.0\.layer_scale1\.", "transformers' DINOv2"),
+    (r"embeddings\.patch_embeddings\.projection\.", "transformers' ViT"),
+    (r"storage_tokens$", "Meta's DINOv3"),
+    (r"decoder_embed\.", "MAE"),
+    (r"register_tokens$|mask_token$", "Meta's DINOv2"),
+    (r"base_encoder\.", "MoCo v3"),
+    (r"patch_embed\.proj\.", "timm's names"),
+)
+
+# names of Hugging Face's transformers -> those of timm and Meta; q, k and v are joined afterwards
+TRANSFORMERS = (
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^(encoder\.|model\.)?layer\.", "blocks."),
+    (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.(intermediate\.dense|mlp\.up_proj)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+)
+
+# what a backbone has no use for: heads, decoders, and positions that are computed
+DROPPED = (
+    "head.", "head_dist.", "classifier.", "pooler.", "decoder", "rope_embed.", "projectors.",
+    "local_cls_norm.",
+)  # fmt: skip
+
+
+def load_backbone_file(
+    model: nn.Module, path: str | Path, name: str = "the backbone", ema: bool = False
+) -> None:
+    """Fill a timm ViT from a weight file, strictly.
+
+    Heads are dropped. Positions of another grid are resampled, with a note.
+
+    Args:
+        name: of the model, for messages.
+        ema: take the moving average that timm's training script keeps beside the weights.
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or damaged, or does not fit the model;
+            the message names the format that was recognised and what is missing.
+    """
+    loaded = load_tensors(path, "correct --backbone_path", "pass a .pth or .safetensors file")
+    tensors = flatten(loaded)
+    form = recognise(tensors)
+    state = translate(of_one_network(tensors, path, ema), model)
+    wanted = model.state_dict()
+
+    # timm's filter would resample kernels of another patch, and say nothing
+    key = "patch_embed.proj.weight"
+    fits = key in state and key in wanted and state[key].shape[2:] == wanted[key].shape[2:]
+    if fits and "pos_embed" in state and "pos_embed" in wanted:
+        state["pos_embed"] = fit_positions(state, model, path)
+    if fits or key not in state:
+        module = sys.modules[type(model).__module__]
+        state = getattr(module, "checkpoint_filter_fn", keep)(state, model)
+    state.pop("mask_token", None)
+
+    wrong = misfit(state, wanted)
+    if wrong:
+        remedy = "pass the --model_type it belongs to"
+        raise ValueError(f"{path}, read as {form}, does not fit {name}, {wrong}: {remedy}")
+    if not all(state[key].isfinite().all() for key in wanted):
+        raise ValueError(f"{path} holds NaN or infinite weights: restore it or pass another file")
+    model.load_state_dict(state)
+
+
+def keep(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The filter of a model whose module has none."""
+    return state
+
+
+def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a checkpoint's nested dicts, under dotted names without those of wrappers."""
+    tensors = {}
+    for key, value in state.items():
+        parts = [part for part in str(key).split(".") if part not in WRAPPERS]
+        name = prefix + ".".join(parts)
+        if isinstance(value, dict):
+            tensors.update(flatten(value, f"{name}."))
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+    return tensors
+
+
+def recognise(names: Iterable[str]) -> str:
+    """The format of a checkpoint, in words."""
+    for pattern, form in FORMATS:
+        if any(re.search(pattern, name) for name in names):
+            return form
+    return "an unknown format"
+
+
+def of_one_network(
+    tensors: dict[str, Tensor], path: str | Path, ema: bool
+) -> dict[str, Tensor]:
+    """The tensors of the one backbone in a checkpoint, without its prefix and without heads.
+
+    Of several networks the teacher is taken, not its student; of MoCo's two the base encoder; a
+    moving average only with `ema`.
+    """
+    prefixes = set()
+    for name in tensors:
+        for ending in EMBEDDINGS:
+            if name.endswith(ending):
+                prefixes.add(name.removesuffix(ending))
+
+    averages = {prefix for prefix in prefixes if re.search(r"(^|[._])ema[._]", prefix)}
+    if ema and not averages:
+        raise ValueError(f"{path} holds no moving average (EMA): leave --ema out")
+    choices = averages if ema else prefixes - averages or averages
+    prefix = ""
+    if choices:
+        prefix = min(sorted(choices), key=lambda name: ("student" in name, "momentum" in name))
+
+    state = {}
+    for name, value in tensors.items():
+        own = name.removeprefix(prefix)
+        if name.startswith(prefix) and not own.startswith(DROPPED):
+            state[own] = value
+    return state
+
+
+def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state under transformers' or Meta's names, so that timm's own filter can read it."""
+    if any(name.startswith("embeddings.") for name in state):
+        state = from_transformers(state)
+
+    translated = {}
+    for name, value in state.items():
+        # DINOv2's training saves chunks of blocks: blocks.CHUNK.BLOCK.
+        translated[re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)] = value
+    if "register_tokens" in state:
+        translated.setdefault("mask_token", torch.zeros(1))  # by this timm knows DINOv2
+
+    # the query and value biases of most DINOv3 are 0, and timm has models without them
+    has_biases = any(name.endswith("q_bias") for name in model.state_dict())
+    if "storage_tokens" in state and not has_biases:
+        for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+            query, _, value = state[name].chunk(3)
+            if not query.any() and not value.any():
+                del translated[name]
+    return translated
+
+
+def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state under the names of Hugging Face's transformers -> under Meta's."""
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    if "pos_embed" not in renamed and "register_tokens" in renamed:
+        renamed["storage_tokens"] = renamed.pop("register_tokens")  # DINOv3
+
+    joined = {}
+    for name, value in renamed.items():
+        query = re.fullmatch(r"(.+\.attn\.)q\.(weight|bias)", name)
+        if query:
+            start, end = query.groups()
+            key = renamed.get(f"{start}k.{end}", torch.zeros_like(value))  # DINOv3: no key bias
+            joined[f"{start}qkv.{end}"] = torch.cat([value, key, renamed[f"{start}v.{end}"]])
+        elif not re.search(r"\.attn\.[kv]\.", name):
+            joined[name] = value
+    return joined
+
+
+def fit_positions(state: dict[str, Tensor], model: Any, path: str | Path) -> Tensor:
+    """The positions of a state [1, n, D], resampled to the model's grid where theirs differs."""
+    table = state["pos_embed"]
+    before = model.num_prefix_tokens
+    if getattr(model, "no_embed_class", False):
+        before = 0
+    if "register_tokens" in state:
+        before = 1  # Meta's table has a row for CLS, which timm adds to the token itself
+    there = native_grid(table[0, before:])
+    wanted = tuple(model.patch_embed.grid_size)
+    if there == wanted or table.shape[2] != model.pos_embed.shape[2]:
+        return table
+    sizes = f"{there[0]}x{there[1]} positions of {path} are resampled to {wanted[0]}x{wanted[1]}"
+    note(f"the {sizes}, the model's own grid")
+    return resample_abs_pos_embed(table, list(wanted), list(there), num_prefix_tokens=before)
+
+
+def native_grid(table: Tensor) -> tuple[int, int]:
+    """The grid (h, w) of learned positions [h*w, D].
+
+    If it is no square, its width is the one at which cells above each other are most alike.
+    """
+    cells = len(table)
+    side = math.isqrt(cells)
+    if side * side == cells:
+        return side, side
+    widths = [n for n in range(2, cells // 2 + 1) if cells % n == 0]
+    if not widths:
+        return 1, cells
+
+    def likeness(width: int) -> float:
+        return float(F.cosine_similarity(table[width:], table[:-width], dim=1).mean())
+
+    width = max(widths, key=likeness)
+    return cells // width, width
+
+
+def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What keeps a state from being loaded into a model, in words; "" for nothing."""
+    shapes = []
+    for key, value in wanted.items():
+        if key in state and state[key].shape != value.shape:
+            given = tuple(state[key].shape)
+            shapes.append(f"{key} {given} where {tuple(value.shape)} is wanted")
+    found = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "surplus": sorted(state.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+    wrong = []
+    for what, keys in found.items():
+        if keys:
+            examples = ", ".join(keys[:3])
+            if len(keys) > 3:
+                examples += ", ..."
+            wrong.append(f"{len(keys)} {what} ({examples})")
+    return "; ".join(wrong)
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+def hub_answers() -> bool:
+    """Whether timm's model hub can be reached.
+
+    The hub's own client tries for most of a minute before it says so.
+    """
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if hub.scheme in getproxies() or "all" in getproxies():
+        return True  # the client goes through the proxy: a direct connection tells nothing
+    port = hub.port or {"http": 80, "https": 443}[hub.scheme]
+    try:
+        socket.create_connection((str(hub.hostname), port), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def download_backbone(tag: str) -> nn.Module:
+    """timm's ViT with its weights, from the hub's cache or by download; timm shows the progress.
+
+    Raises:
+        ValueError: neither is possible; names the file to fetch.
+    """
+    cfg: Any = timm.get_pretrained_cfg(tag)
+    if not cfg.has_weights:
+        raise ValueError(f"timm has no weights of {tag}: pass --backbone_path FILE")
+    constants = huggingface_hub.constants
+    offline = constants.HF_HUB_OFFLINE  # the user's own setting, put back for a later try
+    try:
+        constants.HF_HUB_OFFLINE = offline or not hub_answers()
+        return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # of a model that is not built this way: for build_backbone to explain
+        raise
+    except Exception as error:  # the hub's client, the network and the disk each raise their own
+        raise ValueError(
+            f"cannot download {tag} ({first_line(error)}): fetch model.safetensors from "
+            f"https://huggingface.co/timm/{tag} where there is a network, and pass "
+            "--backbone_path FILE"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def build_backbone(
+    name: str, backbone_path: str | Path | None = None, ema: bool = False
+) -> nn.Module:
+    """The timm ViT of a name, without head.
+
+    Its weights come from `backbone_path`, else from this repository, else by timm's download.
+
+    Args:
+        ema: take the moving average of a timm checkpoint.
+    Raises:
+        ValueError: the name is not known or not that of a ViT, or its weights cannot be had.
+        FileNotFoundError: there is no such file.
+    """
+    row = resolve(name)
+    path = backbone_path
+    if path is None and row.file:
+        path = Path(__file__).parent / row.file
+    try:
+        if path is None:
+            return download_backbone(row.tag)
+        model = timm.create_model(row.tag, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        what = f"{name} is not a plain ViT that takes images of any size"
+        raise ValueError(f"{what}: pass a ViT of timm") from error
+    load_backbone_file(model, path, name, ema)
+    return model
+
+
+def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extractor") -> Any:
+    """What somebody's `module:function` returns; it gets the flags if it takes an argument.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:  # the module is looked for beside the user, too
+        sys.path.append(os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        remedy = f"pass {flag} module:function"
+        raise ValueError(f"no function {name} ({error}): {remedy}") from error
+    if inspect.signature(build).parameters:
+        return build(args)
+    return build()
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+
+def pick_device(device: str | torch.device | None, dtype: str = "float32") -> torch.device:
+    """The torch.device of auto, cpu, cuda, cuda:N or mps; under torchrun, cuda is this process's.
+
+    Raises:
+        ValueError: it is not there, cannot multiply in `dtype`, or there is no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(DTYPES)}")
+    if device in (None, "auto"):
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        chosen = torch.device(str(device))
+    except RuntimeError as error:
+        known = "pass auto, cpu, cuda, cuda:N or mps"
+        raise ValueError(f"unknown device {device}: {known}") from error
+    try:
+        # some devices hold a dtype but cannot multiply in it, so try a product
+        one = torch.ones(1, 1, device=chosen, dtype=DTYPES[dtype])
+        (one @ one).item()
+        return chosen
+    except (RuntimeError, AssertionError, TypeError) as error:
+        what = f"device {device} cannot compute in {dtype} here ({first_line(error)})"
+        raise ValueError(f"{what}: pass --device cpu --dtype float32") from error
+
+
+def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> torch.device:
+    """The device that is asked for, or `auto` with a note if it is cuda and there is no GPU.
+
+    Code of earlier releases asks for cuda on every machine.
+    """
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        chosen = pick_device("auto", dtype)
+        note(f"there is no GPU here for device={str(device)!r}, running on {chosen}")
+        return chosen
+    return pick_device(device, dtype)
+
+
+def use_full_float32() -> None:
+    """Let float32 mean float32 on CUDA.
+
+    Without this, torch runs convolutions in TF32, whose mantissa has 10 bits instead of 23.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
