@@ -521,7 +521,8 @@ def main(args: argparse.Namespace) -> None:
         total = score_maps(Path(args.score_only), photos, len(data.classes))
     else:
         features = build_features(args)
-        features.check_size(*photos.size, "--size" if args.size else "--imsize")
+        height, width = photos.size
+        features.check_size(height, width, "--size" if args.size else "--imsize")
         facts = features.facts()
         results = None
         if args.output_dir:

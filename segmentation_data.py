@@ -180,9 +180,10 @@ def choose_data(
         data = data._replace(classes=[f"class {label}" for label in labels], labels=labels)
         if void is not None:
             data = data._replace(void=void)
-        highest = max(classes - 1, *data.void, 0)
-        if highest >= LABELS or min(data.void, default=0) < 0:
-            raise ValueError(f"labels are 0 to {LABELS - 1}: correct --classes or --ignore")
+        extremes = (min(data.void, default=0), max(data.void, default=0))
+        if classes > LABELS // 2 or extremes[0] < 0 or extremes[1] >= LABELS:
+            what = f"--classes goes up to {LABELS // 2}, and labels to --ignore are 0 to"
+            raise ValueError(f"{what} {LABELS - 1}: correct them")
     elif classes is not None or void is not None:
         what = f"{name} has its own classes"
         raise ValueError(f"{what}: leave out --classes and --ignore, which are for folder")
@@ -198,7 +199,7 @@ def choose_data(
 
 def class_table(data: DataSet) -> np.ndarray:
     """The class of every label: 0 to K - 1, IGNORED or UNKNOWN. [LABELS]"""
-    table = np.full(LABELS, UNKNOWN, np.int32)
+    table = np.full(LABELS, UNKNOWN, np.int16)
     table[data.labels] = np.arange(len(data.labels))
     table[data.void] = IGNORED
     return table
@@ -252,7 +253,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def as_classes(labels: np.ndarray, table: np.ndarray, path: Path) -> Tensor:
-    """The classes [H, W] int32 of labels. Raises ValueError for a label that is not in the table.
+    """The classes [H, W] int16 of labels. Raises ValueError for a label that is not in the table.
 
     Args:
         table: see class_table.
@@ -283,7 +284,7 @@ class Photos(Dataset):
     ):
         self.samples = samples
         self.table = table
-        self.size = list(size)
+        self.size = size
         self.squash = squash
 
     def __len__(self) -> int:
@@ -291,10 +292,11 @@ class Photos(Dataset):
 
     def resized(self, picture: Any, how: InterpolationMode) -> Any:
         """A photo, or classes [1, H, W], at the size of the evaluation."""
+        size = list(self.size)
         if self.squash:
-            return resize(picture, self.size, how)
-        shorter = self.size[:1]
-        return center_crop(resize(picture, shorter, how), self.size)
+            return resize(picture, size, how)
+        shorter = size[:1]
+        return center_crop(resize(picture, shorter, how), size)
 
     def full_classes(self, number: int) -> Tensor:
         """The classes of a photo's mask at its own size."""

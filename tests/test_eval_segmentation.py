@@ -571,7 +571,7 @@ def test_command_line_errors(cli, toy, tmp_path):
     assert "there is no folder" in refused(*camvid)
     assert "there is no list" in refused("--dataset", "voc", "--dataroot", toy)
     assert "pass --output_dir" in refused(*folder_flags(toy), "--visualize", 1)
-    assert "labels are 0 to 65535" in refused(*folder_flags(toy), "--ignore", 70000)
+    assert "labels to --ignore are 0 to 65535" in refused(*folder_flags(toy), "--ignore", 70000)
     assert "--lr nan is too small" in refused(*folder_flags(toy), "--lr", "nan")
     assert "there is no folder" in refused(*folder_flags(toy), "--split", "test")
     maps = tmp_path / "nothing"
