@@ -213,7 +213,10 @@ def build_features(args: argparse.Namespace) -> Features:
     elif how == "bilinear":
         upsampler = Bilinear(args.lift_iter)
     elif how != "none":
-        upsampler = call_function(how, "--upsample", args)
+        upsampler = call_function(how, args, "--upsample")
+        if not callable(upsampler):
+            what = f"--upsample {how} returns {type(upsampler).__name__}"
+            raise ValueError(f"{what}: return a function (images, feats) -> feats")
     if isinstance(upsampler, nn.Module):
         upsampler = upsampler.requires_grad_(False).eval().to(extractor.device)
     return Features(extractor, upsampler)

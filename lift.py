@@ -198,7 +198,8 @@ class LiFT(nn.Module):
                 start_at_zero(self.value)
             start_at_zero(self.attend)
             start_at_zero(self.outc)
-            options = torch.tensor([patch_size, 0, attend, heads], dtype=torch.float32)
+            # the second number was 1 in residual modules, which are no longer read
+            options = torch.tensor([patch_size, 0, attend], dtype=torch.float32)
             self.register_buffer("options", options)
             self.register_buffer("bilinear", bilinear_weights(attend), persistent=False)
 
@@ -424,16 +425,15 @@ def read_lift(path: str | Path) -> LiFTFile:
         raise ValueError(f"{path} holds NaN or infinite weights: {remedy}")
 
     facts = read_facts(path)
-    patch, residual, attend, heads = facts.get("patch"), facts.get("residual"), 0, 1
+    patch, residual, radius, heads = facts.get("patch"), facts.get("residual"), 0, 1
     if "options" in state:
-        # patch, residual, attend and, since heads exist, their number
-        patch, residual, attend, *later = (int(option) for option in state["options"].tolist())
-        if later:
-            heads = later[0]
+        patch, residual, radius = (int(option) for option in state["options"].tolist())
+    if "attend.weight" in state:
+        heads = len(state["attend.weight"]) // (2 * radius + 1) ** 2
     if residual:
         what = f"{path} is a residual LiFT module, which only versions before this one run"
         raise ValueError(f"{what}: take the backbone's attention module or the paper's")
-    return LiFTFile(path, state, facts, patch, attend, heads)
+    return LiFTFile(path, state, facts, patch, radius, heads)
 
 
 def where_to_get(path: Path) -> str:
@@ -532,11 +532,8 @@ def load_lift(
         )
 
     lift = LiFT(file.channels, patch, attend=file.attend, heads=file.heads)
-    state = file.state
-    if file.attend:  # an older file's options have no heads
-        state = {**state, "options": lift.state_dict()["options"]}
     try:
-        lift.load_state_dict(state, strict=True)
+        lift.load_state_dict(file.state, strict=True)
     except RuntimeError as error:
         one_line = " ".join(str(error).split())  # torch's own first line names no key
         reason = first_line(one_line)

@@ -352,6 +352,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
         "number": ({**state, "x": 1}, "not a LiFT checkpoint .x is not a tensor."),
         "list": ([1], "cannot read weights"),
         "empty": ({}, "not a LiFT checkpoint"),
+        "shape": ({**state, "options": torch.tensor([16.0, 0.0, 1.0])}, "attend.weight"),
         "nan": ({**state, "outc.bias": torch.full((16,), float("nan"))}, "holds NaN"),
     }
     for name, (content, message) in cases.items():
@@ -369,16 +370,6 @@ def test_what_is_refused(tmp_path, monkeypatch):
         load_lift(path, SimpleNamespace(**{**FACTS, "stride": 8}))
     with pytest.raises(FileNotFoundError, match="--lift_path"):
         load_lift(tmp_path / "none.pth")
-
-
-@torch.no_grad()
-def test_a_file_from_before_there_were_heads_loads_as_one_head(tmp_path):
-    lift = rule_lift(attend=1)
-    old = {**lift.state_dict(), "options": torch.tensor([16.0, 0.0, 1.0])}
-    loaded = load_lift(write(tmp_path, old), silent=True)
-    images, feats = inputs(2, 3)
-    assert loaded.heads == 1
-    assert torch.equal(loaded(images, feats), lift(images, feats))
 
 
 @pytest.mark.parametrize("told_by", ["options", "JSON"])
