@@ -8,60 +8,52 @@
     torchrun --nproc_per_node 4 lift_extractor.py --image_path 'photos/**/*.jpg' \\
         --output_path features/
 
-One image and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
---output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A run over
-the same folder goes on where it was; photos whose files are newer than their features are computed
-again. Refused unless --overwrite is given: other settings, and a photo whose name has features of a
-photo in another folder. What cannot be read is named at the end.
+One photo and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
+--output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A second
+run into the same folder keeps the files that are there and makes the others. Other settings, or
+photos of another folder, need --overwrite or a folder of their own. A photo that cannot be read, or
+does not fit into memory, is named at the end.
 
 A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
 grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
-(first_x + j*step_x, first_y + i*step_y)) and the settings. The last line printed is JSON: settings
-and counts. A photo at 224 takes about 30 ms on one CPU core with vit_mini16 and LiFT.
+(first_x + j*step_x, first_y + i*step_y)) and the settings. A photo at 224 takes about 30 ms on one
+CPU core with vit_mini16 and LiFT.
 """
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from command import (
-    RECORD,
     Command,
     add_backbone_args,
     add_lift_args,
-    check_memory,
     check_range,
     check_torchrun,
-    claim_folder,
-    main_memory,
+    deciding,
+    is_out_of_memory,
+    out_of_memory,
+    progress,
     rank,
-    record,
-    replacing,
     report,
-    save_tensors,
     settings,
+    skipped,
     world_size,
-    write_bytes,
 )
+from files import Results, replacing, save_tensors, write_bytes
 
 FORMATS = ("pth", "npz", "safetensors")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-FOLDERS = "image_folders"  # of the photos, in the record
-LONGEST = 32  # times the shorter side: a strip of 5000x20 pixels is no photo
-
-# Numbers a pixel takes besides its features: 3 channels, and 5 copies of the photo at once (as
-# read, in the batch, minus the mean, normalised, channels last).
-PHOTO_NUMBERS = 3 * 5
-
-# Flags that do not change what is in a file: how the work is done, where it goes, and the two that
-# are only checked. Of image_path the record holds the folders (see claim_output).
-NOT_IN_A_FILE = (
-    "image_path", "output_path", "picture", "format", "batch_size", "workers", "overwrite",
+MOST_PIXELS = 2**24  # of a batch: a larger one is no faster
+LONGEST_NAME = 255  # bytes, in nearly all file systems
+# flags that say how the work is done or where it goes, and two that are only checked
+NOT_DECIDING = (
+    "image_path", "output_path", "picture", "batch_size", "workers", "overwrite",
     "channel", "patch",
 )  # fmt: skip
 
@@ -72,13 +64,19 @@ def parser() -> Command:
     add = command.add_argument
     add("--image_path", required=True, nargs="+", help="photos, folders, or quoted patterns")
     add("--output_path", required=True, help="the file to write, or a folder for several photos")
-    add("--load_size", type=int, default=224, help="shorter side, 0: as it is (default: 224)")
-    add("--out_size", type=int, nargs=2, metavar=("H", "W"), help="resize the final map to H x W")
+    add(
+        "--load_size", type=int, default=224,
+        help="pixels of the shorter side; 0 leaves the photo's own (default: 224)",
+    )  # fmt: skip
+    add(
+        "--out_size", type=int, nargs=2, metavar=("H", "W"),
+        help="resize the features to H x W cells (default: leave them as they are)",
+    )  # fmt: skip
     add("--format", choices=FORMATS, default="pth", help="of files in a folder (default: pth)")
     add("--picture", help="PNG of photo and features as PCA colours; a folder for several photos")
     add("--batch_size", type=int, default=8, help="photos of one size at once (default: 8)")
     add("--workers", type=int, default=0, help="processes that read photos (default: 0)")
-    add("--overwrite", action="store_true", help="compute again what the folder already holds")
+    add("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
     add_backbone_args(command)
     add_lift_args(command)
     return command
@@ -94,24 +92,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image, to_tensor
-from tqdm import tqdm
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from extractor import DenseExtractor, ViTExtractor, build_extractor, check_facts
-from lift import (
-    Upsampler,
-    check_lift_args,
-    load_lift,
-    map_to_tokens,
-    upsample,
-    upsampler,
-)
+from extractor import DenseExtractor, ViTExtractor, check_facts
+from features import Features, build_features
+from lift import load_lift, map_to_tokens, upsample
+from loading import Loader
 from photos import (
     fit,
-    fitted_size,
+    is_strip,
     list_images,
     naming_root,
+    note_left_out,
     pca_rgb,
     read_image,
     titled_sheet,
@@ -121,19 +114,21 @@ from photos import (
 
 
 class ViTLiFTExtractor(nn.Module):
-    """A frozen ViT with LiFT on top, as the reference release's class of this name offers them.
+    """A frozen ViT with LiFT on top, as the LiFT release's class of this name offers them.
 
-    A call gives maps; the methods of the release give tokens. It stays in eval mode.
+    A call gives maps; the methods of the release give tokens.
 
     Attributes: extractor (the ViTExtractor), lift (None without a path), model_type, model,
     lift_path, channel, patch, stride, layer, facet, device.
 
     Args:
-        channel, patch: read off the backbone; given, they must agree with it.
+        channel, patch: the backbone's own where left out. With LiFT others are refused.
         stride: None is the patch.
         layer: None is the last.
-        silent: keep load_lift's note back.
-        model, device, backbone_path, dtype, requires_grad: ViTExtractor's.
+        silent: keep load_lift's notes back.
+        model, device, backbone_path, dtype: ViTExtractor's.
+        requires_grad: let gradients reach the images, and LiFT's weights, which are then to be
+            trained. The ViT stays frozen. v.lift.requires_grad_() later does the same for LiFT.
     Raises:
         ValueError, FileNotFoundError: something does not exist or does not fit together.
     """
@@ -158,16 +153,17 @@ class ViTLiFTExtractor(nn.Module):
         self.extractor = ViTExtractor(
             model_type, stride, model, device, backbone_path, layer, facet, dtype, requires_grad
         )
-        check_facts(self.extractor, channel, patch)
-        self.lift = None
+        self.lift: nn.Module | None = None
         if lift_path:
+            check_facts(self.extractor, channel, patch)
             self.lift = load_lift(lift_path, self.extractor, silent=silent)
+            self.lift.requires_grad_(requires_grad)
 
         self.model_type = model_type
         self.lift_path = lift_path
-        self.channel = self.extractor.width
+        self.channel = self.extractor.channels
         self.patch = self.extractor.patch
-        self.stride = self.extractor.step
+        self.stride = self.extractor.stride
         self.layer = self.extractor.layer
         self.facet = facet
         self.eval()
@@ -182,9 +178,23 @@ class ViTLiFTExtractor(nn.Module):
         """Where the ViT is."""
         return self.extractor.device
 
+    def is_trained(self) -> bool:
+        """Whether LiFT's weights are to be trained."""
+        return self.lift is not None and any(w.requires_grad for w in self.lift.parameters())
+
     def train(self, mode: bool = True) -> "ViTLiFTExtractor":
-        """Stay in eval mode: both networks are frozen, and a batch norm must not move."""
-        return super().train(False)
+        """Train LiFT, if its weights are to be trained; what is frozen stays in eval mode."""
+        super().train(False)
+        if self.lift is not None:
+            self.lift.train(mode and self.is_trained())
+        return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As every module's; a state_dict of the release holds lift.* only, and no ViT."""
+        if not any(key.startswith("extractor.") for key in state_dict):
+            backbone = self.extractor.state_dict(prefix="extractor.")
+            state_dict = {**backbone, **state_dict}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def preprocess(
         self, image_path: Any, load_size: int | tuple[int, int] | None = None
@@ -192,16 +202,24 @@ class ViTLiFTExtractor(nn.Module):
         """Read, fit and normalise one photo (ViTExtractor.preprocess)."""
         return self.extractor.preprocess(image_path, load_size)
 
+    def steps(self, images: Tensor, iterations: int) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] -> the ViT's map, and those after each step of LiFT.
+
+        Without a module it is the ViT's [B, C, h, w] alone.
+        """
+        gradients = self.extractor.gradients or self.is_trained()
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            feats = self.extractor(images)
+            if self.lift is None:
+                return [feats]
+            return upsample(self.lift, images, feats, iterations, return_all=True)
+
     def forward(self, images: Tensor, iterations: int = 1) -> Tensor:
         """Normalised images [B, 3, H, W] -> map [B, C, 2^n h, 2^n w] float32.
 
-        Without a module, the backbone's own [B, C, h, w].
+        Without a module, the ViT's own [B, C, h, w].
         """
-        with torch.set_grad_enabled(self.extractor.gradients and torch.is_grad_enabled()):
-            feats = self.extractor(images)
-            if self.lift is None:
-                return feats
-            return upsample(self.lift, images, feats, iterations)
+        return self.steps(images, iterations)[-1]
 
     def extract_descriptors(self, batch: Tensor) -> Tensor:
         """Descriptors [B, t, C] of normalised images, LiFT applied once if there is one."""
@@ -210,23 +228,17 @@ class ViTLiFTExtractor(nn.Module):
     def extract_descriptors_iterative_lift(
         self, batch: Tensor, lift_iter: int = 1, return_inter: bool = False
     ) -> Any:
-        """Descriptors [B, t, C] after `lift_iter` applications of LiFT.
+        """Descriptors [B, t, C] after `lift_iter` applications of LiFT, if there is one.
 
         Args:
             return_inter: return those of every step, as a dict: back, lift_1, lift_2, ...
-        Raises:
-            ValueError: there is no LiFT.
         """
-        if self.lift is None:
-            raise ValueError("there is no LiFT to apply: pass lift_path")
         if not return_inter:
             return map_to_tokens(self(batch, lift_iter))
-        with torch.set_grad_enabled(self.extractor.gradients and torch.is_grad_enabled()):
-            feats = self.extractor(batch)
-            steps = upsample(self.lift, batch, feats, lift_iter, return_all=True)
-        tokens = {"back": map_to_tokens(steps[0])}
-        for number, step in enumerate(steps[1:], 1):
-            tokens[f"lift_{number}"] = map_to_tokens(step)
+        tokens = {}
+        for number, feats in enumerate(self.steps(batch, lift_iter)):
+            name = f"lift_{number}" if number else "back"
+            tokens[name] = map_to_tokens(feats)
         return tokens
 
 
@@ -234,26 +246,29 @@ class ViTLiFTExtractor(nn.Module):
 
 
 class Job(NamedTuple):
-    """One photo, the folder it was found in, the file of its features, and that of its picture."""
+    """One photo, the file of its features, and that of its picture."""
 
     photo: Path
-    root: Path
     output: Path
     picture: Path | None
 
+    def files(self) -> list[Path]:
+        """What is to be written."""
+        if self.picture is None:
+            return [self.output]
+        return [self.output, self.picture]
+
+    def is_too_long(self) -> bool:
+        """Whether the photo's name is too long for a file with one more suffix."""
+        return any(len(os.fsencode(file.name)) > LONGEST_NAME for file in self.files())
+
     def is_done(self) -> bool:
-        """Whether all its files are there, and none is older than the photo."""
-        files = [self.output]
-        if self.picture:
-            files.append(self.picture)
-        changed = self.photo.stat().st_mtime
-        return all(file.exists() and file.stat().st_mtime >= changed for file in files)
+        """Whether all its files are there."""
+        return not self.is_too_long() and all(file.is_file() for file in self.files())
 
 
 def find_photos(given: list[str]) -> dict[Path, Path]:
-    """Find the photos, each with its root (photos.naming_root).
-
-    The path from there names its output file.
+    """Find the photos, each with its name below its root (photos.naming_root).
 
     Raises:
         ValueError: there are none, or two would get one output file.
@@ -268,7 +283,7 @@ def find_photos(given: list[str]) -> dict[Path, Path]:
                 both = f"{taken[name]} and {file} would get one output file"
                 raise ValueError(f"{both}: pass the folder that holds them all")
             taken[name] = file
-            photos[file] = root
+            photos[file] = name
     return photos
 
 
@@ -297,22 +312,20 @@ def is_one_file(args: argparse.Namespace, photos: int) -> bool:
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """All photos, each with the files that are to be written, whether done or not.
 
-    Pictures that an earlier run has drawn among the photos are no photos.
-
-    Under torchrun every process computes the same list and takes its part of it. What exists by
-    now must not count here: the other processes may be writing already, and lists would differ.
-    But for a --picture that is one of the photos: it is asked before any process can have begun.
+    Pictures that an earlier run has drawn among the photos are no photos. Every process of a
+    torchrun computes the same list, and takes its part of it.
 
     Raises:
-        ValueError: --output_path or --picture are no names for what is to be written, or
-            --picture is one of the photos.
+        ValueError: --output_path or --picture cannot be what is to be written, or --picture is one
+            of the photos.
     """
     photos = find_photos(args.image_path)
     if args.picture and Path(args.picture).is_file():
         for photo in list(photos):
             if not photo.samefile(args.picture):
                 continue
-            if not Path(args.output_path).is_file():  # a run that drew it has written that, too
+            # a run that drew it has written the features, too
+            if len(photos) == 1 or not Path(args.output_path).is_file():
                 what = f"--picture {args.picture} is one of the photos"
                 raise ValueError(f"{what}: pass another name")
             del photos[photo]
@@ -320,13 +333,12 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     one_file = is_one_file(args, len(photos))
     if args.picture and one_file and Path(args.picture).suffix.lower() not in PICTURES:
         formats = ", ".join(PICTURES)
-        what = f"--picture {args.picture} is no picture's name"
+        what = f"--picture {args.picture} does not name a picture"
         raise ValueError(f"{what}: let it end in one of {formats}")
 
     jobs = []
     pictures = set()
-    for photo, root in photos.items():
-        name = photo.relative_to(root)
+    for photo, name in photos.items():
         output = Path(args.output_path)
         if not one_file:
             output = output / f"{name}.{args.format}"
@@ -336,223 +348,84 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         elif args.picture:
             picture = Path(args.picture) / f"{name}.png"
             pictures.add(picture.resolve())
-        jobs.append(Job(photo, root, output, picture))
+        jobs.append(Job(photo, output, picture))
     if not pictures:
         return jobs
     return [job for job in jobs if job.photo.resolve() not in pictures]
 
 
-def claim_output(folder: Path, jobs: list[Job], made_by: dict[str, Any], overwrite: bool) -> None:
-    """Record these settings in the output folder, or refuse a folder of other settings.
-
-    The record holds the photos' folders, too. Others may follow, but not a photo whose name has
-    features already, of a photo in another folder: it would count as done.
-
-    With `overwrite`, features of other settings, or of settings that nobody knows, are removed
-    first: a run that is stopped must not leave them under the new record.
-
-    Raises:
-        ValueError: it holds features of other settings, or of settings that nobody knows.
-    """
-    remedy = "pass --overwrite, or another --output_path"
-    there = [job.output for job in jobs if job.output.exists()]
-    has_record = (folder / RECORD).exists()
-    if there and not has_record and not overwrite:
-        what = f"{there[0]} is there, and no {RECORD} says how it was made"
-        raise ValueError(f"{what}: {remedy}")
-    if not has_record:
-        remove(there)
-
-    folders = {str(job.root.resolve()) for job in jobs}
-    before = recorded_folders(folder)
-    if before is not None:
-        of_others = []
-        for job in jobs:
-            if job.output.exists() and str(job.root.resolve()) not in before:
-                of_others.append(job.output)
-        if of_others and not overwrite:
-            what = f"{of_others[0]} was made from a photo in another folder"
-            raise ValueError(f"{what}: {remedy}")
-        remove(of_others)
-        folders.update(before)
-
-    try:
-        claim_folder(folder, {**made_by, FOLDERS: before}, remedy)
-    except ValueError as error:
-        if not overwrite:
-            raise
-        ours = {job.output for job in jobs}
-        for file in folder.rglob("*"):
-            if file.suffix[1:] in FORMATS and file not in ours:
-                what = f"{file} was made with other settings and is not to be made again"
-                raise ValueError(f"{what}: pass another --output_path") from error
-        remove(there)
-    claim_folder(folder, {**made_by, FOLDERS: sorted(folders)}, remedy, renew=True)
-
-
-def remove(files: list[Path]) -> None:
-    """Remove files, some of which may be gone already."""
-    for file in files:
-        file.unlink(missing_ok=True)
-
-
-def recorded_folders(folder: Path) -> list[str] | None:
-    """The photos' folders in the record of an output folder.
-
-    None where it does not tell: there is no record, or one of an earlier version, or a damaged one,
-    of which claim_folder speaks.
-    """
-    try:
-        return json.loads((folder / RECORD).read_text()).get(FOLDERS)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-
-
 # ---- reading ------------------------------------------------------------------------------------
 
-
-class Memory(NamedTuple):
-    """What decides how much memory a photo takes; small, to be sent to a loader's workers.
-
-    Attributes: patch, step, channels of the backbone (None for the facet attn, whose number grows
-    with the photo), heads, the factor by which the grid is upsampled, the cells of --out_size (0
-    without it), the device, and the bytes of main memory.
-    """
-
-    patch: int
-    step: int
-    channels: int | None
-    heads: int
-    factor: int
-    out_cells: int = 0
-    device: str = "cpu"
-    there: float = float("inf")
-
-    def at_once(self, width: int, height: int, most: int) -> int:
-        """How many photos of this size to take at once: at most `most`, or what memory holds.
-
-        Half of it is left for the photos that wait, and for all else. CUDA has memory of its own.
-        """
-        if self.device.startswith("cuda"):
-            return most
-        fitting = self.there / 2 / self.needed(width, height)
-        return max(1, int(min(most, fitting)))
-
-    def needed(self, width: int, height: int) -> int:
-        """About how many bytes a photo fitted to this size takes in the end."""
-        cells = width * height / self.step**2
-        channels: float
-        if self.channels is None:
-            channels = self.heads * cells  # each head's attention to every cell
-        else:
-            channels = self.channels
-
-        # the result about three times: while its last step is made, and while it is written
-        per_cell = 3 * channels * self.factor**2
-        if self.factor > 1:
-            # the backbone's own, and the enlarged image with LiFT's convolutions
-            per_cell += channels + self.factor**2 * self.patch**2
-        resized = 3 * channels * self.out_cells
-        return int(4 * (cells * per_cell + resized + PHOTO_NUMBERS * width * height))
-
-
-def memory_of(
-    extractor: DenseExtractor, up: Upsampler, out_size: tuple[int, int] | None = None
-) -> Memory:
-    """The Memory of a backbone, what upsamples it, and the --out_size (h, w) of its maps."""
-    out_cells = 0
-    if out_size:
-        out_cells = out_size[0] * out_size[1]
-    return Memory(
-        extractor.patch,
-        extractor.step,
-        extractor.width,
-        extractor.heads,
-        up.factor,
-        out_cells,
-        str(extractor.device),
-        main_memory(),
-    )
+# index of a photo, its pixels [3, H, W] uint8, and its own size (W, H); or, instead of pixels and
+# size, None and the reason why it cannot be used
+Item = tuple[int, Tensor | None, Any]
 
 
 class Photos(Dataset):
-    """Photos by their paths, read and fitted.
+    """The photos of jobs, read and fitted: photos[i] is an Item.
 
-    photos[i] is (i, image [3, H, W] in 0..1, the photo's own (W, H)), or (i, None, what is wrong).
     It holds paths and numbers only, so that it is cheap to send to a loader's workers.
 
     Args:
         patch: sides become multiples of it.
         load_size: pixels of the shorter side; None leaves the photo's own.
-        memory: what a photo will take.
     """
 
-    def __init__(self, paths: list[Path], patch: int, load_size: int | None, memory: Memory):
-        self.paths = paths
+    def __init__(self, jobs: list[Job], patch: int, load_size: int | None):
+        self.jobs = jobs
         self.patch = patch
         self.load_size = load_size
-        self.memory = memory
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.jobs)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, Any]:
-        path = self.paths[index]
+    def __getitem__(self, index: int) -> Item:
+        path = self.jobs[index].photo
         try:
+            if self.jobs[index].is_too_long():
+                raise ValueError("the name is too long for a file of features: shorten it")
             photo = read_image(path)
-            self.check_size(path, photo)
-            return index, to_tensor(fit(photo, self.patch, self.load_size)), photo.size
+            if self.load_size and is_strip(*photo.size):
+                what = f"{photo.width}x{photo.height} pixels, a strip"
+                raise ValueError(f"{what}: cut it, or pass --load_size 0")
+            pixels = pil_to_tensor(fit(photo, self.patch, self.load_size))
+            return index, pixels, photo.size
         except (ValueError, OSError) as error:
-            return index, None, str(error)
-
-    def check_size(self, path: Path, photo: Image.Image) -> None:
-        """Raise ValueError for a strip that would become huge, or for more than the memory."""
-        if self.load_size and max(photo.size) > LONGEST * min(photo.size):
-            what = f"{path} has {photo.width}x{photo.height} pixels, a strip"
-            raise ValueError(f"{what}: cut it, or pass --load_size 0")
-        width, height = fitted_size(photo.width, photo.height, self.patch, self.load_size)
-        remedy = "pass a smaller --load_size, --lift_iter or --out_size"
-        needed = self.memory.needed(width, height)
-        check_memory(needed, f"the features of {path}", remedy, self.memory.device)
+            return index, None, str(error).removeprefix(f"{path} is ")
+        except MemoryError as error:
+            return index, None, out_of_memory(error)
 
 
-Item = tuple[int, Tensor | None, Any]
-
-
-def batches(items: Iterable[Item], batch_size: int, memory: Memory) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
     """Collect items into batches of one image size each; what cannot be read comes alone.
 
-    A batch is smaller than batch_size where the memory does not hold so many. At most four batches'
-    worth of photos is kept waiting, and about a quarter of the memory. Then the fullest batch goes
-    as it is.
+    A batch is full with batch_size photos, or MOST_PIXELS. At most four full batches' worth of
+    photos waits for others of its size; then the largest batch goes as it is.
     """
-    waiting: dict[Any, list[Item]] = {}
+    waiting: dict[torch.Size, list[Item]] = {}
     for item in items:
-        image = item[1]
-        if image is None:
+        _, pixels, _ = item
+        if pixels is None:
             yield [item]
             continue
-        queue = waiting.setdefault(image.shape, [])
+        queue = waiting.setdefault(pixels.shape, [])
         queue.append(item)
-        height, width = image.shape[1:]
-        if len(queue) >= memory.at_once(width, height, batch_size):
-            yield waiting.pop(image.shape)
+        if len(queue) == batch_size or pixels_of(queue) >= MOST_PIXELS:
+            yield waiting.pop(pixels.shape)
             continue
 
         count = sum(len(others) for others in waiting.values())
-        held = sum(bytes_of(others) for others in waiting.values())
-        if held > memory.there / 4:
-            largest = max(waiting, key=lambda size: bytes_of(waiting[size]))
+        held = sum(pixels_of(others) for others in waiting.values())
+        if count >= 4 * batch_size or held >= 4 * MOST_PIXELS:
+            largest = max(waiting, key=lambda size: pixels_of(waiting[size]))
             yield waiting.pop(largest)
-        elif count >= 4 * batch_size:
-            fullest = max(waiting, key=lambda size: len(waiting[size]))
-            yield waiting.pop(fullest)
     yield from waiting.values()
 
 
-def bytes_of(queue: list[Item]) -> int:
-    """The bytes of the images that wait in a queue."""
-    return sum(image.nbytes for _, image, _ in queue)
+def pixels_of(queue: list[Item]) -> int:
+    """How many pixels the photos of a queue, all of one size, have together."""
+    pixels: Any = queue[0][1]
+    return len(queue) * pixels[0].numel()
 
 
 # ---- what is written ----------------------------------------------------------------------------
@@ -591,11 +464,11 @@ def along_one_axis(
         cells: cells of the final map.
     """
     scale = photo_side / side
-    step = extractor.step * base_cells / cells  # in pixels of the input
+    step = extractor.stride * base_cells / cells  # in pixels of the input
 
-    # the backbone's first cell is centred on patch/2 and reaches step/2 to either side: the grid
+    # the backbone's first cell is centred on patch/2 and reaches stride/2 to either side: the grid
     # begins at the difference
-    begin = (extractor.patch - extractor.step) / 2
+    begin = (extractor.patch - extractor.stride) / 2
     return (begin + step / 2) * scale, step * scale
 
 
@@ -605,7 +478,6 @@ def save(path: Path, feats: Tensor, facts: dict[str, Any]) -> None:
     Args:
         facts: what goes beside a map, as JSON can hold it.
     """
-    feats = feats.cpu()
     if path.suffix == ".pth":
         tokens = map_to_tokens(feats[None])
         # a view would be saved with the memory of the whole batch: copy it
@@ -635,61 +507,115 @@ def draw(photo: Image.Image, maps: dict[str, Tensor]) -> Image.Image:
     return titled_sheet(panels)
 
 
-# ---- the command --------------------------------------------------------------------------------
+# ---- the work -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def process(
-    batch: list[Item],
-    jobs: list[Job],
-    extractor: DenseExtractor,
-    up: Upsampler,
-    out_size: tuple[int, int] | None,
-    run_settings: dict[str, Any],
-) -> None:
-    """Extract one batch of Photos' items of one size, and write its files.
+class Extraction:
+    """Extracts photos batch by batch, and writes each batch while the next one is computed.
 
-    Raises:
-        ValueError: features are not finite.
+    Attributes:
+        skipped: photos that gave no features, each with the reason.
+        grid: (h, w) of the last map that was written.
+
+    Args:
+        features: what gives the maps.
+        made_by: the settings, which are written into the files.
+        out_size: (h, w) that maps are resized to; None leaves them as they are.
     """
-    pixels = torch.stack([image for _, image, _ in batch])
-    images = extractor.normalize(pixels.to(extractor.device))
-    feats = extractor(images)
-    dense = up(images, feats)
-    final = dense
-    if out_size:
-        final = F.interpolate(dense, size=out_size, mode="bilinear", align_corners=False)
 
-    for number, (index, image, (width, height)) in enumerate(batch):
-        job = jobs[index]
-        if not final[number].isfinite().all():
-            what = f"the features of {job.photo} are not finite in {run_settings['dtype']}"
-            raise ValueError(f"{what}: pass --dtype float32")
-        input_size = tuple(image.shape[1:])
-        grid = tuple(final.shape[2:])
-        place = placement(extractor, input_size, (height, width), grid)
-        facts = {
-            "grid": grid,
-            "image_size": (height, width),
+    def __init__(
+        self, jobs: list[Job], features: Features, made_by: dict[str, Any], out_size: Any = None
+    ):
+        self.jobs = jobs
+        self.features = features
+        self.made_by = made_by
+        self.out_size = out_size
+        self.skipped: list[tuple[Path, str]] = []
+        self.grid: tuple[int, ...] = (0, 0)
+
+    def run(self, items: Iterable[Item], batch_size: int) -> None:
+        """Make the files of all photos."""
+        writing: Future | None = None
+        with ThreadPoolExecutor(1) as writer, progress(total=len(self.jobs), unit="photo") as bar:
+            for batch in batches(items, batch_size):
+                for part, maps in self.compute(batch):
+                    if writing:
+                        writing.result()  # raises what was raised there
+                    writing = writer.submit(self.write, part, maps)
+                bar.update(len(batch))
+            if writing:
+                writing.result()
+
+    def compute(self, batch: list[Item]) -> Iterator[tuple[list[Item], list[Tensor]]]:
+        """The maps of a batch; where memory runs out, photo by photo.
+
+        A photo that cannot be read, or does not fit by itself, is skipped.
+        """
+        index, first, reason = batch[0]
+        if first is not None:
+            try:
+                maps = self.maps([pixels for _, pixels, _ in batch])
+            except (MemoryError, RuntimeError) as error:
+                reason = memory_error(error)
+            else:
+                yield batch, maps
+                return
+
+        if len(batch) == 1:
+            self.skipped.append((self.jobs[index].photo, reason))
+            return
+        for item in batch:
+            yield from self.compute([item])
+
+    @torch.no_grad()
+    def maps(self, photos: list[Any]) -> list[Tensor]:
+        """Photos [3, H, W] uint8 -> the backbone's maps [B, C, h, w], fine ones, and resized."""
+        pixels = torch.stack(photos).to(self.features.backbone.device)
+        steps = self.features(pixels.float() / 255, return_all=True)
+        fine = final = steps[-1]
+        if self.out_size:
+            final = F.interpolate(fine, self.out_size, mode="bilinear", align_corners=False)
+        return [steps[0], fine, final]
+
+    def write(self, batch: list[Item], maps: list[Tensor]) -> None:
+        """Write the files of a batch; a photo for which memory runs out is skipped."""
+        coarse, fine, final = maps
+        final = final.cpu()
+        for number, (index, pixels, size) in enumerate(batch):
+            job = self.jobs[index]
+            try:
+                save(job.output, final[number], self.facts(job, pixels, size, final.shape[2:]))
+                if job.picture:
+                    shown = {"backbone": coarse[number]}
+                    if self.features.upsampler is not None:
+                        shown[self.made_by["upsample"]] = fine[number]
+                    with replacing(job.picture) as temporary:
+                        draw(to_pil_image(pixels), shown).save(temporary)
+            except (MemoryError, RuntimeError) as error:
+                self.skipped.append((job.photo, memory_error(error)))
+
+    def facts(self, job: Job, pixels: Any, size: tuple[int, int], grid: Any) -> dict[str, Any]:
+        """What is written beside the map of a photo of this size (W, H)."""
+        self.grid = tuple(grid)
+        photo_size = (size[1], size[0])
+        input_size = tuple(pixels.shape[1:])
+        return {
+            "grid": self.grid,
+            "image_size": photo_size,
             "input_size": input_size,
-            **place,
-            "settings": {**run_settings, "image_path": [str(job.photo)]},
+            **placement(self.features.backbone, input_size, photo_size, grid),
+            "settings": {**self.made_by, "image_path": [str(job.photo)]},
         }
-        save(job.output, final[number], facts)
-        if job.picture:
-            maps = {"backbone": feats[number]}
-            if up.factor > 1:
-                maps[up.how] = dense[number]
-            with replacing(job.picture) as temporary:
-                draw(to_pil_image(image), maps).save(temporary)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError or FileNotFoundError for what is wrong whatever the backbone is."""
-    check_range(args, load_size=0, lift_iter=0, batch_size=1, workers=0)
-    if args.out_size and min(args.out_size) < 1:
-        raise ValueError("--out_size needs two positive sizes: pass H W")
-    check_lift_args(args)
+def memory_error(error: Exception) -> str:
+    """What to tell of an error for which memory ran out; any other is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return out_of_memory(error)
+
+
+# ---- the command --------------------------------------------------------------------------------
 
 
 def start_processes() -> None:
@@ -705,8 +631,24 @@ def start_processes() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
 
 
-def wait_for_all() -> None:
-    """Wait until all processes of a torchrun have come here."""
+def leave_processes() -> None:
+    """Wait for the other processes of a torchrun, which ends them all as soon as one fails."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def open_folder(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Make the output folder, or see that it was made by the same settings (files.Results).
+
+    The folders of the photos are settings too: their photos may have the same names.
+    """
+    folders = sorted({str(naming_root(path).resolve()) for path in args.image_path})
+    made_by = deciding(args, leave_out=NOT_DECIDING, image_folders=folders, **facts)
+    own = tuple(f"*.{name}" for name in FORMATS)
+    if rank() == 0:
+        remedy = "pass --overwrite, or another --output_path"
+        Results(args.output_path, made_by, args.overwrite, own, remedy)
     if dist.is_initialized():
         dist.barrier()
 
@@ -720,64 +662,60 @@ def add_up(counts: list[int]) -> list[int]:
     return totals.tolist()
 
 
+def tell(
+    args: argparse.Namespace, made_by: dict[str, Any], counts: dict[str, int], grid: Any
+) -> None:
+    """Say what was written, to a person and for --json."""
+    for path in args.image_path:
+        note_left_out(path)
+    where = args.output_path
+    if Path(where).is_dir():
+        print(f"{where}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    elif counts["written"]:
+        print(f"{where}: features of a grid of {grid[0]}x{grid[1]} cells")
+    # an unquoted pattern may be thousands of names
+    shown = {"image_path": args.image_path[:3], "image_paths": len(args.image_path)}
+    report(args, {**made_by, **shown, **counts})
+
+
 def main(args: argparse.Namespace) -> None:
     """Extract the features of all photos, batch by batch, and report."""
-    check_flags(args)
+    check_range(args, load_size=0, batch_size=1, workers=0)
+    if args.out_size and min(args.out_size) < 1:
+        raise ValueError("--out_size needs two positive sizes: pass H W")
     all_jobs = find_jobs(args)
-    into_folder = all_jobs[0].output != Path(args.output_path)
     if len(all_jobs) == 1:
-        read_image(all_jobs[0].photo)  # told before a backbone is built
+        read_image(all_jobs[0].photo)  # a broken one is told before a backbone is built
     start_processes()
-    extractor = build_extractor(args)
-    up = upsampler(args, extractor)
-    facts = {**extractor.facts(), **up.facts()}
+    features = build_features(args)
+    facts = features.facts()
+    made_by = settings(args, **facts, device=str(features.backbone.device))
 
-    if into_folder and rank() == 0:
-        made_by = record(args, leave_out=NOT_IN_A_FILE, **facts)
-        claim_output(Path(args.output_path), all_jobs, made_by, args.overwrite)
-    wait_for_all()
-
-    jobs = all_jobs[rank() :: world_size()]
-    left = jobs
-    if into_folder and not args.overwrite:
+    jobs = left = all_jobs[rank() :: world_size()]
+    if all_jobs[0].output != Path(args.output_path):  # a folder
+        open_folder(args, facts)
         left = [job for job in jobs if not job.is_done()]
+    photos = Photos(left, features.patch, args.load_size or None)
+    extraction = Extraction(left, features, made_by, args.out_size)
+    extraction.run(Loader(photos, args.workers), args.batch_size)
 
-    run_settings = settings(args, **facts, device=str(extractor.device))
-    memory = memory_of(extractor, up, args.out_size)
-    photos = Photos([job.photo for job in left], extractor.patch, args.load_size or None, memory)
-    loader = DataLoader(photos, batch_size=None, num_workers=args.workers)
-    unreadable = []
-    disable = None  # tqdm's word for: only where stderr is no terminal
-    if len(left) < 2:
-        disable = True
-    with tqdm(total=len(left), unit="photo", disable=disable) as bar:
-        for batch in batches(loader, args.batch_size, memory):
-            _, image, size_or_error = batch[0]
-            if image is None:
-                unreadable.append(size_or_error)
-            else:
-                process(batch, left, extractor, up, args.out_size, run_settings)
-            bar.update(len(batch))
-
-    if len(all_jobs) == 1 and unreadable:
-        raise ValueError(unreadable[0])
-    for line in unreadable:
-        print(f"skipped: {line}", file=sys.stderr)
-
+    broken = extraction.skipped
+    if len(all_jobs) == 1 and broken:
+        raise ValueError(f"{broken[0][0]}: {broken[0][1]}")
+    for photo, reason in broken:
+        skipped(photo, reason)
     # over all processes: one that met only broken photos has not failed
-    wanted, broken, skipped = add_up([len(left), len(unreadable), len(jobs) - len(left)])
+    written, kept, missing = add_up(
+        [len(left) - len(broken), len(jobs) - len(left), len(broken)]
+    )
     if rank() == 0:
-        counts = {"written": wanted - broken, "skipped": skipped, "unreadable": broken}
-        summary = {**run_settings, **counts}
-        # an unquoted pattern may be thousands of names
-        summary["image_path"] = args.image_path[:3]
-        summary["image_paths"] = len(args.image_path)
-        report(summary)
-    wait_for_all()  # torchrun ends the others as soon as one fails
-    if wanted and broken == wanted:
+        counts = {"written": written, "kept": kept, "skipped": missing}
+        tell(args, made_by, counts, extraction.grid)
+    leave_processes()
+    if missing and not written:
         if rank() > 0:  # the first process says why
             raise SystemExit(2)
-        raise ValueError(f"none of {wanted} photos could be read: replace or remove them")
+        raise ValueError(f"none of {missing} photos gave features: replace or remove them")
 
 
 if __name__ == "__main__":
