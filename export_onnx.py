@@ -9,13 +9,12 @@ The first file takes images [B, 3, H, W] in 0..1, which it normalises itself, to
 [B, C, 2H/p, 2W/p] float32. The second takes normalised images [B, 3, H, W] and features
 [B, C, H/p, W/p] to [B, C, 2H/p, 2W/p]. Both are finer with a larger --lift_iter.
 
-The batch is free. So are the sizes, in multiples of the patch, for LiFT and for the backbones of
-the README's table; another backbone's file takes --imsize pixels only. Before a file is put in
-place, onnxruntime must give PyTorch's numbers for three batches, which differ in the number of
-images and, where sizes are free, in their sizes.
+The batch is free. So are the sizes, in multiples of the patch, unless --imsize asks for one size or
+the backbone or upsampler is your own. onnxruntime refuses images of any other size. Before a file
+is put in place, onnxruntime must give PyTorch's numbers for three batches, which differ in the
+number of images and, where sizes are free, in their sizes.
 
-Prints one line of JSON: inputs, outputs, the largest difference, all settings. About half a minute
-on two cores. Needs the packages of requirements-dev.txt.
+Takes about half a minute on two cores. Needs the packages of requirements-dev.txt.
 """
 
 import argparse
@@ -34,14 +33,14 @@ from command import (
     add_lift_args,
     check_one_process,
     check_range,
-    first_line,
-    replacing,
     report,
     settings,
 )
+from files import first_line, replacing
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-3  # of the largest feature
+IMSIZE = (224, 224)  # for what cannot have free sizes, where --imsize is left out
 REMEDY = "pass another backbone, or --lift_only"  # for what cannot be exported
 
 
@@ -49,9 +48,13 @@ def parser() -> Command:
     """The command line."""
     command = Command(__doc__)
     add = command.add_argument
-    add("--output", required=True, help="the .onnx to write")
+    add("--output", required=True, metavar="FILE", help="the .onnx to write")
     add("--lift_only", action="store_true", help="the module without its backbone")
-    add("--imsize", type=int, default=224, help="side where sizes are not free (default: 224)")
+    add(
+        "--imsize", type=int, nargs="+", metavar="PIXELS",
+        help="one size for all images, a side or H W, in multiples of the patch (default: sizes "
+        "are free; with a network of your own 224)",
+    )  # fmt: skip
     add_backbone_args(command, device="cpu")
     add_lift_args(command)
     return command
@@ -64,23 +67,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from extractor import ViTExtractor, build_extractor, is_named
-from lift import (
-    LiFT,
-    Upsampler,
-    check_lift_args,
-    load_lift,
-    read_options,
-    read_origin,
-    read_state,
-    upsample,
-    upsampler,
-)
+from extractor import ViTExtractor
+from features import HOW, Features, build_features
+from lift import LiFT, load_lift, read_lift, upsample
 
 # ---- positions for any size ---------------------------------------------------------------------
 
 
-def cubic_weights(count: int, native: int, offset: Tensor) -> Tensor:
+def cubic(distance: Tensor, a: float) -> Tensor:
+    """The cubic convolution kernel, which is zero from a distance of 2 on."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1            # up to 1 cell away
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return torch.where(distance <= 1, near, far * (distance < 2))
+
+
+def dino_weights(count: int, native: int, offset: Tensor) -> Tensor:
     """Bicubic interpolation along one axis, from `native` to `count` cells, as a matrix.
 
     The weights are those of F.interpolate with the scale factor (count + offset) / native. The
@@ -94,30 +95,44 @@ def cubic_weights(count: int, native: int, offset: Tensor) -> Tensor:
     scale = (length + offset) / native
     place = (cells + 0.5) / scale - 0.5        # [count], the new cells' centres among the old ones
     first = place.floor()                      # the old cell at or before each
-    past = place - first                       # and how far behind it, 0..1
 
-    # each new cell takes four old ones, weighed by the cubic convolution kernel with a = -0.75
+    # each new cell takes four old ones
     weights = torch.zeros(count, native)
     for step in (-1, 0, 1, 2):
-        distance = (past - step).abs()
-        near = (1.25 * distance - 2.25) * distance**2 + 1                     # up to 1 cell away
-        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3       # 1 to 2 cells away
-        share = torch.where(distance <= 1, near, far)                         # [count]
+        share = cubic((place - first - step).abs(), a=-0.75)                  # [count]
         source = (first + step).clamp(0, native - 1)  # the border is repeated
         is_source = source[:, None] == torch.arange(native)                   # [count, native]
         weights = weights + share[:, None] * is_source
     return weights
 
 
+def timm_weights(count: int, native: int) -> Tensor:
+    """The same for F.interpolate to `count` cells with antialiasing, as timm resamples positions.
+
+    Where cells become fewer, each takes as many more of the old ones; the border is cut off.
+    """
+    cells = torch.arange(count, dtype=torch.float32)
+    scale = native / (cells[-1] + 1)
+    place = (cells + 0.5) * scale - 0.5                                       # [count]
+    distance = (torch.arange(native) - place[:, None]).abs()                  # [count, native]
+    weights = cubic(distance / scale.clamp(min=1), a=-0.5)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def any_size_positions(
-    native: tuple[int, int], patches: Tensor, prefix: Tensor, grid: tuple[int, int]
+    how: str,
+    native: tuple[int, int],
+    patches: Tensor,
+    prefix: Tensor,
+    grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Learned positions for any grid, as extractor.interpolate_positions gives them.
+    """Learned positions for any grid, as ViTExtractor._positions gives them.
 
     That function decides by the size whether and how to interpolate. A file whose sizes are free
     must do with one formula.
 
     Args:
+        how: they are resampled, as "dino" or "timm" does it.
         native: the grid (h0, w0) of the learned positions.
         patches: the learned positions of the patches, [1, h0*w0, D].
         prefix: those of the tokens before them, [1, n, D].
@@ -126,18 +141,20 @@ def any_size_positions(
         The positions of the patches, [1, h*w, D], and `prefix` as it is.
     """
     height, width = grid
-    # height and width as tensors: see cubic_weights
-    rows = torch.arange(height)[-1] + 1
-    columns = torch.arange(width)[-1] + 1
-
-    # DINO's own code interpolates with the scale (n + 0.1) / native, but not at the native size.
-    # There an offset of 0 makes the weights below the identity.
-    is_native = (rows == native[0]) & (columns == native[1])
-    offset = 0.1 * (~is_native).float()
+    if how == "timm":
+        vertical = timm_weights(height, native[0])                        # [h, h0]
+        horizontal = timm_weights(width, native[1])                       # [w, w0]
+    else:
+        # DINO's own code interpolates with the scale (n + 0.1) / native, but not at the native
+        # size. There an offset of 0 makes the weights the identity.
+        rows = torch.arange(height)[-1] + 1  # as tensors: see dino_weights
+        columns = torch.arange(width)[-1] + 1
+        is_native = (rows == native[0]) & (columns == native[1])
+        offset = 0.1 * (~is_native).float()
+        vertical = dino_weights(height, native[0], offset)
+        horizontal = dino_weights(width, native[1], offset)
 
     square = patches.unflatten(1, native)                                 # [1, h0, w0, D]
-    vertical = cubic_weights(height, native[0], offset)                   # [h, h0]
-    horizontal = cubic_weights(width, native[1], offset)                  # [w, w0]
     resized = torch.einsum("hy,wx,byxd->bhwd", vertical, horizontal, square)
     return resized.flatten(1, 2), prefix
 
@@ -145,9 +162,14 @@ def any_size_positions(
 @contextmanager
 def free_positions(extractor: ViTExtractor) -> Iterator[None]:
     """A context in which an extractor takes its positions from any_size_positions."""
-    native = tuple(extractor.model.patch_embed.grid_size)
+    if getattr(extractor.model, "pos_embed", None) is None:  # they are rotary, for any grid
+        yield
+        return
+    native: Any = tuple(extractor.model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
     patches, prefix = extractor._positions(native)
-    extractor._positions = partial(any_size_positions, native, patches, prefix)
+    extractor._positions = partial(  # type: ignore[method-assign]
+        any_size_positions, extractor.positions, native, patches, prefix
+    )
     try:
         yield
     finally:
@@ -157,18 +179,24 @@ def free_positions(extractor: ViTExtractor) -> Iterator[None]:
 # ---- what is exported ---------------------------------------------------------------------------
 
 
-class BackboneWithLiFT(nn.Module):
-    """Images [B, 3, H, W] in 0..1 -> the backbone's features, upsampled: [B, C, f*h, f*w]."""
+def whole_patches(images: Tensor, patch: int) -> Tensor:
+    """The images as they are. In a file, onnxruntime stops here where a side has another size.
 
-    def __init__(self, extractor: nn.Module, up: Upsampler):
+    Without this it would drop the pixels that fill no patch, without a word.
+    """
+    cells = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))    # [B, 3, h, p, w, p]
+    return cells.flatten(4, 5).flatten(2, 3)
+
+
+class Whole(nn.Module):
+    """Images [B, 3, H, W] in 0..1 -> the features, upsampled: [B, C, f*h, f*w]."""
+
+    def __init__(self, features: Features):
         super().__init__()
-        self.extractor = extractor
-        self.lift = up.lift
-        self.up = up
+        self.features = features
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.extractor.normalize(images)
-        return self.up(images, self.extractor(images))
+        return self.features(whole_patches(images, self.features.patch))
 
 
 class LiFTAlone(nn.Module):
@@ -180,6 +208,7 @@ class LiFTAlone(nn.Module):
         self.iterations = iterations
 
     def forward(self, images: Tensor, feats: Tensor) -> Tensor:
+        images = whole_patches(images, self.lift.patch_size)
         return upsample(self.lift, images, feats, self.iterations)
 
 
@@ -190,34 +219,38 @@ class Plan(NamedTuple):
     batches: list[dict[str, Tensor]]  # inputs by name; the first batch is exported with, too
     free: dict[str, dict[int, Any]]   # torch.export's dynamic shapes: {input: {axis: Dim}}
     sizes: str                        # which image sizes the file takes, in words
-    facts: dict[str, Any]             # for the JSON line
+    facts: dict[str, Any]             # for the settings
     exporting: Callable = nullcontext  # makes a context that is entered for the export alone
 
 
-def random_images(sizes: list[tuple[int, int, int]]) -> list[dict[str, Tensor]]:
-    """Batches of images in 0..1, of these (B, H, W)."""
+FREE = "any multiples of the patch"
+
+
+def random_images(patch: int, imsize: tuple[int, int] | None) -> list[dict[str, Tensor]]:
+    """Three batches of images in 0..1, of one size (H, W) or, where it is None, of three."""
+    # the first is exported with, so nothing in it may be special: no batch of one, not square, and
+    # not the native size of a backbone; the others are one image of the native size and another one
+    sizes = [(15 * patch, 17 * patch), (14 * patch, 14 * patch), (9 * patch, 20 * patch)]
+    if imsize is not None:
+        sizes = [imsize] * 3
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for count, height, width in sizes:
+    for count, (height, width) in zip((2, 1, 3), sizes):
         batches.append({"images": torch.rand(count, 3, height, width, generator=generator)})
     return batches
 
 
-def sizes_to_check(patch: int) -> list[tuple[int, int, int]]:
-    """(B, H, W) of three batches."""
-    return [
-        # exported with, so nothing here may be special: no batch of one, not square, and not the
-        # native size of a backbone
-        (2, 15 * patch, 17 * patch),
-        # checked only: one image of the native size, and one more shape
-        (1, 14 * patch, 14 * patch),
-        (3, 9 * patch, 20 * patch),
-    ]
-
-
-def free_axes() -> tuple[Dim, Dim, Dim]:
-    """The axes that the caller of a file may choose: batch, rows and columns of the patch grid."""
-    return Dim("batch"), Dim("rows", min=2, max=1024), Dim("columns", min=2, max=1024)
+def free_axes(patch: int, imsize: tuple[int, int] | None) -> dict[str, dict[int, Any]]:
+    """The axes of images and feats that the caller of a file may choose: {input: {axis: Dim}}."""
+    count = Dim("batch")
+    if imsize is not None:
+        return {"images": {0: count}, "feats": {0: count}}
+    rows = Dim("rows", min=2, max=1024)
+    columns = Dim("columns", min=2, max=1024)
+    return {
+        "images": {0: count, 2: patch * rows, 3: patch * columns},
+        "feats": {0: count, 2: rows, 3: columns},
+    }
 
 
 def plan_lift(args: argparse.Namespace) -> Plan:
@@ -225,69 +258,78 @@ def plan_lift(args: argparse.Namespace) -> Plan:
 
     Raises:
         FileNotFoundError: there is no file at --lift_path.
-        ValueError: it is no LiFT checkpoint, --patch or --channel are not its own, or nothing tells
-            its patch.
+        ValueError: it is not a LiFT checkpoint, --patch or --channel are not its own, or nothing
+            tells its patch.
     """
     if not args.lift_path:
         raise ValueError("--lift_only needs a module: pass --lift_path FILE")
-    origin = read_origin(args.lift_path) or {}
-    told = read_options(read_state(args.lift_path), origin)
-    patch = told.patch or args.patch
+    if args.imsize:
+        raise ValueError("sizes are always free with --lift_only: leave --imsize out")
+    file = read_lift(args.lift_path)
+    patch = file.patch or args.patch
     if patch is None:
         what = f"neither {args.lift_path} nor a JSON beside it tells the module's patch"
         raise ValueError(f"{what}: pass --patch 8 or --patch 16")
-    lift = load_lift(args.lift_path, patch_size=patch)
-    channels = lift.outc.out_channels
-    for flag, given, real in (("patch", args.patch, patch), ("channel", args.channel, channels)):
+    for flag, given, real in (
+        ("patch", args.patch, patch),
+        ("channel", args.channel, file.channels),
+    ):
         if given not in (None, real):
             what = f"--{flag} {given}, but {args.lift_path} is for {real}"
             raise ValueError(f"{what}: leave --{flag} out")
 
-    batches = random_images(sizes_to_check(patch))
+    batches = random_images(patch, None)
     generator = torch.Generator().manual_seed(1)
     for batch in batches:
         count, _, height, width = batch["images"].shape
-        shape = (count, channels, height // patch, width // patch)
+        shape = (count, file.channels, height // patch, width // patch)
         batch["feats"] = torch.randn(shape, generator=generator)
 
-    count, rows, columns = free_axes()
-    free = {
-        "images": {0: count, 2: patch * rows, 3: patch * columns},
-        "feats": {0: count, 2: rows, 3: columns},
+    # --model_type is not used here: the settings name the backbone that the module is for
+    facts = {
+        "model_type": file.facts.get("backbone"),
+        "patch": patch,
+        "channel": file.channels,
     }
-    # --model_type is not used here: the JSON line tells the backbone that the module is for
-    facts = {"model_type": origin.get("backbone"), "patch": patch, "channel": channels}
-    module = LiFTAlone(lift, args.lift_iter).eval()
-    return Plan(module, batches, free, "any multiples of the patch", facts)
+    module = LiFTAlone(load_lift(file, patch_size=patch), args.lift_iter)
+    return Plan(module.eval(), batches, free_axes(patch, None), FREE, facts)
 
 
-def plan_both(args: argparse.Namespace) -> Plan:
-    """The Plan of a backbone, and of LiFT where there is one.
+def plan_whole(args: argparse.Namespace) -> Plan:
+    """The Plan of a backbone, and of what upsamples its features.
 
     Raises:
-        ValueError: sizes cannot be free, and --imsize is no multiple of the patch.
+        ValueError: something does not fit, or --imsize is not a multiple of the patch.
     """
-    check_lift_args(args)
-    extractor = build_extractor(args)
-    up = upsampler(args, extractor)
-    module = BackboneWithLiFT(extractor, up).eval()
-    patch = extractor.patch
-    facts = {**extractor.facts(), **up.facts(), "patch": patch, "channel": extractor.width}
+    imsize = read_imsize(args.imsize)
+    args.imsize = min(imsize or IMSIZE)  # by which the patch of somebody's own network is found
+    features = build_features(args)
+    args.imsize = imsize
 
-    # sizes are free for backbones whose positions any_size_positions is known to give
-    count, rows, columns = free_axes()
-    known = is_named(extractor.tag) and not args.my_extractor
-    if known and extractor.step == patch:
-        batches = random_images(sizes_to_check(patch))
-        free = {"images": {0: count, 2: patch * rows, 3: patch * columns}}
-        sizes = "any multiples of the patch"
-        return Plan(module, batches, free, sizes, facts, partial(free_positions, extractor))
+    backbone = features.backbone
+    exporting: Callable = nullcontext
+    if imsize is None and isinstance(backbone, ViTExtractor) and args.upsample in (None, *HOW):
+        exporting = partial(free_positions, backbone)
+        sizes = FREE
+    else:
+        imsize = imsize or IMSIZE
+        features.check_size(*imsize)
+        sizes = f"{imsize[0]}x{imsize[1]}"
 
-    side = args.imsize
-    if side % patch:
-        raise ValueError(f"--imsize {side} is no multiple of the patch ({patch}): pass one")
-    batches = random_images([(2, side, side), (1, side, side), (3, side, side)])
-    return Plan(module, batches, {"images": {0: count}}, f"{side}x{side}", facts)
+    facts = {**features.facts(), "patch": features.patch, "channel": features.channels}
+    free = {"images": free_axes(features.patch, imsize)["images"]}
+    batches = random_images(features.patch, imsize)
+    return Plan(Whole(features).eval(), batches, free, sizes, facts, exporting)
+
+
+def read_imsize(sides: list[int] | None) -> tuple[int, int] | None:
+    """The size (H, W) of --imsize, which has one number or two; None where it is left out."""
+    if sides is None:
+        return None
+    if len(sides) > 2 or min(sides) < 1:
+        given = " ".join(str(side) for side in sides)
+        raise ValueError(f"--imsize {given}: pass one side or H W, in pixels")
+    return sides[0], sides[-1]
 
 
 # ---- export and check ---------------------------------------------------------------------------
@@ -368,34 +410,38 @@ def check(plan: Plan, path: Path) -> float:
     return largest
 
 
-def main(args: argparse.Namespace) -> None:
-    """Export a module, check the file, and only then put it in place."""
-    check_range(args, imsize=1, lift_iter=1, patch=1)
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for what is wrong whatever the backbone and the module are."""
+    check_range(args, lift_iter=1, patch=1)
     check_one_process()
     if Path(args.output).suffix != ".onnx":
-        what = f"--output {args.output} is no ONNX file"
+        what = f"--output {args.output} does not have the name of an ONNX file"
         raise ValueError(f"{what}: give it a name that ends in .onnx")
     if args.dtype != "float32" or args.device not in ("cpu", "auto"):
         raise ValueError("files are made in float32 on the CPU: leave --dtype and --device out")
     args.device = "cpu"  # what auto means here, on a machine with a GPU too
     require_packages()
-    if args.lift_only:
-        plan = plan_lift(args)
-    else:
-        plan = plan_both(args)
 
+
+def main(args: argparse.Namespace) -> None:
+    """Export a module, check the file, and only then put it in place."""
+    check_flags(args)
+    plan = plan_lift(args) if args.lift_only else plan_whole(args)
     with replacing(args.output) as temporary:
         write(plan, temporary)
         difference = check(plan, temporary)
 
-    line = {
+    inputs = " and ".join(plan.free)
+    print(f"{args.output} takes {inputs}, any number at once; image sizes: {plan.sizes}")
+    print(f"onnxruntime gives PyTorch's features, to {difference:.1e} of the largest")
+    results = {
         "settings": settings(args, **plan.facts),
         "inputs": list(plan.free),
         "sizes": plan.sizes,
-        "checked": [list(inputs["images"].shape) for inputs in plan.batches],
+        "checked": [list(batch["images"].shape) for batch in plan.batches],
         "difference": difference,
     }
-    report(line)
+    report(args, results)
 
 
 if __name__ == "__main__":

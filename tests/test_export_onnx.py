@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import export_onnx
 from extractor import ViTExtractor
-from lift import LiFT, Upsampler, load_lift, upsample
+from features import Features, Lifted
+from lift import LiFT, load_lift, upsample
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def assert_near(found, wanted):
 
 @pytest.mark.parametrize(
     ("variant", "patch_from"),
-    [({}, "JSON"), ({}, "flag"), ({"residual": True}, "file"), ({"attend": 1}, "file")],
+    [({}, "JSON"), ({}, "flag"), ({"attend": 1}, "file")],
 )
 @torch.no_grad()
 def test_lift_alone_at_any_size(cli, runtime, tmp_path, variant, patch_from):
@@ -89,31 +90,74 @@ def test_backbone_and_lift_at_any_size(
         images = vit.normalize(photos)
         wanted = upsample(lift, images, vit(images))
         assert_near(run(runtime, output, images=photos), wanted)
+    # of 226 pixels two would be dropped, without a word
+    for height, width in ((226, 224), (224, 230)):
+        with pytest.raises(Exception, match="reshape"):
+            run(runtime, output, images=torch.rand(1, 3, height, width))
+
+
+def timm_backbone(tmp_path, name):
+    """Flags of one of timm's ViTs, with rule weights, and what they mean as an extractor."""
+    model = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    weights = tmp_path / "backbone.safetensors"
+    save_file({key: value.contiguous() for key, value in rule_state(model).items()}, weights)
+    flags = ["--model_type", name, "--backbone_path", weights, "--layer", 1]
+    return flags, ViTExtractor(name, None, device="cpu", backbone_path=weights, layer=1)
 
 
 @torch.no_grad()
-def test_another_backbone_at_one_size(cli, runtime, tmp_path):
-    model = timm.create_model("test_vit", num_classes=0)
-    weights = tmp_path / "test_vit.safetensors"
-    save_file(rule_state(model), weights)
+def test_one_size_where_it_is_asked_for(cli, runtime, tmp_path):
+    assert export_onnx.read_imsize([96]) == (96, 96)
+    flags, vit = timm_backbone(tmp_path, "test_vit")
     output = tmp_path / "features.onnx"
-    flags = ["--model_type", "test_vit", "--backbone_path", weights, "--output", output]
-    ran = cli("export_onnx", *flags, "--imsize", 96, "--device", "auto")
+    ran = cli("export_onnx", *flags, "--output", output, "--device", "auto", "--imsize", 96, 64)
     assert ran.code == 0, ran.err
-    assert ran.report()["sizes"] == "96x96"
+    assert ran.report()["sizes"] == "96x64"
     assert ran.report()["settings"]["device"] == "cpu"
+    assert len(ran.out.splitlines()) <= 3
 
-    vit = ViTExtractor("test_vit", None, device="cpu", backbone_path=weights)
-    photos = torch.rand(5, 3, 96, 96)
+    photos = torch.rand(5, 3, 96, 64)
     assert_near(run(runtime, output, images=photos), vit(vit.normalize(photos)))
+    with pytest.raises(Exception, match="Expected: 96"):
+        run(runtime, output, images=torch.rand(1, 3, 112, 64))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224"])
+@torch.no_grad()
+def test_positions_of_timm_at_any_size(cli, runtime, tmp_path, name):
+    """Learned ones, which timm resamples, and those with rotary ones besides."""
+    flags, vit = timm_backbone(tmp_path, name)
+    output = tmp_path / "features.onnx"
+    ran = cli("export_onnx", *flags, "--output", output)
+    assert ran.code == 0, ran.err
+    assert ran.report()["sizes"] == "any multiples of the patch"
+    for rows, columns in ((10, 10), (4, 14), (16, 6)):
+        photos = torch.rand(2, 3, rows * vit.patch, columns * vit.patch)
+        assert_near(run(runtime, output, images=photos), vit(vit.normalize(photos)))
+
+
+@torch.no_grad()
+def test_an_upsampler_of_your_own_is_exported_too(cli, runtime, import_path):
+    flags, vit = timm_backbone(import_path, "test_vit")
+    (import_path / "own_upsampler.py").write_text(
+        "def nearest():\n"
+        "    return lambda images, feats: feats.repeat_interleave(2, 2).repeat_interleave(2, 3)\n"
+    )
+    flags += ["--upsample", "own_upsampler:nearest", "--imsize", 64, 96, "--output", "x.onnx"]
+    ran = cli("export_onnx", *flags)
+    assert ran.code == 0, ran.err
+    photos = torch.rand(2, 3, 64, 96)
+    feats = vit(vit.normalize(photos))
+    wanted = feats.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_near(run(runtime, "x.onnx", images=photos), wanted)
 
 
 @torch.no_grad()
 def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_extractor, rule_lift):
     """By torch alone, without ONNX."""
     vit = rule_extractor(layer=1)
-    up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
-    module = export_onnx.BackboneWithLiFT(vit, up).eval()
+    lifted = Lifted(load_lift(rule_lift, vit, silent=True), vit)
+    module = export_onnx.Whole(Features(vit, lifted)).eval()
     native = torch.rand(1, 3, 224, 224)
     assert_near(torch.jit.trace(module, native)(native), module(native))
 
@@ -127,13 +171,13 @@ def test_the_whole_is_traced_and_exported_with_a_free_batch(rule_extractor, rule
 
 def test_gradients_reach_the_images_through_both(rule_extractor, rule_lift):
     vit = rule_extractor(layer=1, requires_grad=True)
-    up = Upsampler("lift", load_lift(rule_lift, vit, silent=True))
+    lifted = Lifted(load_lift(rule_lift, vit, silent=True), vit)
     images = torch.rand(1, 3, 64, 64, requires_grad=True)
-    whole = export_onnx.BackboneWithLiFT(vit, up)(images)
+    whole = export_onnx.Whole(Features(vit, lifted))(images)
     (by_both,) = torch.autograd.grad(whole.sum(), images)
 
     normal = vit.normalize(images)
-    without_vit = up(normal, vit(normal).detach())
+    without_vit = lifted(images, vit(normal).detach())
     (by_lift,) = torch.autograd.grad(without_vit.sum(), images)
     assert by_lift.abs().max() > 0
     assert (by_both - by_lift).abs().max() > 0.01 * by_both.abs().max()
@@ -143,8 +187,10 @@ def test_gradients_reach_the_images_through_both(rule_extractor, rule_lift):
 # ---- positions ----------------------------------------------------------------------------------
 
 
-def test_positions_of_any_size_are_the_extractors(rule_extractor):
+@pytest.mark.parametrize("how", ["dino", "timm"])
+def test_positions_of_any_size_are_the_extractors(rule_extractor, how):
     vit = rule_extractor()
+    vit.positions = how
     for height in range(1, 41):
         for width in (height, 14, 20):
             wanted, prefix = vit._positions((height, width))
@@ -160,6 +206,7 @@ def test_positions_of_any_size_are_the_extractors(rule_extractor):
 
 SHIPPED = ROOT / "pretrained/lift_vit_mini16.pth"
 MODULE = ["--lift_only", "--lift_path", SHIPPED]
+MINI = ["--model_type", "vit_mini16"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +221,10 @@ MODULE = ["--lift_only", "--lift_path", SHIPPED]
         (["--output", "x.onnx", *MODULE, "--patch", 8], "is for 16: leave --patch out"),
         (["--output", "x.onnx", *MODULE, "--channel", 384], "is for 192: leave --channel out"),
         (["--output", "x.onnx", *MODULE, "--patch", 0], "pass 1 or more"),
+        (["--output", "x.onnx", *MODULE, "--imsize", 64], "leave --imsize out"),
+        (["--output", "x.onnx", *MINI, "--imsize", 64, 100], "not a multiple of the patch (16)"),
+        (["--output", "x.onnx", *MINI, "--imsize", 64, 96, 3], "pass one side or H W"),
+        (["--output", "x.onnx", *MINI, "--imsize", 0], "pass one side or H W"),
         # both before a backbone is downloaded
         (["--output", "x.onnx", "--lift_path", "none.pth"], "correct --lift_path"),
         (["--output", "x.onnx", "--upsample", "lift"], "pass --lift_path FILE"),
