@@ -441,7 +441,8 @@ def tell_epoch(results: dict[str, Any], bar: Progress, tensorboard) -> None:
         line += f"  LiFT {val['lift']:.4f} (bilinear {val['bilinear']:.4f})"
         line += f"  twice {val['lift_twice']:.4f} ({val['bilinear_twice']:.4f})"
         line += f"  centred {val['lift_centred']:.4f} ({val['bilinear_centred']:.4f})"
-    bar.clear()  # a terminal's bar is drawn anew below the line
+    if bar.in_terminal:
+        bar.clear()  # it is drawn anew below the line
     print(line, flush=True)
 
     if tensorboard:
@@ -534,6 +535,9 @@ def check(args) -> None:
     if not 0 <= args.lr <= 1e37:
         raise ValueError(f"--lr {args.lr} is no learning rate: pass a smaller one, e.g. 0.001")
     if args.evaluate:
+        if not Path(args.evaluate).is_file():
+            what = f"there is no LiFT checkpoint at {args.evaluate}"
+            raise FileNotFoundError(f"{what}: train one with --dataroot, or correct --evaluate")
         return
     try:  # better now than after an epoch
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

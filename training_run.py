@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from command import deciding, rank, settings
+from command import deciding, note, rank, settings
 from extractor import DenseExtractor
 from feature_cache import images_and_features
 from files import difference, first_line, load_tensors, save_tensors, write_text
@@ -59,7 +59,9 @@ class Run:
         self.extractor = extractor
         self.folder = run_folder(args, extractor)
 
-        heads = args.heads or extractor.heads
+        heads = 1
+        if args.attend:
+            heads = args.heads or extractor.heads
         if extractor.channels % heads:
             what = f"{heads} heads do not divide {extractor.channels} channels"
             raise ValueError(f"{what}: pass --heads 1, or another divisor")
@@ -210,6 +212,8 @@ class Run:
         """
         path = self.folder / "last.pth"
         if not path.is_file():
+            if rank() == 0:
+                note(f"there is no {path} to go on from: training starts at its beginning")
             return
         remedy = "remove it, and start again"
         last = load_tensors(path, remedy, remedy)

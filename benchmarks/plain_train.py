@@ -10,7 +10,6 @@ Notation: B batch, C channels, h w the patch grid, S pixels of the square photos
 """
 
 import atexit
-import itertools
 import shutil
 import tempfile
 from functools import partial
@@ -25,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 
+import objectives
 import train_lift
 from extractor import ViTExtractor
 from feature_cache import cached
@@ -103,20 +103,19 @@ def plain_loss(kind, out, target, centre=None):
     return F.cosine_embedding_loss(flat_out, flat_target, torch.ones(len(flat_out)))
 
 
-def plain_match_loss(pairs, warps, centre):
-    """train_lift.match_loss, point by point.
+def plain_match_losses(pairs, warps):
+    """objectives.Matching, point by point: the list of the losses of all points.
 
     Args:
         pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
         warps: for each photo [2, 3], from places in the copy to those in the photo.
-        centre: the mean feature [C, 1, 1].
     """
     h, w = pairs.shape[2:]
-    cells = train_lift.match_cells(h * w).tolist()
+    cells = objectives.match_cells(h * w).tolist()
     losses = []
     for number, warp in enumerate(warps):
-        photo = pairs[2 * number] - centre
-        copy = pairs[2 * number + 1] - centre
+        photo = pairs[2 * number]
+        copy = pairs[2 * number + 1]
         candidates = []
         points = []
         for cell in cells:
@@ -131,9 +130,9 @@ def plain_match_loss(pairs, warps, centre):
             points.append(sampled.flatten())
         for own, point in enumerate(points):
             cosines = F.cosine_similarity(point[None], torch.stack(candidates), dim=1)
-            shares = (cosines / train_lift.MATCH_TEMPERATURE).softmax(0)
+            shares = (cosines / objectives.MATCH_TEMPERATURE).softmax(0)
             losses.append(-shares[own].log())
-    return torch.stack(losses).mean()
+    return losses
 
 
 def loading(imsize, mean, std):
@@ -162,8 +161,8 @@ def plain_train(
 
     Args:
         steps: a list for each step, of its batches of image files. The gradient is the mean over
-            these, each with its own batch-norm statistics: more than one batch is what gradient
-            accumulation, or several processes, do.
+            these, each with its own batch-norm statistics: more than one batch is what several
+            processes do.
         features: takes images [B, 3, H, W] to [B, C, h, w].
     Returns:
         The loss of every step.
@@ -248,7 +247,7 @@ def setup(dtype="float32", cache=False):
     extractor = ViTExtractor(
         "vit_small_patch16_224", stride=None, model=model, device="cpu", dtype=dtype
     )
-    photos = train_lift.Photos(files, 448)
+    photos = objectives.Photos(files, 448)
     if cache:
         photos = cached(photos, extractor, folder / "cache", views=1, batch_size=4, workers=0)
     args = train_lift.parser().parse_args(["--workers", "0", "--dtype", dtype])
@@ -262,14 +261,12 @@ def setup(dtype="float32", cache=False):
 
     def ours():
         lift = new_lift()
-        model, precision = train_lift.prepare(lift, args, extractor)
+        model, precision = objectives.prepare(lift, args, extractor)
         adam = torch.optim.Adam(lift.parameters(), lr=1e-3)
-        keys = train_lift.in_order(photos, 4) * 2
-        batches = iter(train_lift.make_loader(photos, keys, args, extractor))
+        keys = objectives.in_order(photos, 4) * 2
         losses = []
-        for _ in range(2):
-            one = itertools.islice(batches, 1)
-            loss, _ = train_lift.train_step(model, one, 1, extractor, adam, precision)
+        for batch in train_lift.make_loader(photos, keys, args, extractor):
+            loss, _ = objectives.train_step(model, batch, extractor, adam, precision)
             losses.append(loss.item())
         return losses
 
