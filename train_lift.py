@@ -243,7 +243,7 @@ def photo_facts(args, paths: list[Path], val_paths: list[Path]) -> dict[str, Any
 
 def keep_features(photos: Photos, args, extractor: DenseExtractor, views: int) -> Any:
     """The photos with their features from --cache_features; without it the photos as they are."""
-    if not args.cache_features:
+    if not args.cache_features or not photos.paths:
         return photos
     return cached(
         photos,

@@ -1,11 +1,13 @@
 """feature_cache.py, through train_lift.py --cache_features: what is cached, when, and for what."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import feature_cache
 import train_lift
 from extractor import ViTExtractor
+from objectives import Photos
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,11 @@ def equal(state, other):
         assert torch.equal(state[name], value), name
 
 
+def last(ran):
+    """The last line on stderr."""
+    return ran.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("match", [0, 0.5])
 def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monkeypatch, match):
     more = ["--augment", "--views", 2, "--loss", "l2", "--val_fraction", 0.25, "--match", match]
@@ -66,21 +74,12 @@ def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monk
     for name in ("bilinear", "bilinear_centred"):
         assert lines[-1]["val"][name] == pytest.approx(live_lines[-1]["val"][name], abs=1e-3)
 
-    files = sorted((tmp_path / "cache").iterdir())
-    content = [file.read_bytes() for file in files]
-    assert len(files) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "fill", None)  # a call would fail
         ran, again, _ = train("again", *cache)
         assert ran.code == 0, ran.err
     equal(again, state)
-
-    for file, whole in zip(files, content):  # a run stopped in the middle of a record
-        file.with_suffix(".part").write_bytes(whole[: len(whole) * 2 // 3])
-        file.unlink()
-    ran, _, _ = train("third", *cache)
-    assert ran.code == 0, ran.err
-    assert [file.read_bytes() for file in sorted((tmp_path / "cache").iterdir())] == content
 
 
 def test_the_cache_knows_what_it_depends_on(folder, rule_weights, rule_extractor, tmp_path):
@@ -88,7 +87,7 @@ def test_the_cache_knows_what_it_depends_on(folder, rule_weights, rule_extractor
     backbone = rule_extractor()
 
     def key(extractor=backbone, paths=all_paths, imsize=64, **options):
-        photos = train_lift.Photos(paths, imsize, **options)
+        photos = Photos(paths, imsize, **options)
         return feature_cache.cache_key(photos, extractor)
 
     state = load_file(rule_weights)
@@ -130,14 +129,84 @@ def test_a_full_disk_is_one_line(train, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: nearly_full)
     ran, _, _ = train("run", "--cache_features", tmp_path / "cache")
     assert ran.code == 2 and "pass another --cache_features" in ran.err
-    assert ran.err.count("\n") == 1
+    assert [line for line in ran.err.splitlines() if not line.startswith("note:")] == [last(ran)]
 
 
-def test_a_file_system_without_locks_is_one_line(train, tmp_path, monkeypatch):
-    def flock(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_the_file_holds_what_the_backbone_gives(folder, rule_extractor, tmp_path):
+    """Batches of three, written by a thread, in the order of views and photos."""
+    photos = Photos(sorted(folder.iterdir()), 64, augment=True)
+    extractor = rule_extractor()
+    cached = feature_cache.cached(photos, extractor, tmp_path, views=2, batch_size=3, workers=1)
+    for epoch, index in ((0, 0), (0, 7), (1, 2), (3, 2)):
+        item = cached[epoch, index]
+        wanted = photos[epoch % 2, index]
+        assert torch.equal(item["half"], wanted["half"]) and item["broken"] == -1
+        for name, level in (("f1", "full"), ("f2", "half"), ("f3", "quarter")):
+            image = extractor.normalize(wanted[level][None] / 255)
+            feats = extractor(image)[0]
+            assert item[name].dtype == torch.float16
+            assert torch.allclose(item[name].float(), feats, rtol=2e-3, atol=2e-3), name
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+
+def test_no_more_batches_wait_to_be_written_than_memory_holds(
+    folder, rule_extractor, tmp_path, monkeypatch
+):
+    """A disk that is slower than the backbone: computing waits for it."""
+    computed = []
+    real = feature_cache.images_and_features
+    monkeypatch.setattr(
+        feature_cache,
+        "images_and_features",
+        lambda *arguments: computed.append(0) or real(*arguments),
+    )
+    ahead = []
+    write = feature_cache.write_rows
+
+    def slow_write(*arguments):
+        time.sleep(0.05)
+        write(*arguments)
+        written = len(ahead) + 1
+        ahead.append(len(computed) - written)
+
+    monkeypatch.setattr(feature_cache, "write_rows", slow_write)
+    photos = Photos(sorted(folder.iterdir()), 64, augment=True)
+    feature_cache.cached(photos, rule_extractor(), tmp_path, views=3, batch_size=1, workers=0)
+    assert len(ahead) == 24 and max(ahead) <= feature_cache.IN_FLIGHT + 1
+
+
+@pytest.mark.parametrize("what", ["write_rows", "images_and_features"])
+def test_a_failure_leaves_no_file(train, tmp_path, monkeypatch, what):
+    def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(feature_cache, what, fail)
     ran, _, _ = train("run", "--cache_features", tmp_path / "cache")
-    assert ran.code == 2 and "cannot be locked" in ran.err and "make room" not in ran.err
-    assert "pass a --cache_features on a local disk" in ran.err and ran.err.count("\n") == 1
+    assert ran.code == 2 and "the disk is gone" in ran.err
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_moved_data_set_has_the_same_file(folder, rule_extractor, tmp_path):
+    extractor = rule_extractor()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)  # with the dates of the files
+    keys = []
+    for root in (folder, moved):
+        photos = Photos(sorted(root.iterdir()), 64)
+        keys.append(feature_cache.cache_key(photos, extractor))
+    assert keys[0] == keys[1]
+
+
+def test_the_second_process_of_a_machine_waits_for_the_file_of_the_first(
+    folder, tmp_path, rule_backbone
+):
+    flags = ["--dataroot", folder, "--output_dir", tmp_path / "runs", "--imsize", 64]
+    flags += ["--batch_size", 2, "--epochs", 1, "--workers", 0, "--device", "cpu"]
+    flags += ["--cache_features", tmp_path / "cache", *rule_backbone]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(train_lift.__file__)
+    start += [str(script), *[str(flag) for flag in flags]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.suffix == ".features"
