@@ -103,12 +103,13 @@ def plain_loss(kind, out, target, centre=None):
     return F.cosine_embedding_loss(flat_out, flat_target, torch.ones(len(flat_out)))
 
 
-def plain_match_losses(pairs, warps):
+def plain_match_losses(pairs, warps, temperature):
     """objectives.Matching, point by point: the list of the losses of all points.
 
     Args:
         pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
         warps: for each photo [2, 3], from places in the copy to those in the photo.
+        temperature: what cosines are divided by.
     """
     h, w = pairs.shape[2:]
     cells = objectives.match_cells(h * w).tolist()
@@ -130,9 +131,16 @@ def plain_match_losses(pairs, warps):
             points.append(sampled.flatten())
         for own, point in enumerate(points):
             cosines = F.cosine_similarity(point[None], torch.stack(candidates), dim=1)
-            shares = (cosines / objectives.MATCH_TEMPERATURE).softmax(0)
+            shares = (cosines / temperature).softmax(0)
             losses.append(-shares[own].log())
     return losses
+
+
+def plain_matched(pairs, warps, centre):
+    """The mean loss of all points: of features as they are and of centred ones, two to one."""
+    raw = torch.stack(plain_match_losses(pairs, warps, 0.05)).mean()
+    centred = torch.stack(plain_match_losses(pairs - centre, warps, 0.1)).mean()
+    return (2 * raw + centred) / 3
 
 
 def loading(imsize, mean, std):

@@ -13,6 +13,8 @@ from plain_train import plain_match_losses
 import objectives
 from loading import Loader
 
+TEMPERATURE = objectives.MATCH_TEMPERATURE
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -43,14 +45,14 @@ def places_as_features(warp, side=28):
 def match_loss(pairs, warp):
     """The mean loss of the points of some pairs."""
     matching = objectives.Matching(tuple(pairs.shape[2:]))
-    return matching(pairs, warp) / matching.inside(warp).sum()
+    return matching(pairs, warp, TEMPERATURE) / matching.inside(warp).sum()
 
 
 def test_matching_equals_the_plain_version():
     torch.manual_seed(0)
     pairs = torch.randn(6, 5, 4, 6)
     warps = torch.stack([objectives.random_warp() for _ in range(3)])
-    losses = plain_match_losses(pairs, warps)
+    losses = plain_match_losses(pairs, warps, TEMPERATURE)
     assert len(losses) < 3 * 24, "some cells lie outside, and are left out"
     assert match_loss(pairs, warps) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
@@ -58,7 +60,7 @@ def test_matching_equals_the_plain_version():
     found = pairs.clone().requires_grad_()
     match_loss(found, warps).backward()
     wanted = pairs.clone().requires_grad_()
-    torch.stack(plain_match_losses(wanted, warps)).mean().backward()
+    torch.stack(plain_match_losses(wanted, warps, TEMPERATURE)).mean().backward()
     assert torch.allclose(found.grad, wanted.grad, atol=1e-6)
 
 
@@ -66,7 +68,7 @@ def test_a_copy_that_shows_nothing_of_its_photo_counts_nothing():
     matching = objectives.Matching((4, 4))
     away = torch.tensor([[[1.0, 0, 9], [0, 1, 0]]])
     pairs = torch.randn(2, 5, 4, 4, requires_grad=True)
-    loss = matching(pairs, away)
+    loss = matching(pairs, away, TEMPERATURE)
     loss.backward()
     assert loss == 0 and (pairs.grad == 0).all()
     assert objectives.point_weight(matching, away, 0.1).isfinite()
@@ -101,7 +103,7 @@ def test_matching_of_known_features():
     own = math.sqrt(0.1) * torch.eye(16).view(1, 16, 4, 4).expand(2, -1, -1, -1)
     common = torch.full((2, 1, 4, 4), math.sqrt(0.9))
     unlike = torch.cat([own, common], 1)
-    expected = math.log(1 + 15 * math.exp(-0.1 / objectives.MATCH_TEMPERATURE))
+    expected = math.log(1 + 15 * math.exp(-0.1 / TEMPERATURE))
     assert match_loss(unlike, same) == pytest.approx(expected, rel=1e-3)
 
     # half of a shifted copy lies outside, and is neither a point nor a candidate

@@ -27,7 +27,7 @@ from plain_train import (
     plain_evaluate,
     plain_features,
     plain_loss,
-    plain_match_losses,
+    plain_matched,
     plain_train,
     plain_vit,
 )
@@ -356,7 +356,7 @@ def test_matching_equals_the_plain_version(train, folder, tmp_path, rule_feature
         out = lift(levels[1], f2)
         loss = plain_loss("both", out, f1, centre)
         warps = [item["warp"] for item in items]
-        loss = loss + 0.5 * torch.stack(plain_match_losses(out, warps)).mean()
+        loss = loss + 0.5 * plain_matched(out, warps, centre)
         loss = loss + plain_loss("both", lift(levels[2], f3), f2, centre)
         loss.backward()
         optimizer.step()
