@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -16,15 +18,18 @@ from plain_extract import plain_lift, plain_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import extraction
+import features
 import lift_extractor as script
-from command import RECORD
-from extractor import ViTExtractor, build_backbone
-from lift import LiFT, Upsampler, load_lift, map_to_tokens
-from lift_extractor import Photos, ViTLiFTExtractor, batches, find_jobs, placement
+from backbones import build_backbone
+from extraction import Photos, batches, placement
+from extractor import ViTExtractor
+from files import SETTINGS
+from lift import LiFT, load_lift, map_to_tokens
+from lift_extractor import ViTLiFTExtractor, find_jobs
 
 SAMPLE = ROOT / "assets" / "sample.jpg"
 NAMES = ("a.png", "b.png", "sub/a.png")
-MEMORY = script.Memory(patch=16, step=16, channels=384, heads=6, factor=2)
 
 
 @pytest.fixture
@@ -50,9 +55,9 @@ def slow(backbone, lift, path, load_size, iterations=1):
 
 
 def counts(ran):
-    """(written, skipped, unreadable) of a run."""
-    line = ran.report()
-    return line["written"], line["skipped"], line["unreadable"]
+    """(written, kept, skipped) of a run."""
+    results = ran.report()
+    return results["written"], results["kept"], results["skipped"]
 
 
 # ---- what is written ----------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def test_out_size_stride_and_placement(cli, tmp_path, rule_backbone, rule_lift):
     def half_stride_grid(height, width):
         return 1 + (height - 16) // 8, 1 + (width - 16) // 8
 
-    vit = SimpleNamespace(patch=16, step=8, grid=half_stride_grid)
+    vit = SimpleNamespace(patch=16, stride=8, grid=half_stride_grid)
     place = placement(vit, (64, 96), (300, 451), (7, 11))
     y, x = 8 * 300 / 64, 8 * 451 / 96  # the first patch's centre is pixel 8, and so is the step
     assert place == pytest.approx({"first_y": y, "first_x": x, "step_y": y, "step_x": x})
@@ -166,7 +171,7 @@ def test_out_size_stride_and_placement(cli, tmp_path, rule_backbone, rule_lift):
     def patch_grid(height, width):
         return height // 16, width // 16
 
-    vit = SimpleNamespace(patch=16, step=16, grid=patch_grid)
+    vit = SimpleNamespace(patch=16, stride=16, grid=patch_grid)
     place = placement(vit, (64, 96), (128, 96), (16, 24))
     # LiFT twice: cells of 4 pixels, and the photo was read at half its height
     assert place == pytest.approx({"first_y": 4, "first_x": 2, "step_y": 8, "step_x": 4})
@@ -196,18 +201,8 @@ def test_resumes_and_overwrites(cli, tmp_path, photos, rule_backbone):
     assert torch.load(out / "sub/a.png.pth").shape == (1, 2 * 3, 192)
 
 
-def test_a_photo_that_has_changed_is_computed_again(cli, tmp_path, photos, rule_backbone):
-    (photos / "broken.jpg").unlink()
-    out = tmp_path / "out"
-    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
-    args += ["--load_size", 32]
-    assert counts(cli(*args)) == (3, 0, 0)
-    os.utime(out / "a.png.pth", (0, 0))  # older than its photo
-    assert counts(cli(*args)) == (1, 2, 0)
-    assert counts(cli(*args)) == (0, 3, 0)
-
-
-def test_photos_of_one_name_in_another_folder_are_refused(cli, tmp_path, rule_backbone):
+def test_photos_of_another_folder_are_refused(cli, tmp_path, rule_backbone):
+    """Their names may be the same: then they would count as done."""
     for day, colour in (("day1", "red"), ("day2", "blue")):
         (tmp_path / day).mkdir()
         Image.new("RGB", (64, 48), colour).save(tmp_path / day / "1.png")
@@ -218,34 +213,14 @@ def test_photos_of_one_name_in_another_folder_are_refused(cli, tmp_path, rule_ba
 
     ran = cli(*args, "--image_path", tmp_path / "day2")
     assert ran.code == 2
-    assert f"{out / '1.png.pth'} was made from a photo in another folder" in ran.err
+    assert f"{out}/ was made with image_folders" in ran.err
     assert "pass --overwrite, or another --output_path" in ran.err
     assert (out / "1.png.pth").read_bytes() == before
 
-    (tmp_path / "day2/1.png").rename(tmp_path / "day2/2.png")
-    assert counts(cli(*args, "--image_path", tmp_path / "day2")) == (1, 0, 0), "another name"
-    assert counts(cli(*args, "--image_path", tmp_path / "day1")) == (0, 1, 0)
-    folders = json.loads((out / "record.json").read_text())["image_folders"]
-    assert folders == [str(tmp_path / "day1"), str(tmp_path / "day2")]
-    (tmp_path / "day3").mkdir()
-    (tmp_path / "day2/2.png").rename(tmp_path / "day3/1.png")
-
     one_of_them = tmp_path / "day1/1.png"
     assert counts(cli(*args, "--image_path", one_of_them)) == (0, 1, 0), "the same folder"
-    assert counts(cli(*args, "--image_path", tmp_path / "day3", "--overwrite")) == (1, 0, 0)
+    assert counts(cli(*args, "--image_path", tmp_path / "day2", "--overwrite")) == (1, 0, 0)
     assert (out / "1.png.pth").read_bytes() != before
-
-
-def test_a_folder_of_an_earlier_version_is_gone_on_with(cli, tmp_path, photos, rule_backbone):
-    """Its record tells no folders of photos."""
-    out = tmp_path / "out"
-    args = ["lift_extractor", "--image_path", photos, "--output_path", out, *rule_backbone]
-    args += ["--load_size", 32]
-    assert counts(cli(*args)) == (3, 0, 1)
-    made_by = json.loads((out / "record.json").read_text())
-    del made_by["image_folders"]
-    (out / "record.json").write_text(json.dumps(made_by))
-    assert counts(cli(*args)) == (0, 3, 1)
 
 
 def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_lift):
@@ -270,16 +245,16 @@ def test_other_settings_are_refused(cli, tmp_path, photos, rule_backbone, rule_l
     assert torch.load(out / "a.png.pth").shape == (1, 16 * 2 * 3, 192)
 
 
-def test_overwriting_a_part_with_other_settings_is_refused(cli, tmp_path, photos, rule_backbone):
+def test_overwriting_empties_the_folder_first(cli, tmp_path, photos, rule_backbone):
     (photos / "broken.jpg").unlink()
     out = tmp_path / "out"
     args = ["lift_extractor", "--output_path", f"{out}/", *rule_backbone, "--load_size", 32]
     assert cli(*args, "--image_path", photos).code == 0
-    again = [*args, "--image_path", photos / "a.png", "--facet", "value", "--overwrite"]
-    ran = cli(*again)
-    assert ran.code == 2
-    assert "was made with other settings and is not to be made again" in ran.err
-    assert cli(*args, "--image_path", photos).code == 0, "the record is still the old one"
+    again = [*args, "--image_path", photos / "a.png", "--facet", "value"]
+    assert counts(cli(*again, "--overwrite")) == (1, 0, 0)
+    assert [str(file.relative_to(out)) for file in out.rglob("*.pth")] == ["a.png.pth"]
+    assert json.loads((out / SETTINGS).read_text())["facet"] == "value"
+    assert counts(cli(*again)) == (0, 1, 0)
 
 
 def test_another_module_of_the_same_name_is_refused(cli, tmp_path, photos, rule_backbone):
@@ -295,23 +270,43 @@ def test_another_module_of_the_same_name_is_refused(cli, tmp_path, photos, rule_
     assert "was made with lift_digest" in ran.err
 
 
-def test_features_that_nobody_knows_are_kept(cli, tmp_path, photos, rule_backbone, monkeypatch):
+def test_features_that_nobody_knows_are_kept(cli, tmp_path, photos, rule_backbone):
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.png.pth").write_text("of somebody else")
     args = ["--image_path", photos, "--output_path", out, *rule_backbone]
-    ran = cli("lift_extractor", *args)
-    assert ran.code == 2
-    assert f"no {RECORD} says how it was made: pass --overwrite" in ran.err
-    assert (out / "a.png.pth").read_text() == "of somebody else"
+    for flags in ([], ["--overwrite"]):
+        ran = cli("lift_extractor", *args, *flags)
+        assert ran.code == 2
+        assert f"no {SETTINGS} says what made it" in ran.err
+        assert (out / "a.png.pth").read_text() == "of somebody else"
 
-    def stopped(*args):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "process", stopped)
-    assert cli("lift_extractor", *args, "--overwrite").code == 130
-    assert (out / RECORD).exists()
-    assert not (out / "a.png.pth").exists(), "it must not count as done under the new record"
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("cannot write x: free some space")])
+def test_a_run_that_is_stopped_goes_on_where_it_was(
+    cli, tmp_path, photos, rule_backbone, monkeypatch, error
+):
+    (photos / "broken.jpg").unlink()
+    args = ["lift_extractor", "--image_path", photos, "--output_path", tmp_path / "out"]
+    args += [*rule_backbone, "--load_size", 32, "--batch_size", 1]
+    real = extraction.save
+    saved = []
+
+    def save(*args):
+        if len(saved) == 2:
+            raise error
+        saved.append(args)
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "save", save)
+        ran = cli(*args)
+    if error is KeyboardInterrupt:
+        assert ran.code == 130
+    else:
+        assert ran.code == 2
+        assert ran.err.endswith("cannot write x: free some space\n")
+    assert counts(cli(*args)) == (1, 2, 0)
 
 
 def test_pictures_asked_for_later_are_made(cli, tmp_path, photos, rule_backbone):
@@ -362,16 +357,17 @@ def test_ranks_share_the_work(tmp_path, photos, rule_backbone):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
     command += ["--master_port", "0", "--standalone", ROOT / "lift_extractor.py"]
     command += ["--image_path", photos, "--output_path", out, *rule_backbone, "--load_size", "32"]
-    command += ["--device", "cpu"]
+    command += ["--device", "cpu", "--json", tmp_path / "results.json"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     names = {str(file.relative_to(out)) for file in out.rglob("*.pth")}
     assert names == {"a.png.pth", "b.png.pth", "sub/a.png.pth"}
 
-    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 1
-    assert lines[0]["written"] == 3, "no file is written twice, one sum is told"
-    assert lines[0]["unreadable"] == 1
+    assert ran.stdout == f"{out}: 3 written, 0 kept, 1 skipped\n", "one process tells the sum"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["written"], results["skipped"]) == (3, 1), "no file is written twice"
+    assert ran.stderr.count("skipped: ") == 1
+    assert "destroy_process_group" not in ran.stderr, "as torch asks where it was not called"
 
 
 def test_ranks_without_a_torchrun_are_told_before_the_work(
@@ -383,7 +379,7 @@ def test_ranks_without_a_torchrun_are_told_before_the_work(
     args = ["--image_path", photos, "--output_path", tmp_path / "out", *rule_backbone]
     ran = cli("lift_extractor", *args)
     assert ran.code == 2
-    assert "this is no torchrun: start it by torchrun, or unset them" in ran.err
+    assert "start the processes with torchrun, or unset WORLD_SIZE" in ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -418,7 +414,7 @@ def test_batches_are_of_one_size():
         if size == 4:
             image = None  # cannot be read
         items.append((index, image, None))
-    found = list(batches(items, 2, MEMORY))
+    found = list(batches(items, 2))
 
     indices = []
     everything = []
@@ -432,7 +428,7 @@ def test_batches_are_of_one_size():
     assert indices[:2] == [[0, 2], [1, 4]]
 
 
-def most_waiting(sizes, batch_size, memory):
+def most_waiting(sizes, batch_size):
     """How many of the photos of these sizes (H, W) wait at most when a batch comes."""
     taken = 0
 
@@ -444,92 +440,171 @@ def most_waiting(sizes, batch_size, memory):
 
     most = 0
     done = 0
-    for batch in batches(items(), batch_size, memory):
+    for batch in batches(items(), batch_size):
         most = max(most, taken - done)
         done += len(batch)
     assert done == len(sizes)
     return most
 
 
-def test_few_photos_wait_for_others_of_their_size():
+def test_few_photos_wait_for_others_of_their_size(monkeypatch):
     sizes = [(1, 1 + number) for number in range(30)]
-    assert most_waiting(sizes, 2, MEMORY) == 8, "four batches"
-    one = 4 * 3 * 16 * 16  # bytes
-    sizes = [(16, 16), (8, 32), (4, 64), (2, 128), (1, 256)]
-    assert most_waiting(sizes, 2, MEMORY._replace(there=4 * 3 * one, device="cuda")) == 4
+    assert most_waiting(sizes, 2) == 8, "four batches"
+    monkeypatch.setattr(extraction, "MOST_PIXELS", 400)
+    sizes = [(16, 16), (8, 32), (4, 64), (2, 128), (1, 256), (32, 8), (64, 4), (128, 2), (256, 1)]
+    assert most_waiting(sizes, 3) == 7, "1600 pixels are less than those of seven"
 
 
-def test_batches_are_smaller_where_the_memory_is():
-    needed = MEMORY.needed(32, 32)
-    memory = MEMORY._replace(there=2 * 3.5 * needed)  # three photos take half of it
+def test_large_photos_come_in_small_batches(monkeypatch):
+    monkeypatch.setattr(extraction, "MOST_PIXELS", 3 * 32 * 32)
     items = [(number, torch.zeros(3, 32, 32), None) for number in range(7)]
-    assert [len(batch) for batch in batches(items, 4, memory)] == [3, 3, 1]
-    assert memory.at_once(512, 512, 4) == 1, "if it is too large Photos refuses it"
-    assert memory._replace(device="cuda").at_once(512, 512, 4) == 4
+    assert [len(batch) for batch in batches(items, 4)] == [3, 3, 1]
+    items = [(number, torch.zeros(3, 100, 100), None) for number in range(2)]
+    assert [len(batch) for batch in batches(items, 4)] == [1, 1]
 
 
-def test_what_takes_more_than_the_memory_is_refused_before_it_is_taken(tmp_path):
-    Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
-    sized = MEMORY._replace(out_cells=10**12)
-    for load_size, memory in ((1_000_000, MEMORY), (48, sized)):
-        index, image, reason = Photos([tmp_path / "x.png"], 16, load_size, memory)[0]
-        assert (index, image) == (0, None)
-        assert "GB, and this machine has" in reason
-        assert reason.endswith("pass a smaller --load_size, --lift_iter or --out_size")
+# ---- what cannot be used ------------------------------------------------------------------------
 
 
-def test_a_strip_is_refused(cli, tmp_path, rule_backbone):
-    Image.new("RGB", (5000, 20)).save(tmp_path / "x.png")
-    args = ["--image_path", tmp_path / "x.png", "--output_path", tmp_path / "x.pth"]
-    ran = cli("lift_extractor", *args, *rule_backbone)
-    assert ran.code == 2
-    assert "5000x20 pixels, a strip: cut it, or pass --load_size 0" in ran.err
+def test_each_photo_that_is_left_out_is_named_with_the_reason(cli, tmp_path, photos, rule_backbone):
+    Image.new("RGB", (60, 1)).save(photos / "strip.png")
+    Image.new("RGB", (15, 15)).save(photos / "tiny.png")
+    Image.new("RGB", (64, 48)).save(photos / f"{'n' * 248}.png")  # 252 bytes, and .pth
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    out = tmp_path / "out"
+    args = ["--image_path", photos, "--output_path", out, *rule_backbone]
+    ran = cli("lift_extractor", *args, "--load_size", 0)
+    assert ran.code == 0
+    assert counts(ran) == (3, 0, 4)
+    lines = ran.err.splitlines()
+    assert f"skipped: {photos}/tiny.png: 15x15 pixels are less than one patch (16)" in ran.err
+    assert f"skipped: {photos}/strip.png: 60x1 pixels are less than one patch" in ran.err
+    assert "nnn.png: the name is too long for a file of features: shorten it" in ran.err
+    assert f"skipped: {photos}/broken.jpg: not a readable image" in ran.err
+    assert len([line for line in lines if line.startswith("skipped: ")]) == 4
+    assert ".heic" in ran.err
+    assert ran.out == f"{out}: 3 written, 0 kept, 4 skipped\n"
+
+    ran = cli("lift_extractor", *args, "--load_size", 32, "--overwrite")
+    assert counts(ran) == (4, 0, 3), "tiny.png is enlarged"
+    assert "strip.png: 60x1 pixels, a strip: cut it, or pass --load_size 0" in ran.err
 
 
-def test_many_iterations_are_refused_where_the_memory_is_not_there(
-    cli, tmp_path, rule_backbone, rule_lift
+def test_a_photo_without_features_alone_is_an_error(cli, tmp_path, rule_backbone):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (15, 15)).save(path)
+    args = ["--image_path", path, *rule_backbone, "--load_size", 0]
+    for out in (tmp_path / "x.pth", tmp_path / "folder"):
+        ran = cli("lift_extractor", *args, "--output_path", out)
+        assert ran.code == 2
+        assert ran.err.endswith(
+            f"{path}: 15x15 pixels are less than one patch (16): pass a larger --load_size\n"
+        )
+
+
+class FeaturesOfLittleMemory:
+    """Features whose memory holds so many pixels."""
+
+    def __init__(self, real, most):
+        self.real = real
+        self.most = most
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def __call__(self, images, return_all):
+        if images[:, 0].numel() > self.most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nof which ...")
+        return self.real(images, return_all=return_all)
+
+
+def test_a_batch_that_does_not_fit_is_tried_photo_by_photo(
+    cli, tmp_path, photos, rule_backbone, monkeypatch
 ):
-    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
-    args += ["--device", "cpu"]
-    ran = cli("lift_extractor", *args, "--lift_path", rule_lift, "--lift_iter", 12)
+    Image.new("RGB", (128, 96)).save(photos / "large.png")
+    real = script.build_features
+    monkeypatch.setattr(
+        script, "build_features", lambda args: FeaturesOfLittleMemory(real(args), 48 * 64)
+    )
+    args = ["--image_path", photos, "--output_path", tmp_path / "out", *rule_backbone]
+    ran = cli("lift_extractor", *args, "--load_size", 0)
+    assert ran.code == 0, ran.err
+    assert counts(ran) == (3, 0, 2)
+    assert f"skipped: {photos}/large.png: out of memory (CUDA out of memory." in ran.err
+    assert not (tmp_path / "out/large.png.pth").exists()
+    assert (tmp_path / "out/b.png.pth").exists(), "one of a batch of two"
+
+
+def limited(gigabytes, *args):
+    """The script as a process that may have so much memory: (status, stdout, stderr)."""
+    command = f"ulimit -d {int(gigabytes * 2**20)} && exec \"$@\""
+    args = [str(arg) for arg in args]
+    ran = subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, ROOT / "lift_extractor.py", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def test_a_photo_too_large_for_the_memory_does_not_end_the_run(
+    tmp_path, photos, rule_backbone, rule_lift
+):
+    (photos / "broken.jpg").unlink()
+    Image.new("RGB", (12000, 9000)).save(photos / "large.png")
+    out = tmp_path / "out"
+    args = ["--image_path", photos, "--output_path", out, *rule_backbone, "--device", "cpu"]
+    status, stdout, stderr = limited(2, *args, "--lift_path", rule_lift, "--load_size", 0)
+    assert (status, stdout) == (0, f"{out}: 3 written, 0 kept, 1 skipped\n"), stderr
+    assert f"skipped: {photos}/large.png: out of memory (" in stderr
+
+
+@pytest.mark.parametrize("flags", [["--lift_iter", 12], ["--load_size", 100000]])
+def test_absurd_sizes_are_one_line(tmp_path, rule_backbone, rule_lift, flags):
+    out = tmp_path / "x.pth"
+    args = ["--image_path", SAMPLE, "--output_path", out, *rule_backbone, "--device", "cpu"]
+    status, _, stderr = limited(2, *args, "--lift_path", rule_lift, *flags)
+    errors = [line for line in stderr.splitlines() if not line.startswith("note: ")]
+    assert (status, len(errors)) == (2, 1), stderr
+    assert f"{SAMPLE}: out of memory" in errors[0]
+    assert not out.exists()
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full():
+    raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("fault", [killed, full])
+def test_a_fault_in_a_worker_ends_the_run(cli, tmp_path, photos, rule_backbone, monkeypatch, fault):
+    (photos / "broken.jpg").unlink()
+    out = tmp_path / "out"
+    real = Photos.__getitem__
+
+    def read(self, index):
+        until = time.monotonic() + 60
+        while index == 2 and time.monotonic() < until:
+            if list(out.rglob("*.pth")):  # something is written, which must be kept
+                fault()
+            time.sleep(0.05)
+        return real(self, index)
+
+    args = ["lift_extractor", "--image_path", photos, "--output_path", out]
+    args += [*rule_backbone, "--load_size", 32, "--workers", 1, "--batch_size", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Photos, "__getitem__", read)
+        ran = cli(*args)
     assert ran.code == 2
-    assert "GB, and this machine has" in ran.err
-
-
-@pytest.mark.parametrize("facet", ["key", "attn"])
-@torch.no_grad()
-def test_memory_needed_is_that_of_the_features_and_grows_with_them(rule_extractor, facet):
-    extractor = rule_extractor(facet=facet)
-    feats = extractor(torch.zeros(1, 3, 64, 96))
-    once = script.memory_of(extractor, Upsampler("none"))
-    photo = 4 * script.PHOTO_NUMBERS * 64 * 96
-    wanted = 3 * feats.nbytes
-    # an attention's prefix tokens are not counted
-    assert once.needed(96, 64) - photo == pytest.approx(wanted, rel=0.05)
-
-    sized = script.memory_of(extractor, Upsampler("none"), (30, 40))
-    resized = feats.nbytes / feats[0, 0].numel() * 30 * 40
-    difference = sized.needed(96, 64) - once.needed(96, 64)
-    assert difference == pytest.approx(3 * resized, rel=0.05)
-
-    twice = script.memory_of(extractor, Upsampler("bilinear", iterations=2))
-    assert twice.needed(96, 64) - photo > 16 * wanted
-
-    growth = once.needed(4096, 4096) / once.needed(2048, 2048)
-    if facet == "attn":  # a channel for each cell
-        assert growth == pytest.approx(16, rel=0.05)
-    else:
-        assert growth == pytest.approx(4)
-
-
-def test_attention_that_no_machine_holds_is_refused(cli, tmp_path, rule_backbone):
-    """At this size another facet fits."""
-    args = ["--image_path", SAMPLE, "--output_path", tmp_path / "x.pth", *rule_backbone]
-    args += ["--device", "cpu"]
-    ran = cli("lift_extractor", *args, "--facet", "attn", "--load_size", 16384)
-    assert ran.code == 2
-    assert "GB, and this machine has" in ran.err
-    assert ran.err.count("\n") == 1
+    errors = [line for line in ran.err.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1
+    assert "--workers 0" in errors[0]
+    written, kept, missing = counts(cli(*args))
+    assert (written + kept, missing) == (3, 0)
+    assert kept >= 1
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------
@@ -584,8 +659,74 @@ def test_reference_api(rule_backbone, rule_lift):
     bare = ViTLiFTExtractor(name, device="cpu", backbone_path=path)
     assert bare.lift is None
     assert bare.extract_descriptors(images).shape == (1, 24, 192)
-    with pytest.raises(ValueError, match="pass lift_path"):
-        bare.extract_descriptors_iterative_lift(images)
+    back = bare.extract_descriptors(images)
+    assert torch.equal(bare.extract_descriptors_iterative_lift(images, 3), back)
+    steps = bare.extract_descriptors_iterative_lift(images, 3, return_inter=True)
+    assert list(steps) == ["back"]
+    assert torch.equal(steps["back"], back)
+
+    unused = ViTLiFTExtractor(name, None, 768, 8, 16, device="cpu", backbone_path=path)
+    assert (unused.channel, unused.patch) == (192, 16), "the release's defaults, of no effect there"
+    with pytest.raises(ValueError, match="channel 768"):
+        ViTLiFTExtractor(name, rule_lift, 768, device="cpu", silent=True, backbone_path=path)
+    with pytest.raises(ValueError, match="preprocess"):
+        model(SAMPLE)
+
+
+def test_a_state_dict_of_the_release_holds_lift_only(rule_backbone, rule_lift):
+    flags = {"device": "cpu", "silent": True, "backbone_path": rule_backbone[3]}
+    model = ViTLiFTExtractor(rule_backbone[1], rule_lift, **flags)
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    before = model(images)
+    torch.manual_seed(0)
+    other = LiFT(192)
+    state = {f"lift.{name}": value for name, value in other.state_dict().items()}
+    model.load_state_dict(state)
+    assert not torch.equal(model(images), before)
+    other.requires_grad_(False).eval()
+    torch.testing.assert_close(model(images), other(images, model.extractor(images)))
+
+    again = ViTLiFTExtractor(rule_backbone[1], rule_lift, **flags)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
+    del state["lift.outc.bias"]
+    with pytest.raises(RuntimeError, match=r"lift\.outc\.bias"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="foreign"):
+        model.load_state_dict({**model.state_dict(), "foreign": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_lift_can_be_fine_tuned(rule_backbone, rule_lift, later):
+    """By requires_grad=True, or by making its weights trainable later; the ViT stays frozen."""
+    model = ViTLiFTExtractor(
+        rule_backbone[1], rule_lift, device="cpu", silent=True,
+        backbone_path=rule_backbone[3], requires_grad=not later,
+    )  # fmt: skip
+    if later:
+        assert not model.extract_descriptors(torch.zeros(1, 3, 32, 32)).requires_grad
+        model.lift.requires_grad_(True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert sum(weight.numel() for weight in trained) == sum(
+        weight.numel() for weight in LiFT(192).parameters()
+    )
+    assert model.train().lift.training
+    assert not model.extractor.training
+    model.eval()
+
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = model.extract_descriptors_iterative_lift(images, 2).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert all(weight.grad is None for weight in model.extractor.parameters())
+    with torch.no_grad():
+        assert not model(images).requires_grad
 
 
 @pytest.mark.parametrize("size", [(224, 224), (298, 224), (16, 16), (37, 500), (320, 240)])
@@ -626,21 +767,24 @@ def test_ones_own_backbone(cli, import_path, rule_lift):
 # ---- bad input ----------------------------------------------------------------------------------
 
 BAD = {
-    "missing photo": (["--image_path", "none.jpg"], "no images at none.jpg"),
+    "missing photo": (
+        ["--image_path", "none.jpg"],
+        "there are no images at none.jpg, which does not exist",
+    ),
     "no image": (["--image_path", "text.jpg"], "text.jpg is not a readable image"),
     "truncated": (["--image_path", "cut.jpg"], "cut.jpg is not a readable image"),
     "tiny photo": (
         ["--image_path", "tiny.png", "--load_size", "0"],
         "less than one patch (16): pass a larger --load_size",
     ),
-    "empty folder": (["--image_path", "."], "no images at"),
+    "empty folder": (["--image_path", "."], "there are no images at ."),
     "model": (["--model_type", "vit_foo"], "unknown model vit_foo: pass one of dino_vits16"),
     "facet": (["--facet", "keys"], "invalid choice"),
     "layer": (["--layer", "12"], "layer 12 is out of range"),
     "stride": (["--stride", "5"], "stride 5 does not divide the patch"),
     "stride with LiFT": (
         ["--stride", "8", "--lift_path", "LIFT"],
-        "leave out --stride for LiFT",
+        "leave out the stride for LiFT",
     ),
     "channel": (["--channel", "384"], "leave --channel out"),
     "no LiFT": (["--upsample", "lift"], "pass --lift_path"),
@@ -648,20 +792,23 @@ BAD = {
     "lift_iter without LiFT": (["--lift_iter", "3"], "has nothing to repeat"),
     "out_size": (["--out_size", "0", "4"], "pass H W"),
     "width": (["--lift_path", "wide.pth"], "384 channels"),
-    "missing LiFT": (["--lift_path", "none.pth"], "no LiFT checkpoint at none.pth"),
-    "missing weights": (["--backbone_path", "none.pth"], "no weights at none.pth"),
+    "missing LiFT": (["--lift_path", "none.pth"], "there is no LiFT checkpoint at none.pth"),
+    "missing weights": (["--backbone_path", "none.pth"], "there are no weights at none.pth"),
     "device": (["--device", "cuda:77"], "pass --device cpu"),
     "unwritable": (["--output_path", "text.jpg/x/y.pth"], "cannot write text.jpg/x/y.pth"),
     "output is a file": (
         ["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"],
         "pass another --output_path",
     ),
-    "no picture": (["--picture", "x.txt"], "is no picture's name: let it end in one of .png"),
+    "no picture": (["--picture", "x.txt"], "does not name a picture: let it end in one of .png"),
     "picture over the photo": (
         ["--image_path", "tiny.png", "--picture", "./tiny.png"],
         "--picture ./tiny.png is one of the photos: pass another name",
     ),
     "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
+    "empty path": (["--image_path", ""], "the path of the photos is empty"),
+    "a URL": (["--image_path", "https://a.org/x.jpg"], "is a URL: download the photo"),
+    "a movie": (["--image_path", "clip.mp4"], "is a movie: take its frames"),
     "unknown flag": (["--lift_itre", "2"], "unrecognized arguments"),
 }
 
@@ -683,11 +830,12 @@ def test_bad_input(cli, tmp_path, monkeypatch, rule_backbone, rule_lift, case):
         raise AssertionError("a backbone was built")
 
     if case in CHEAP:
-        monkeypatch.setattr(script, "build_extractor", build)
+        monkeypatch.setattr(features, "build_extractor", build)
     monkeypatch.chdir(tmp_path)
     if case != "empty folder":
         (tmp_path / "text.jpg").write_text("hello")
         (tmp_path / "cut.jpg").write_bytes(SAMPLE.read_bytes()[:5000])
+        (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(64))
         Image.new("RGB", (200, 15)).save(tmp_path / "tiny.png")
         torch.save({"outc.weight": torch.zeros(384, 192, 1, 1)}, tmp_path / "wide.pth")
     before = sorted(tmp_path.rglob("*"))
