@@ -99,6 +99,8 @@ def read_mask(path: Path) -> tuple[np.ndarray, list[int] | None]:
         what = f"{path} is not a readable PNG ({first_line(error)})"
         raise ValueError(f"{what}: restore it or write it anew") from error
 
+    if image.format == "JPEG":
+        raise ValueError(f"{path} is a JPEG, which blurs labels: save the mask as a PNG")
     if image.mode in ("P", "L", "1"):
         return np.array(image).astype(np.uint8), image.getpalette()
     if image.mode in ("RGB", "RGBA", "LA", "PA"):
@@ -342,8 +344,8 @@ def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) 
         )
         raise ValueError(f"{what}: resize it (nearest) to the annotation")
     if labels.max() > count:
-        what = f"{path}: label {labels.max()} where the first annotation has {count} objects"
-        raise ValueError(f"{what}: keep to their labels")
+        what = f"{path} has label {labels.max()}, and the first annotation none above {count}"
+        raise ValueError(f"{what}: use its labels, or pass --binary for one object that is not 0")
 
 
 def summary(values: np.ndarray) -> tuple[float, float, float]:
@@ -422,7 +424,8 @@ def evaluate(
         labels = "; ".join(f"{video}: {as_ranges(numbers)}" for video, numbers in absent.items())
         note(
             "labels that the first mask does not show count as objects, as in davis2017-evaluation "
-            f"({labels}); without them J&F-Mean is {three(results[WITHOUT]) or '-'}"
+            f"({labels}); without them J&F-Mean is {three(results[WITHOUT]) or '-'} "
+            "(--binary: one object, whatever is not 0)"
         )
     return results
 

@@ -112,6 +112,7 @@ from torchvision.transforms.functional import to_tensor
 from davis_scores import (
     CSVS,
     MaskReader,
+    as_ranges,
     boundary,
     evaluate,
     read_mask,
@@ -148,10 +149,7 @@ class Video(NamedTuple):
     name: str
     frames: list[Path]  # none for scoring alone
     masks: list[Path]   # its annotations: of every frame, or of the first alone
-
-    def has_truth(self) -> bool:
-        """Whether there is more than the mask that is propagated."""
-        return not self.frames or len(self.masks) == len(self.frames)
+    is_own: bool        # of the first alone: there is nothing to score
 
 
 def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool) -> list[Video]:
@@ -174,11 +172,13 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
     videos = []
     for name in dict.fromkeys(names):  # each once
         masks = list_files(inside(part_of(root, "Annotations"), name), {".png"})
-        frames = []
+        frames: list[Path] = []
+        is_own = False
         if with_frames:
             frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES)
             check_frames(name, frames, masks)
-        videos.append(Video(name, frames, masks))
+            is_own = len(masks) < len(frames)
+        videos.append(Video(name, frames, masks, is_own))
     return videos
 
 
@@ -245,12 +245,12 @@ def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
     if frames.is_file():
         folder = unpacked / frames.name
         unpack(frames, folder)
-        return Video(frames.stem, list_files(folder, IMAGES), [mask])
+        return Video(frames.stem, list_files(folder, IMAGES), [mask], True)
 
     remedy = "pass a folder of pictures, or a movie, as --frames"
     files = list_files(frames, IMAGES, remedy, besides=mask)
     check_frames(frames.name, files)
-    return Video(frames.resolve().name, files, [mask])
+    return Video(frames.resolve().name, files, [mask], True)
 
 
 def unpack(movie: Path, folder: Path) -> None:
@@ -353,8 +353,8 @@ def one_hot(labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
     small = np.array(image)
     lost = np.setdiff1d(labels[labels > 0], small).tolist()
     if lost:
-        what = f"objects {lost} fall between the cells of the grid ({height}x{width})"
-        note(f"{what}: they are not propagated")
+        what = f"objects [{as_ranges(lost)}] fall between the cells of the {height}x{width} grid"
+        note(f"{what} and are not propagated: pass a larger --imsize")
     return F.one_hot(torch.from_numpy(small).long(), int(labels.max()) + 1).float()
 
 
@@ -726,7 +726,7 @@ def main(args: argparse.Namespace) -> None:
             folder = masks
 
         results = None
-        scored = {video.name: video.masks for video in videos if video.has_truth()}
+        scored = {video.name: video.masks for video in videos if not video.is_own}
         if scored:
             results = evaluate(masks, scored, pool, args.binary)
             print(table(results))
@@ -736,7 +736,7 @@ def main(args: argparse.Namespace) -> None:
         line = {"settings": used, "sequences": len(videos), "frames": frames, "results": results}
         report(args, line)
 
-        own = [video for video in videos if not video.has_truth()]
+        own = [video for video in videos if video.is_own]
         write_overlays(folder / "overlay", masks, videos if args.overlay else own, pool)
         for video in own:
             note(f"{video.name} has the mask of its first frame alone: there is nothing to score")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_davis_scores import PALETTE, line_of, moving, results_of, write_tree
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -169,6 +170,38 @@ def test_all_ties_vote(radius, topk):
     cosine = torch.tensor([[0.5, 1.0, 1.0, 1.0, 1.0, -1.0]])
     best = eval_davis.most_similar(cosine, 2)[0].exp()
     assert (best > 0).sum() == 4
+
+
+@pytest.mark.parametrize("topk", [1, 5, 9999])
+def test_a_gpu_weighs_all_sources_and_gets_the_same(topk):
+    torch.manual_seed(0)
+    for levels in (3, 10**6):  # with many ties, and with none
+        cosine = torch.randint(-levels, levels + 1, (40, 300)) / levels
+        cosine[:, 7::11] = -torch.inf
+        cosine[3, 2:] = -torch.inf  # fewer candidates than votes
+        votes = torch.rand(300, 4).softmax(1)
+        few = eval_davis.vote_of_few(cosine, votes, topk)
+        every = eval_davis.vote_of_all(cosine.clone(), votes, topk)
+        torch.testing.assert_close(every, few, atol=1e-6, rtol=0)
+
+
+def test_a_gpu_takes_one_block_and_does_not_wait():
+    """A value that is read would raise here, as fake tensors have none."""
+    cpu = torch.device("cpu")
+    gpu = torch.device("cuda")
+    assert eval_davis.block_side(56, 56, 12, 8, cpu) == eval_davis.TILE
+    assert eval_davis.block_side(56, 56, 12, 8, gpu) == 56
+    assert eval_davis.block_side(112, 112, 12, 8, gpu) == 56
+    assert eval_davis.block_side(2, 2, 12, 8, gpu) == 2
+    for side, radius in ((400, 12), (400, 400)):
+        block = eval_davis.block_side(side, side, radius, 8, gpu)
+        assert block**2 * 8 * min(side, block + 2 * radius) ** 2 <= eval_davis.GPU_BLOCK
+
+    with FakeTensorMode():
+        cells = torch.zeros(112, 112, 8, device="cuda")
+        context = 3 * [(cells, torch.zeros(112, 112, 3, device="cuda"))]
+        found = eval_davis.transfer(cells, context, 12, 5)
+        assert (found.device.type, found.shape) == ("cuda", (112, 112, 3))
 
 
 def test_no_tensor_grows_with_the_square_of_the_cells():
@@ -666,6 +699,19 @@ def test_the_same_weights_with_another_date_or_path_are_the_same(
     assert dates(tmp_path / "out") == masks
 
 
+def test_overwrite_removes_the_masks_first(propagate, tree, tmp_path):
+    results_of(propagate("--overlay"))
+    folder = tmp_path / "out/davis_vidseg_32_layer11"
+    (folder / "notes.txt").write_text("of mine")
+    flags = ["--topk", "1", "--sequences", "one"]
+    assert propagate(*flags).code == 2
+    results_of(propagate(*flags, "--overwrite"))
+    assert {path.parent.name for path in folder.rglob("*.png")} == {"one"}
+    assert not list(folder.rglob("*.jpg"))
+    assert (folder / "notes.txt").read_text() == "of mine"
+    one_line(propagate(), "was made with topk 1, not 5")
+
+
 def test_scores_of_another_run_are_not_taken_for_this_one(propagate, tree, tmp_path):
     masks = tmp_path / "out/davis_vidseg_32_layer11"
     masks.mkdir(parents=True)
@@ -748,6 +794,195 @@ def test_features_that_are_no_numbers_are_refused(tree, cli, tmp_path):
     assert not list(tmp_path.rglob("out/**/*.png"))
 
 
+# ---- videos of your own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tree, propagate, tmp_path):
+    """Run the command on frames of your own: the folder of its results, and the run."""
+
+    def run(frames, mask=tree / "Annotations/480p/three/00000.png", *flags):
+        flags = ["--dataroot", "", "--frames", frames, "--mask", mask, *flags]
+        ran = propagate(*flags)
+        assert ran.code == 0, ran.err
+        return tmp_path / "out/davis_vidseg_32_layer11", ran
+
+    return run
+
+
+def read_masks(folder):
+    """The masks of a folder, [t, H, W]."""
+    return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+@pytest.fixture
+def wanted(propagate, tmp_path):
+    """The masks of the video `three`, as the data set's command writes them."""
+    results_of(propagate("--sequences", "three", "--output_dir", tmp_path / "wanted"))
+    return read_masks(tmp_path / "wanted/davis_vidseg_32_layer11/three")
+
+
+def convert(folder, target, name):
+    """The pictures of a folder under other names: one of {number} and a suffix."""
+    target.mkdir()
+    for number, path in enumerate(sorted(folder.glob("*.jpg"))):
+        to = target / name.format(number)
+        if to.suffix == ".png":
+            Image.open(path).save(to)
+        else:
+            shutil.copy(path, to)
+
+
+@pytest.mark.parametrize("name", ["{}.jpg", "{:03d}.JPG", "frame{}.jpeg", "{:05d}.png"])
+def test_frames_of_your_own(own, wanted, tree, tmp_path, name):
+    convert(tree / "JPEGImages/480p/three", tmp_path / "clip", name)
+    (tmp_path / "clip/notes.txt").write_text("no frame")
+    shutil.copy(tree / "Annotations/480p/three/00000.png", tmp_path / "clip/first.png")
+    folder, ran = own(tmp_path / "clip", tmp_path / "clip/first.png")
+    assert "there is nothing to score" in ran.err
+    assert f"masks in {folder / 'clip'}, pictures in {folder / 'overlay/clip'}" in ran.out
+    assert len(ran.out.splitlines()) == 1
+    assert not list(folder.glob("*.csv"))
+    assert ran.report()["results"] is None
+    np.testing.assert_array_equal(read_masks(folder / "clip"), wanted)
+    stems = [Path(name.format(number)).stem for number in range(5)]
+    assert {path.stem for path in (folder / "clip").iterdir()} == set(stems)
+    assert {path.stem for path in (folder / "overlay/clip").iterdir()} == set(stems)
+    assert np.array(Image.open(folder / "overlay/clip" / f"{stems[0]}.jpg")).shape == (60, 90, 3)
+
+
+def test_numbers_in_names_count_as_numbers(own, propagate, tmp_path):
+    """1.jpg, 2.jpg ... 14.jpg used to be taken as 1, 10, 11, in the data set as well."""
+    labels = moving(14, objects=2, seed=7)
+    padded = write_tree(tmp_path / "padded", {"a": labels})
+    plain_names = tmp_path / "plain"
+    for part in ("JPEGImages", "Annotations"):
+        (plain_names / part / "480p/a").mkdir(parents=True)
+        for path in (padded / part / "480p/a").iterdir():
+            number = int(path.stem) + 1
+            shutil.copy(path, plain_names / part / "480p/a" / f"{number}{path.suffix}")
+
+    found = {}
+    for root in (padded, plain_names):
+        flags = ["--dataroot", root, "--sequences", "a", "--output_dir", root / "out"]
+        found[root.name] = results_of(propagate(*flags))
+    assert found["plain"] == found["padded"]
+
+    first = plain_names / "Annotations/480p/a/1.png"
+    folder, _ = own(plain_names / "JPEGImages/480p/a", first)
+    for number in range(1, 15):
+        ours = folder / f"a/{number}.png"
+        theirs = tmp_path / f"padded/out/davis_vidseg_32_layer11/a/{number - 1:05d}.png"
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_data_set_may_have_first_masks_alone(propagate, wanted, tree, tmp_path):
+    for number in range(1, 5):
+        (tree / f"Annotations/480p/three/{number:05d}.png").unlink()
+    ran = propagate()
+    assert set(results_of(ran)["per_object"]) == {"one_1", "two_1", "two_2"}
+    assert "three has the mask of its first frame alone: there is nothing to score" in ran.err
+    folder = tmp_path / "out/davis_vidseg_32_layer11"
+    np.testing.assert_array_equal(read_masks(folder / "three"), wanted)
+    assert len(list((folder / "overlay/three").iterdir())) == 5
+    assert not (folder / "overlay/one").exists()
+
+
+def test_a_data_set_without_the_level_480p(propagate, tree):
+    wanted = results_of(propagate())
+    for part in ("JPEGImages", "Annotations"):
+        for path in (tree / part / "480p").iterdir():
+            path.rename(tree / part / path.name)
+        (tree / part / "480p").rmdir()
+    assert results_of(propagate("--overwrite")) == wanted
+
+
+def test_a_movie(own, wanted, tree, tmp_path):
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, by the writer here
+    writer = None
+    for path in sorted((tree / "JPEGImages/480p/three").glob("*.jpg")):
+        picture = cv2.imread(str(path))
+        if writer is None:
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), codec, 24, (90, 60))
+        writer.write(picture)
+    writer.release()
+    folder, _ = own(tmp_path / "clip.mp4")
+    masks = read_masks(folder / "clip")
+    assert (masks == wanted).mean() > 0.95  # what is lost in the codec
+    assert len(list((folder / "overlay/clip").iterdir())) == 5
+
+
+def test_one_picture_is_a_video_too(own, tree, tmp_path):
+    convert(tree / "JPEGImages/480p/three", tmp_path / "clip", "{}.jpg")
+    for number in range(1, 5):
+        (tmp_path / f"clip/{number}.jpg").unlink()
+    folder, ran = own(tmp_path / "clip")
+    assert "there is nothing to score" in ran.err
+    assert len(read_masks(folder / "clip")) == 1
+
+
+def test_colours_of_the_first_mask_are_labels(own, wanted, tree, tmp_path):
+    labels = Image.open(tree / "Annotations/480p/three/00000.png")
+    labels.putpalette(davis_scores.davis_palette())
+    for mode in ("RGB", "RGBA", "L"):
+        labels.convert("RGB").convert(mode).save(tmp_path / "first.png")
+        frames = tree / "JPEGImages/480p/three"
+        folder, _ = own(frames, tmp_path / "first.png", "--output_dir", tmp_path / mode)
+        masks = tmp_path / mode / folder.name / "three"
+        np.testing.assert_array_equal(read_masks(masks), wanted)
+
+
+def test_another_first_mask_is_propagated_anew(own, tree, tmp_path):
+    """Its path is the same, and so are all settings."""
+    mask = tmp_path / "first.png"
+    shutil.copy(tree / "Annotations/480p/three/00000.png", mask)
+    frames = tree / "JPEGImages/480p/three"
+    folder, _ = own(frames, mask)
+    before = dates(folder)
+    own(frames, mask)
+    assert dates(folder) == before
+    masks = read_masks(folder / "three")
+    assert 1 in masks[1:]
+    labels = np.array(Image.open(mask))
+    Image.fromarray(np.where(labels == 1, 0, labels).astype(np.uint8)).save(mask)
+    own(frames, mask)
+    assert 1 not in read_masks(folder / "three")
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        ([], "pass --dataroot DAVIS, or --frames FOLDER"),
+        (["--frames", "clip"], "--frames and --mask need each other"),
+        (["--mask", "first.png", "--dataroot", "x"], "--frames and --mask need each other"),
+        (["--frames", "clip", "--mask", "first.png", "--dataroot", "x"], "do not go with --frames"),
+        (["--frames", "nowhere", "--mask", "first.png"], "as --frames"),
+        (["--frames", "empty", "--mask", "first.png"], "there are no pictures in empty: pass"),
+        (["--frames", "text.mp4", "--mask", "first.png"], "cannot read --frames text.mp4 as a"),
+        (["--frames", "clip", "--mask", "nowhere.png"], "there is no mask nowhere.png"),
+        (["--frames", "clip", "--mask", "blurred.jpg"], "is a JPEG, which blurs labels"),
+        (["--frames", "clip", "--mask", "small.png"], "90x60 pixels, its mask 30x20 pixels"),
+        (["--frames", "twice", "--mask", "first.png"], "twice has two frames 1: keep one"),
+    ],
+)
+def test_bad_videos_of_your_own_are_one_line(
+    tree, rule_backbone, cli, tmp_path, monkeypatch, flags, text
+):
+    monkeypatch.chdir(tmp_path)
+    convert(tree / "JPEGImages/480p/three", tmp_path / "clip", "{}.jpg")
+    convert(tree / "JPEGImages/480p/three", tmp_path / "twice", "{}.jpg")
+    shutil.copy("twice/1.jpg", "twice/1.jpeg")
+    Path("empty").mkdir()
+    Path("text.mp4").write_text("no movie")
+    mask = Image.open(tree / "Annotations/480p/three/00000.png")
+    mask.save("first.png")
+    mask.convert("RGB").save("blurred.jpg")
+    mask.resize((30, 20)).save("small.png")
+    ran = cli("eval_davis", *rule_backbone, "--imsize", "32", "--device", "cpu", *flags)
+    one_line(ran, text)
+
+
 # ---- masks of 0 and 255 -------------------------------------------------------------------------
 
 
@@ -786,6 +1021,19 @@ def test_binary_masks_score_as_those_of_label_1(binary_tree, propagate, cli, tmp
         ran = cli("eval_davis", *flags, "--output_dir", tmp_path / "scores")
         assert results_of(ran) == wanted
         assert "counts as background" not in ran.err
+
+
+@pytest.mark.parametrize("value", [1, 128, 255])
+def test_binary_masks_are_written_as_the_given_one(binary_tree, propagate, tmp_path, value):
+    """A mask of 0 and 1 used to be followed by masks of 0 and 255."""
+    for path in binary_tree.rglob("*.png"):
+        Image.fromarray(np.uint8(value) * (np.array(Image.open(path)) > 0)).save(path)
+    found = results_of(propagate("--dataroot", binary_tree, "--binary"))
+    assert found["per_object"].keys() == {"one_1"}
+    masks = read_masks(tmp_path / "out/davis_vidseg_32_layer11/one")
+    assert len(masks) == 6
+    for mask in masks:
+        assert np.unique(mask).tolist() == [0, value]
 
 
 def test_a_first_mask_without_an_object_is_one_line(propagate, tree):
@@ -919,7 +1167,7 @@ BAD_RESULTS = {
     "no folder": (lambda root: shutil.rmtree(root / "results"), "restore it"),
     "more objects": (
         lambda root: label(root / RESULT, 2),
-        "label 2 where the first annotation has 1 objects: keep",
+        "has label 2, and the first annotation none above 1: use its labels",
     ),
     "of another size": (
         lambda root: resize(root / RESULT),
@@ -999,7 +1247,6 @@ def test_scores_are_written_before_a_json_file_that_cannot_be(tree, cli, tmp_pat
         (["--workers", "0"], "pass 1 or more"),
         (["--imsize", "40"], "--imsize 40 is not a multiple of the patch (16)"),
         (["--short_side", "40"], "--short_side 40 is not a multiple of the patch (16)"),
-        (["--imsize", "1600000"], "out of memory"),
         (["--upsample", "bilinear", "--lift_iter", "14"], "out of memory"),
         (["--upsample", "lift"], "pass --lift_path FILE"),
         (["--lift_path", "nowhere.pth"], "--lift_path"),
