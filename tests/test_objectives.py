@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from conftest import rule_image
 from PIL import Image
 from plain_train import plain_match_losses
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import objectives
+from lift import LiFT
 from loading import Loader
 
 TEMPERATURE = objectives.MATCH_TEMPERATURE
@@ -223,3 +225,54 @@ def test_matching_is_whole_for_half_of_the_steps_and_then_fades():
     shares = [objectives.match_share(step, 8, 0.2) for step in (0, 4, 6, 8)]
     assert shares == pytest.approx([1, 1, 0.6, 0.2])
     assert objectives.match_share(7, 8, 1.0) == 1
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_step_with_matching_waits_for_no_gpu(heads, precision, monkeypatch):
+    """On a fake card: reading a value there, which is to wait for it, raises an exception."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # the weight is a number of the CPU
+
+    def to_card(tensor):
+        fake = mode.from_tensor(tensor)
+        with mode:
+            return fake.to("cuda")
+
+    lift = LiFT(48, pre_shape=False, post_shape=False, attend=1, heads=heads)
+    model = objectives.Objective(lift, "both", torch.zeros(48, 1, 1), grid=(8, 8))._apply(to_card)
+    with mode:
+        images = [torch.zeros(4, 3, side, side, device="cuda") for side in (64, 32)]
+        feats = [torch.zeros(4, 48, side, side, device="cuda") for side in (8, 4, 2)]
+        warp = torch.zeros(2, 2, 3, device="cuda")
+        weight = objectives.point_weight(model.matching, warp, 0.1)
+        with torch.autocast("cuda", precision, enabled=precision is not None):
+            loss = model(images, feats, warp, weight)
+        assert loss.device.type == weight.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):  # the test would notice
+            loss.item()
+
+
+def test_matching_compiles_as_one_graph():
+    torch.manual_seed(0)
+    lift = LiFT(48, pre_shape=False, post_shape=False, attend=1, heads=3)
+    model = objectives.Objective(lift, "both", torch.randn(48, 1, 1), grid=(8, 8))
+    images = [torch.randn(4, 3, side, side) for side in (64, 32)]
+    feats = [torch.randn(4, 48, side, side) for side in (8, 4, 2)]
+    warp = torch.stack([objectives.random_warp() for _ in range(2)])
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for weight in (0.1, 0.2):  # it fades, which must compile nothing anew
+        weights = torch.tensor(weight)
+        wanted = model(images, feats, warp, weights)
+        assert torch.allclose(compiled(images, feats, warp, weights), wanted, rtol=1e-4)
+    assert len(graphs) == 1
