@@ -5,12 +5,12 @@
         --query 120,80 --query 9,210
     python eval_visualize_feats.py --dataroot photos/ --lift_path lift.pth --html page.html
 
-Writes sheets for 20 photos, drawn at random, or for --limit of them. A photo's sheets go into the
-same subfolder of OUTPUT_DIR that it has in DATAROOT:
+Draws sheets of 20 photos, chosen at random, or of --limit. A photo's sheets go into the same
+subfolder of OUTPUT_DIR that it has in DATAROOT:
 
     PHOTO_alternatives.png   the photo, backbone, that doubled bilinearly, backbone on the photo at
-                             double size, LiFT
-    PHOTO_iterations.png     backbone, LiFT applied once, twice, ... (only with --lift_path)
+                             double size, LiFT or another --upsample
+    PHOTO_iterations.png     backbone, LiFT applied once, twice, ... (only with an upsampler)
     PHOTO_pca.png            with --pca: the first three principal components of all these maps, in
                              one basis, as red, green and blue
 
@@ -20,9 +20,9 @@ A map shows the cosine of one cell (the centre, or a --query) to every cell, fro
 The cells in the four corners stand apart in many ViTs: their cosine to all others is low, whatever
 the photo shows there. They are drawn, but do not decide where the dark colours begin.
 
-With --html a page, one file, does the same for the point under the pointer. The last line printed
-is JSON: files, what was skipped, settings. A second run overwrites the sheets of the first. A photo
-takes about 4 s with ViT-S/16, four iterations and --pca on one CPU core.
+With --html the same goes into a page, one file, on which the query follows the pointer; a photo
+takes about a megabyte of it with four iterations. A second run overwrites the sheets of the first.
+A photo takes about 4 s with ViT-S/16, four iterations and --pca on one CPU core.
 
 Notation: C channels, H W image pixels, h w the grid of a map, Q queries. A point is x, y in pixels
 of the photo; a cell is row, column.
@@ -34,31 +34,29 @@ import io
 import json
 import math
 import random
-import sys
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from command import (
     Command,
     add_backbone_args,
-    check_memory,
     check_one_process,
     check_range,
-    replacing,
+    is_out_of_memory,
+    out_of_memory,
+    progress,
     report,
     settings,
-    weights_digest,
-    write_text,
+    skipped,
 )
-
-SHEETS = ("alternatives", "iterations", "pca")
+from files import replacing, write_text
 
 PANEL = 280  # pixels of the longer side of a panel; more where the backbone sees more
 GAP = 12  # white between panels, in pixels
-COMPONENTS = 128  # numbers a cell that the page keeps
-LONGEST = 16  # how many times its shorter side a photo's longer side may be
 
-LESS_MEMORY = "pass a smaller --imsize or --lift_iter, or a coarser --stride"
+COMPONENTS = 128  # numbers a cell that the page keeps
+PAGE = Path(__file__).parent / "assets/page.html"
 
 
 def point(text: str) -> tuple[float, float]:
@@ -68,7 +66,7 @@ def point(text: str) -> tuple[float, float]:
         return float(x), float(y)
     except ValueError:
         remedy = "pass x,y in pixels of the photo, such as 120,80"
-        raise argparse.ArgumentTypeError(f"{text!r} is no point: {remedy}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a point: {remedy}") from None
 
 
 def parser() -> Command:
@@ -88,11 +86,18 @@ def parser() -> Command:
     add("--hide_marker", action="store_true", help="no ring around the query")
     add("--fontsize", type=int, default=18, help="of the titles, in pixels (default: 18)")
     add("--pca", action="store_true", help="also a sheet of principal components")
-    add("--html", help="also one page of all photos, on which the query follows the pointer")
-    add("--json", help="write the last line to this file, too")
-    add("--lift_path", help="LiFT checkpoint; without it the panels of LiFT are left out")
-    add("--lift_iter", type=int, default=4, help="LiFT at most this often in a row (default: 4)")
+    add("--html", metavar="FILE", help="also a page on which the query follows the pointer")
     add_backbone_args(command)
+
+    group = command.add_argument_group("upsampling", "What is compared with the alternatives.")
+    add = group.add_argument
+    add("--lift_path", metavar="FILE", help="LiFT checkpoint; without it its panels are left out")
+    add("--lift_iter", type=int, help="apply LiFT up to this many times in a row (default: 4)")
+    add(
+        "--upsample", metavar="HOW",
+        help="MODULE:FUNCTION for an upsampler of your own, see docs/upsamplers.md, none, bilinear "
+        "or lift (default: lift with --lift_path, else none)",
+    )  # fmt: skip
     return command
 
 
@@ -106,11 +111,19 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import resize, to_tensor
-from tqdm import tqdm
 
-from extractor import DenseExtractor, build_extractor
-from lift import LiFT, double, load_lift, read_state, upsample
-from photos import IMAGES, list_images, naming_root, pca_rgb, read_image
+from features import Features, build_features
+from lift import double
+from photos import (
+    corner_cells,
+    is_strip,
+    list_images,
+    naming_root,
+    note_left_out,
+    ours,
+    pca_rgb,
+    read_image,
+)
 
 # viridis, from dark to bright: [256, RGB]
 COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)
@@ -122,50 +135,38 @@ COLOURS = COLOURS[:, 0, ::-1]  # OpenCV gives [256, 1, BGR]
 
 @torch.no_grad()
 def compute_maps(
-    extractor: DenseExtractor,
-    lift: LiFT | None,
-    photo: Image.Image,
-    size: tuple[int, int],
-    iterations: int,
+    features: Features, photo: Image.Image, size: tuple[int, int], upsampled: str = "LiFT"
 ) -> dict[str, Tensor]:
     """The maps to compare of one photo, read at `size` (W, H).
 
+    Args:
+        upsampled: the title of what the upsampler gives.
     Returns:
         {title: [C, h, w]}, in this order: the backbone, that doubled bilinearly, the backbone on
-        the photo at double size and, with a module, LiFT applied 1 to `iterations` times.
+        the photo at double size and, with an upsampler, what it gives; of LiFT each iteration.
     Raises:
-        ValueError: a map holds NaN or infinity.
+        ValueError: a map is not finite.
     """
-    images = prepare(extractor, photo, size)                       # [1, 3, H, W]
-    feats = extractor(images)                                      # [1, C, h, w]
-    large = prepare(extractor, photo, (2 * size[0], 2 * size[1]))  # [1, 3, 2H, 2W]
+    width, height = size
+    feats, *steps = features(pixels(photo, width, height), return_all=True)
+    backbone_only = Features(features.backbone)
     maps = {
         "backbone": feats,
         "bilinear": double(feats),
-        "backbone, photo at 2x": extractor(large),
+        "backbone, photo at 2x": backbone_only(pixels(photo, 2 * width, 2 * height)),
     }
-    if lift is not None:
-        # steps[0] is feats itself
-        steps = upsample(lift, images, feats, iterations, return_all=True)
-        for number in range(1, iterations + 1):
-            title = f"LiFT, {number} times"
-            if number == 1:
-                title = "LiFT"
-            maps[title] = steps[number]
-
-    for title, batch in maps.items():
-        if not batch.isfinite().all():
-            what = f"the features of {title} hold NaN or infinity in {extractor.dtype}"
-            raise ValueError(f"{what}: pass --dtype float32, or other weights")
+    for number, step in enumerate(steps, 1):
+        title = upsampled
+        if number > 1:
+            title += f", {number} times"
+        maps[title] = step
     return {title: batch[0] for title, batch in maps.items()}
 
 
-def prepare(extractor: DenseExtractor, photo: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A photo at `size` (W, H), normalised, on the extractor's device: [1, 3, H, W]."""
-    width, height = size
+def pixels(photo: Image.Image, width: int, height: int) -> Tensor:
+    """A photo at this size, in 0..1: [1, 3, H, W]."""
     # in floating point, as the reference release does it: Pillow's 8-bit result differs by 1e-2
-    pixels = resize(to_tensor(photo), [height, width], antialias=True)
-    return extractor.normalize(pixels)[None].to(extractor.device)
+    return resize(to_tensor(photo), [height, width], antialias=True)[None]
 
 
 def cell_at(
@@ -205,37 +206,22 @@ def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
     return scaled.unflatten(1, feats.shape[1:])
 
 
-def shown_similarity(
-    feats: Tensor, cells: list[tuple[int, int]], coarse: tuple[int, int]
-) -> Tensor:
+def shown_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
     """self_similarity as it is drawn: the corners do not decide where the dark colours begin.
 
     Args:
         feats: [C, h, w].
-        coarse: the grid of the backbone, whose corner cells are meant.
     Returns:
         [Q, h, w] in 0..1.
     """
     values = self_similarity(feats, cells)
-    counted = ~corners(feats.shape[1:], coarse).to(values.device)  # [h, w]
+    counted = ~corner_cells(feats.shape[1], feats.shape[2]).to(values.device)  # [h, w]
     if not counted.any():  # a grid of corners only
         return values
 
     # the most similar cell stays at 1; corners below the new 0 are cut off there
     low = values[:, counted].amin(1)[:, None, None]                # [Q, 1, 1]
     return ((values - low) / (1 - low).clamp(min=1e-6)).clamp(0, 1)
-
-
-def corners(grid: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
-    """Which cells of a grid (h, w) lie in the four corner cells of a coarse grid: a mask [h, w]."""
-    height, width = grid
-    rows = max(1, height // coarse[0])    # of the grid in one coarse cell
-    columns = max(1, width // coarse[1])
-    mask = torch.zeros(grid, dtype=torch.bool)
-    for vertical in (slice(0, rows), slice(height - rows, None)):
-        for horizontal in (slice(0, columns), slice(width - columns, None)):
-            mask[vertical, horizontal] = True
-    return mask
 
 
 # ---- sheets -------------------------------------------------------------------------------------
@@ -295,12 +281,10 @@ def similarity_rows(
     """A row for each point (x, y): the photo, then the similarity in each map.
 
     Args:
-        maps: {title: [C, h, w]}, the backbone's first.
+        maps: {title: [C, h, w]}.
         size: of the panels, (W, H).
         marker: draw a ring around the point, and in a map around the centre of its cell.
     """
-    coarse = next(iter(maps.values())).shape[1:]  # the backbone's grid
-
     # each row begins with the photo, and every map adds a panel to every row
     rows = []
     for x, y in points:
@@ -312,7 +296,7 @@ def similarity_rows(
     for title, feats in maps.items():
         height, width = feats.shape[1:]
         cells = [cell_at(point, photo.size, (height, width)) for point in points]
-        similarities = shown_similarity(feats, cells, coarse)      # [Q, h, w]
+        similarities = shown_similarity(feats, cells)              # [Q, h, w]
         for panels, values, (row, column) in zip(rows, similarities, cells):
             picture = enlarge(colour(values), size)
             if marker:
@@ -338,18 +322,18 @@ def make_sheets(
     marker: bool,
     pca: bool,
 ) -> dict[str, list[list[Panel]]]:
-    """The sheets of one photo, {name of SHEETS: rows of panels}; arguments as similarity_rows."""
+    """The sheets of one photo, {name: rows of panels}; arguments as similarity_rows."""
     alternatives = []
     iterations = []
     for row in similarity_rows(photo, maps, points, size, marker):
         shown, backbone, bilinear, large = row[:4]  # shown: the photo
-        lifted = row[4:]                            # LiFT once, twice, ...; none without a module
-        alternatives.append([shown, backbone, bilinear, large, *lifted[:1]])
-        iterations.append([shown, backbone, *lifted])
+        upsampled = row[4:]                         # LiFT once, twice, ...
+        alternatives.append([shown, backbone, bilinear, large, *upsampled[:1]])
+        iterations.append([shown, backbone, *upsampled])
 
     sheets = {"alternatives": alternatives}
-    with_lift = len(maps) > 3
-    if with_lift:
+    with_upsampler = len(maps) > 3
+    if with_upsampler:
         sheets["iterations"] = iterations
     if pca:
         sheets["pca"] = [pca_row(photo, maps, size)]
@@ -398,23 +382,33 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
 
 
 def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
-    """A map [C, h, w] small enough for a page: each cell as numbers of 8 bits.
+    """A map [C, h, w] small enough for a page.
 
-    They are the coordinates of the L2-normalised cell along the K principal directions in which the
-    map is largest. The mean is not taken off, so that dot products of the coordinates are the
-    cosines, to about 0.01.
+    Kept are the coordinates of the L2-normalised cells along the K principal directions in which
+    the map is largest. The mean is not taken off, so that dot products of the coordinates are the
+    cosines, to about 0.01. Neighbouring cells are alike: each is kept as its difference to the one
+    at its left, and deflated.
 
     Returns:
-        grid (h, w); codes, int8 [h*w, K] in base64; scale [K], by which the codes are multiplied.
+        grid (h, w); corner (rows, columns), the size of what corner_cells takes for a corner;
+        codes, int8 [K, h, w], deflated and in base64.
     """
+    height, width = feats.shape[1:]
     x = F.normalize(feats.cpu().flatten(1), dim=0)                             # [C, h*w]
     # eigh sorts from the smallest eigenvalue to the largest
     directions = torch.linalg.eigh(x @ x.T).eigenvectors[:, -components:]      # [C, K]
-    coordinates = directions.T @ x                                             # [K, h*w]
-    scale = coordinates.abs().amax(1).clamp(min=1e-9) / 127                    # [K]
-    codes = (coordinates / scale[:, None]).round().to(torch.int8)              # [K, h*w]
-    packed = base64.b64encode(codes.T.contiguous().numpy())
-    return {"grid": list(feats.shape[1:]), "scale": scale.tolist(), "codes": packed.decode()}
+    coordinates = (directions.T @ x).unflatten(1, (height, width))             # [K, h, w]
+    steps = 127
+    if height * width > 64**2:  # coarser ones for the finest maps, which take most of the page
+        steps = 64
+    codes = (coordinates * steps).round().to(torch.int8).numpy()
+    differences = np.diff(codes, axis=2, prepend=np.int8(0))                   # modulo 256
+    packed = base64.b64encode(zlib.compress(differences.tobytes(), 9))
+
+    corner = corner_cells(height, width)                                       # [h, w]
+    rows = int(corner[: (height + 1) // 2, 0].sum())
+    columns = int(corner[0, : (width + 1) // 2].sum())
+    return {"grid": [height, width], "corner": [rows, columns], "codes": packed.decode()}
 
 
 def page_entry(
@@ -424,241 +418,29 @@ def page_entry(
     point: tuple[float, float],
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    """One photo of the page, for JSON: name, a JPEG of `size` (W, H), the first point, the maps."""
+    """One photo of the page, for JSON: name, a JPEG of `size` (W, H), the first point, the maps.
+
+    The first four maps are always shown; of the rest, further iterations, one can be chosen.
+    """
     jpeg = io.BytesIO()
     photo.resize(size).save(jpeg, "JPEG", quality=90)
     x, y = point  # in pixels; the page takes it in 0..1 of the photo
+    compacted = [{"title": title, **compact(feats)} for title, feats in maps.items()]
     return {
         "name": name,
         "jpeg": base64.b64encode(jpeg.getvalue()).decode(),
         "aspect": photo.width / photo.height,
         "point": [x / photo.width, y / photo.height],
-        "maps": [{"title": title, **compact(feats)} for title, feats in maps.items()],
+        "maps": compacted[:4],
+        "steps": compacted[4:],
     }
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Self-similarity of features</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-body { font: 16px/1.4 system-ui, sans-serif; color: #111; background: #fff; margin: 1.5rem; }
-h2 { font-size: 1rem; margin: 1.5rem 0 .5rem; overflow-wrap: anywhere; }
-section > div { display: grid; gap: 12px; max-width: 1700px;
-                grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
-figure { margin: 0; }
-figcaption { text-align: center; }
-/* a finger that moves up or down scrolls the page, one that moves sideways moves the point */
-.view { position: relative; cursor: crosshair; touch-action: pan-y pinch-zoom; }
-.view > :first-child { display: block; width: 100%; height: 100%; }
-canvas { image-rendering: pixelated; }
-.ring { position: absolute; width: 10px; height: 10px; margin: -7px;
-        border: 2px solid #fff; border-radius: 50%;
-        box-shadow: 0 0 0 1px #000, inset 0 0 0 1px #000; pointer-events: none; }
-</style></head><body>
-<p>Move the pointer over the photo or a map, or tap it: each map shows the cosine of the feature
-there to all others, from its least (dark) to its most similar (bright). The cells in the four
-corners stand apart in many ViTs; they do not decide where the dark colours begin.</p>
-<script>
-"use strict";
-const COLOURS = DATA_COLOURS, PHOTOS = DATA_PHOTOS;
-
-// the codes of a map -> unit vectors, one cell after the other
-function unpack(map) {
-  const bytes = Uint8Array.from(atob(map.codes), c => c.charCodeAt(0));
-  const codes = new Int8Array(bytes.buffer);
-  const k = map.scale.length;
-  const cells = Float32Array.from(codes, (code, i) => code * map.scale[i % k]);
-  for (let i = 0; i < cells.length; i += k) {
-    const norm = Math.hypot(...cells.subarray(i, i + k)) || 1;
-    for (let j = i; j < i + k; j++) cells[j] /= norm;
-  }
-  return cells;
-}
-
-// the cosines of one cell to all
-function similarity(cells, k, query) {
-  const cosines = new Float32Array(cells.length / k);
-  for (let i = 0; i < cosines.length; i++)
-    for (let j = 0; j < k; j++) cosines[i] += cells[i * k + j] * cells[query * k + j];
-  return cosines;
-}
-
-// whether each cell of a grid [h, w] lies in a corner cell of the backbone's grid
-function corners(grid, coarse) {
-  const [h, w] = grid;
-  const rows = Math.max(1, Math.floor(h / coarse[0]));
-  const columns = Math.max(1, Math.floor(w / coarse[1]));
-  const mask = [];
-  for (let i = 0; i < h; i++)
-    for (let j = 0; j < w; j++)
-      mask.push((i < rows || i >= h - rows) && (j < columns || j >= w - columns));
-  return mask;
-}
-
-function add(tag, parent, properties) {
-  return parent.appendChild(Object.assign(document.createElement(tag), properties));
-}
-
-function addView(row, tag, photo, properties) {
-  const figure = add("figure", row);
-  const view = add("div", figure, {className: "view"});
-  const picture = add(tag, view, properties);
-  photo.rings.push(add("div", view, {className: "ring"}));
-  const inside = t => Math.min(Math.max(t, 0), 1 - 1e-6);
-  for (const kind of ["pointermove", "pointerdown"]) view.addEventListener(kind, event => {
-    const box = view.getBoundingClientRect();
-    const x = inside((event.clientX - box.left) / box.width);
-    const y = inside((event.clientY - box.top) / box.height);
-    show(photo, x, y);
-  });
-  return [picture, add("figcaption", figure)];
-}
-
-// draw all maps of a photo for its point (x, y), in 0..1
-function show(photo, x, y) {
-  for (const ring of photo.rings) {
-    ring.style.left = 100 * x + "%";
-    ring.style.top = 100 * y + "%";
-  }
-  for (const map of photo.maps) {
-    const [h, w] = map.grid;
-    const query = Math.floor(y * h) * w + Math.floor(x * w);
-    const cosines = similarity(map.cells, map.scale.length, query);
-    const high = cosines.reduce((a, b) => Math.max(a, b));
-    const least = cosines.reduce((a, b) => Math.min(a, b));
-    let counted = cosines.filter((_, i) => !map.corners[i]);
-    if (counted.length === 0) counted = cosines;
-    const low = counted.reduce((a, b) => Math.min(a, b));
-
-    const context = map.canvas.getContext("2d");
-    const pixels = context.createImageData(w, h);
-    cosines.forEach((cosine, i) => {
-      let level = 0;
-      if (high - least > 1e-6)
-        level = Math.max(0, Math.round(255 * (cosine - low) / Math.max(high - low, 1e-6)));
-      pixels.data.set([...COLOURS[level], 255], 4 * i);
-    });
-    context.putImageData(pixels, 0, 0);
-    const range = `cosine ${low.toFixed(2)} to ${high.toFixed(2)}`;
-    map.caption.innerText = `${map.title} ${h}x${w}\\n${range}`;
-  }
-}
-
-for (const photo of PHOTOS) {
-  const section = add("section", document.body);
-  add("h2", section, {textContent: photo.name});
-  const row = add("div", section);
-  photo.rings = [];
-  const source = "data:image/jpeg;base64," + photo.jpeg;
-  const [, caption] = addView(row, "img", photo, {src: source, alt: photo.name, draggable: false});
-  caption.textContent = "photo";
-  for (const map of photo.maps) {
-    map.cells = unpack(map);
-    map.corners = corners(map.grid, photo.maps[0].grid);
-    const size = {width: map.grid[1], height: map.grid[0]};
-    [map.canvas, map.caption] = addView(row, "canvas", photo, size);
-    map.canvas.style.aspectRatio = photo.aspect;
-  }
-  show(photo, ...photo.point);
-}
-</script></body></html>
-"""
-
-
 def write_page(path: str | Path, entries: list[dict[str, Any]]) -> None:
-    """Write the page of some `page_entry`s.
-
-    All is in the file, and its own policy forbids it to load anything.
-    """
-    photos = json.dumps(entries).replace("<", "\\u003c")  # a file named </script> stays text
-    page = PAGE.replace("DATA_COLOURS", json.dumps(COLOURS.tolist()))
-    write_text(path, page.replace("DATA_PHOTOS", photos))
-
-
-# ---- which photos, and at what size -------------------------------------------------------------
-
-
-def find_photos(dataroot: str, limit: int, seed: int) -> tuple[list[Path], Path]:
-    """Draw `limit` photos (0: all) below `dataroot` at random.
-
-    Sheets of an earlier run are left out, for OUTPUT_DIR may lie in DATAROOT.
-
-    Returns:
-        The photos, in the order in which they were listed or, where drawn, sorted; and the folder
-        below which their subfolders count (photos.naming_root).
-    Raises:
-        ValueError: there is no photo.
-    """
-    found = [path for path in list_images(dataroot) if not is_sheet(path)]
-    if not found:
-        raise ValueError(f"no images but our own sheets at {dataroot}: pass a folder of photos")
-    if 0 < limit < len(found):
-        found = sorted(random.Random(seed).sample(found, limit))
-    return found, naming_root(dataroot)
-
-
-def is_sheet(path: Path) -> bool:
-    """Whether a file has the name of a sheet of this script, such as cat.jpg_pca.png."""
-    for name in SHEETS:
-        ending = f"_{name}.png"
-        if path.name.endswith(ending):
-            return Path(path.name.removesuffix(ending)).suffix.lower() in IMAGES
-    return False
-
-
-def check_points(
-    points: list[tuple[float, float]], photo: Image.Image, path: Path
-) -> list[tuple[float, float]]:
-    """The points (x, y), or the centre if there is none. Raises ValueError for one outside."""
-    for x, y in points:
-        if not (0 <= x < photo.width and 0 <= y < photo.height):
-            limits = f"pass x from 0 to {photo.width - 1} and y from 0 to {photo.height - 1}"
-            raise ValueError(f"--query {x:g},{y:g} is outside {path}: {limits}")
-    if points:
-        return points
-    return [(photo.width / 2, photo.height / 2)]
-
-
-def input_size(
-    extractor: DenseExtractor, photo: Image.Image, path: Path, imsize: int, keep_aspect: bool
-) -> tuple[int, int]:
-    """The size (W, H) at which the backbone sees a photo. Raises ValueError for a long strip."""
-    if not keep_aspect:
-        return extractor.size(photo.width, photo.height, (imsize, imsize))
-    if max(photo.size) > LONGEST * min(photo.size):
-        what = f"{path} has {photo.width}x{photo.height} pixels, a strip"
-        raise ValueError(f"{what}: resize or cut it, or leave out --keep_aspect")
-    return extractor.size(photo.width, photo.height, imsize)
-
-
-def memory_needed(extractor: DenseExtractor, size: tuple[int, int], iterations: int) -> int:
-    """About how many bytes compute_maps takes for a photo at `size` (W, H).
-
-    Every map is kept, and the backbone works on about three times its result, which is counted for
-    the largest. The last step of LiFT works on about three times its own result, and on the
-    enlarged image and its convolutions: about p^2 numbers for each cell of a patch of p pixels.
-
-    Args:
-        iterations: of LiFT; 0 is no LiFT.
-    """
-    width, height = size
-    rows, columns = extractor.grid(height, width)
-    cells = rows * columns
-    channels = extractor.channels(cells)         # of a map of the photo
-    channels_2x = extractor.channels(4 * cells)  # of a map of the photo at double size
-
-    numbers = cells * channels              # backbone
-    numbers += 4 * cells * channels         # the same, doubled bilinearly
-    numbers += 3 * 4 * cells * channels_2x  # backbone on the photo at double size, as it is made
-    numbers += 3 * width * height         # the photo
-    numbers += 3 * 4 * width * height     # the photo at double size
-    for step in range(1, iterations + 1):
-        numbers += 4**step * cells * channels
-    if iterations:
-        numbers += 4**iterations * cells * (3 * channels + extractor.patch**2)
-    return 4 * numbers  # float32
+    """Write the page of some `page_entry`s: assets/page.html with the data in it."""
+    data = json.dumps({"colours": COLOURS.tolist(), "photos": entries})
+    data = data.replace("<", "\\u003c")  # a file named </script> stays text
+    write_text(path, PAGE.read_text().replace("/*DATA*/null", data))
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -670,77 +452,140 @@ def check_flags(args: argparse.Namespace) -> None:
     check_one_process()
     for flag in ("pca", "html"):
         if getattr(args, flag) and args.facet == "attn" and not args.my_extractor:
-            what = f"--{flag} cannot compare attn, which is as wide as its grid"
+            what = f"--{flag} cannot compare attn, whose channels are the cells of its own grid"
             raise ValueError(f"{what}: pass another --facet or no --{flag}")
     if args.html and Path(args.html).is_dir():
         raise ValueError(f"--html {args.html} is a folder: pass a file")
     if args.html and args.json and Path(args.html).resolve() == Path(args.json).resolve():
         raise ValueError(f"--html and --json are one file, {args.json}: pass two")
-    if args.lift_path:
-        read_state(args.lift_path)  # a wrong file is told before a backbone is downloaded
+
+
+def choose_photos(dataroot: str, limit: int, seed: int) -> list[Path]:
+    """Draw `limit` photos (0: all) below `dataroot` at random, sorted.
+
+    Our own sheets are left out, for OUTPUT_DIR may lie in DATAROOT.
+
+    Raises:
+        ValueError: there is no photo.
+    """
+    found = [path for path in list_images(dataroot) if not ours(path)]
+    if not found:
+        raise ValueError(f"only our own sheets are at {dataroot}: pass a folder of photos")
+    if 0 < limit < len(found):
+        found = sorted(random.Random(seed).sample(found, limit))
+    return found
+
+
+def check_points(
+    points: list[tuple[float, float]], photo: Image.Image
+) -> list[tuple[float, float]]:
+    """The points (x, y), or the centre if there is none. Raises ValueError for one outside."""
+    for x, y in points:
+        if not (0 <= x < photo.width and 0 <= y < photo.height):
+            limits = f"pass x from 0 to {photo.width - 1} and y from 0 to {photo.height - 1}"
+            raise ValueError(f"--query {x:g},{y:g} is outside the photo: {limits}")
+    if points:
+        return points
+    return [(photo.width / 2, photo.height / 2)]
+
+
+def input_size(
+    features: Features, photo: Image.Image, imsize: int, keep_aspect: bool
+) -> tuple[int, int]:
+    """The size (W, H) at which the backbone sees a photo. Raises ValueError for a long strip."""
+    if not keep_aspect:
+        return features.backbone.size(photo.width, photo.height, (imsize, imsize))
+    if is_strip(photo.width, photo.height):
+        what = f"{photo.width}x{photo.height} pixels are a strip"
+        raise ValueError(f"{what}: resize or cut it, or leave out --keep_aspect")
+    return features.backbone.size(photo.width, photo.height, imsize)
+
+
+def name_of(features: Features) -> str:
+    """Which features these are, for the page."""
+    backbone = features.backbone
+    if backbone.layer is None:
+        return backbone.name
+    return f"{backbone.name}, layer {backbone.layer}, {backbone.facet}"
+
+
+def upsampler_title(args: argparse.Namespace) -> str:
+    """The title of what --upsample gives."""
+    if args.upsample in (None, "none", "lift"):
+        return "LiFT"
+    if args.upsample == "bilinear":
+        return f"bilinear, {2**args.lift_iter}x"
+    return args.upsample.split(":")[-1]
+
+
+def draw_photo(
+    args: argparse.Namespace, features: Features, path: Path, name: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """Write the sheets of one photo, named `name` below DATAROOT; their files and its page_entry.
+
+    Raises:
+        ValueError, OSError: the photo, its size or its name does not allow it.
+    """
+    photo = read_image(path)
+    points = check_points(args.query, photo)
+    size = input_size(features, photo, args.imsize, args.keep_aspect)
+    maps = compute_maps(features, photo, size, upsampler_title(args))
+
+    shown = panel_size(photo, max(PANEL, *size))
+    files = []
+    sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
+    for sheet, rows in sheets.items():
+        file = Path(args.output_dir) / name.with_name(f"{name.name}_{sheet}.png")
+        with replacing(file) as temporary:
+            draw_sheet(rows, args.fontsize).save(temporary)
+        files.append(str(file))
+
+    entry = {}
+    if args.html:
+        entry = page_entry(f"{name} ({name_of(features)})", photo, maps, points[0], shown)
+    return files, entry
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw the sheets of every photo, and the page; print files and settings as JSON."""
+    """Draw the sheets of every photo, and the page."""
     check_flags(args)
-    paths, root = find_photos(args.dataroot, args.limit, args.seed)
-
-    extractor = build_extractor(args)
-    check_range(args, imsize=extractor.patch)
-    lift = None
-    iterations = 0
-    if args.lift_path:
-        lift = load_lift(args.lift_path, extractor)
-        iterations = args.lift_iter
-    if not args.keep_aspect:
-        # every photo is read at one size, so that one check now tells before the first photo
-        needed = memory_needed(extractor, (args.imsize, args.imsize), iterations)
-        check_memory(needed, "the maps", LESS_MEMORY, extractor.device)
+    paths = choose_photos(args.dataroot, args.limit, args.seed)
+    root = naming_root(args.dataroot)
+    if args.lift_iter is None:
+        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
+        args.lift_iter = 4 if with_lift else 1
+    features = build_features(args)
+    check_range(args, imsize=features.patch)
 
     files = []
     entries = []
-    skipped = {}
-    for path in tqdm(paths, unit="photo", disable=None):
+    reasons = {}  # why a photo was skipped
+    for path in progress(paths, unit="photo"):
         try:
-            photo = read_image(path)
-            points = check_points(args.query, photo, path)
-            size = input_size(extractor, photo, path, args.imsize, args.keep_aspect)
-            needed = memory_needed(extractor, size, iterations)
-            check_memory(needed, "the maps", LESS_MEMORY, extractor.device)
+            written, entry = draw_photo(args, features, path, path.relative_to(root))
         except (ValueError, OSError) as error:
-            skipped[str(path)] = str(error)
-            continue
-        maps = compute_maps(extractor, lift, photo, size, iterations)
+            reasons[str(path)] = str(error).removeprefix(f"{path} is ")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reasons[str(path)] = out_of_memory(error)
+        else:
+            files += written
+            entries.append(entry)
 
-        shown = panel_size(photo, max(PANEL, *size))
-        sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
-        for name, rows in sheets.items():
-            # in the subfolder that the photo has below the root
-            sheet = path.relative_to(root).with_name(f"{path.name}_{name}.png")
-            file = Path(args.output_dir) / sheet
-            with replacing(file) as temporary:
-                draw_sheet(rows, args.fontsize).save(temporary)
-            files.append(str(file))
-
-        if args.html:
-            source = extractor.name
-            if extractor.layer is not None:
-                source += f", layer {extractor.layer}, {extractor.facet}"
-            first_four = dict(list(maps.items())[:4])  # the page shows LiFT applied once, no more
-            title = f"{path.relative_to(root)} ({source})"
-            entries.append(page_entry(title, photo, first_four, points[0], shown))
-
-    if not files:  # then all were skipped, and the first reason speaks for all
-        raise ValueError(next(iter(skipped.values())))
+    if not files:
+        path, reason = next(iter(reasons.items()))  # the first speaks for all
+        raise ValueError(f"{path}: {reason}")
     if args.html:
         write_page(args.html, entries)
-    for error in skipped.values():
-        print(f"skipped: {error}", file=sys.stderr)
-    facts = extractor.facts()
-    if lift is not None:
-        facts["lift_digest"] = weights_digest(lift)
-    used = settings(args, device=str(extractor.device), **facts)
-    report({"files": files, "skipped": list(skipped), "settings": used}, args.json)
+    for path, reason in reasons.items():
+        skipped(path, reason)
+    note_left_out(args.dataroot)
+    print(f"photos: {len(entries)}, sheets: {len(files)}, in {args.output_dir}")
+    if args.html:
+        print(f"page, to open in a browser: {args.html}")
+    used = settings(args, **features.facts())
+    report(args, {"files": files, "skipped": list(reasons), "settings": used})
 
 
 if __name__ == "__main__":
