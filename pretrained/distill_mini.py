@@ -16,8 +16,8 @@ and more samples enter as the student itself made them, until it runs end to end
 
 As it goes, it prints the mean cosine of the student's last-layer keys with the teacher's on the
 photos of `--val_dataroot`. It writes the weights (float16) and a .json of settings, figures and
-curve, and ends with one line of JSON. It is meant for an hour on 2 CPU cores, or for 8 minutes on
-an H100 with `--tokens 50176`.
+curve, and ends with a table of these figures. It is meant for an hour on 2 CPU cores, or for 8
+minutes on an H100 with `--tokens 50176`.
 
 Notation: B batch, C channels, d those of a head, t patches of an image, S its pixels.
 """
@@ -35,7 +35,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the nouns lie one folder up
 
-from command import Command, replacing, report, save_tensors, settings, write_text
+from command import Command, note, report, settings
+from files import replacing, save_tensors, write_text
 
 
 def parser() -> Command:
@@ -79,7 +80,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from extractor import ViTExtractor, load_backbone_file
+from backbones import load_backbone_file
+from extractor import ViTExtractor
 from photos import list_images, read_image
 
 TEACHER = "vit_tiny_patch16_224"
@@ -519,7 +521,7 @@ def describe(
         metrics[size] = row
 
     architecture = {"timm": TEACHER, "num_classes": 0}
-    for name in ("patch", "width", "heads", "depth", "mean", "std"):
+    for name in ("patch", "channels", "heads", "depth", "mean", "std"):
         architecture[name] = getattr(student, name)
     return {
         "architecture": architecture,
@@ -584,11 +586,11 @@ def main(args) -> None:
     last.unlink()
 
     for line in broken:
-        print(f"skipped {line}")
+        note(f"left out, {line}")
     for size, row in about["metrics"].items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
         print(f"{size:>4}  {figures}")
-    report({"metrics": about["metrics"], "settings": about["run"]})
+    report(args, {"metrics": about["metrics"], "settings": about["run"]})
 
 
 if __name__ == "__main__":

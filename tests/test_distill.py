@@ -158,19 +158,18 @@ def test_a_short_run_learns_and_ships(run, photos):
     ran, output = run("--steps", 20, "--val_every", 0.25, "--lr", 3e-3)
     assert ran.code == 0, ran.err
     record = json.loads(output.with_suffix(".json").read_text())
-    last_line = json.loads(ran.out.splitlines()[-1])
     cosines = [point["held_out_key"]["48"] for point in record["curve"]]
     assert len(cosines) == 4 and cosines[-1] > cosines[0]
     for row in record["metrics"].values():
         assert row["key"] > row["constant_key"], record["metrics"]
-    assert last_line["metrics"] == record["metrics"] and record["run"]["steps_done"] == 20
-    assert "skipped" in ran.out and "broken.jpg" in ran.out and record["data"]["photos"] == 6
+    assert ran.report()["metrics"] == record["metrics"] and record["run"]["steps_done"] == 20
+    assert "left out" in ran.err and "broken.jpg" in ran.err and record["data"]["photos"] == 6
 
     assert output.stat().st_size <= 12e6
     assert record["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert {tensor.dtype for tensor in load_file(output).values()} == {torch.float16}
     extractor = ViTExtractor("vit_mini16", stride=None, backbone_path=output, device="cpu")
-    assert extractor.width == 192
+    assert extractor.channels == 192
     files = sorted(path.name for path in output.parent.iterdir())
     assert files == ["mini.json", "mini.safetensors"]
     ran, _ = run("--steps", 1)
