@@ -17,6 +17,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -163,7 +164,7 @@ def load_backbone_file(
     loaded = load_tensors(path, "correct --backbone_path", "pass a .pth or .safetensors file")
     tensors = flatten(loaded)
     form = recognise(tensors)
-    state = translate(of_one_network(tensors, path, ema), model)
+    state = translate(of_one_network(tensors, path, ema), model, path)
     wanted = model.state_dict()
 
     # timm's filter would resample kernels of another patch, and say nothing
@@ -172,8 +173,9 @@ def load_backbone_file(
     if fits and "pos_embed" in state and "pos_embed" in wanted:
         state["pos_embed"] = fit_positions(state, model, path)
     if fits or key not in state:
-        module = sys.modules[type(model).__module__]
-        state = getattr(module, "checkpoint_filter_fn", keep)(state, model)
+        module: Any = sys.modules[type(model).__module__]
+        with suppress(Exception):  # of a file that does not fit: the comparison below tells it
+            state = module.checkpoint_filter_fn(dict(state), model)
     state.pop("mask_token", None)
 
     wrong = misfit(state, wanted)
@@ -183,11 +185,6 @@ def load_backbone_file(
     if not all(state[key].isfinite().all() for key in wanted):
         raise ValueError(f"{path} holds NaN or infinite weights: restore it or pass another file")
     model.load_state_dict(state)
-
-
-def keep(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The filter of a model whose module has none."""
-    return state
 
 
 def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -211,9 +208,7 @@ def recognise(names: Iterable[str]) -> str:
     return "an unknown format"
 
 
-def of_one_network(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool
-) -> dict[str, Tensor]:
+def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
     """The tensors of the one backbone in a checkpoint, without its prefix and without heads.
 
     Of several networks the teacher is taken, not its student; of MoCo's two the base encoder; a
@@ -241,7 +236,7 @@ def of_one_network(
     return state
 
 
-def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """A state under transformers' or Meta's names, so that timm's own filter can read it."""
     if any(name.startswith("embeddings.") for name in state):
         state = from_transformers(state)
@@ -253,13 +248,15 @@ def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if "register_tokens" in state:
         translated.setdefault("mask_token", torch.zeros(1))  # by this timm knows DINOv2
 
-    # the query and value biases of most DINOv3 are 0, and timm has models without them
-    has_biases = any(name.endswith("q_bias") for name in model.state_dict())
-    if "storage_tokens" in state and not has_biases:
-        for name in [name for name in state if name.endswith("attn.qkv.bias")]:
-            query, _, value = state[name].chunk(3)
-            if not query.any() and not value.any():
-                del translated[name]
+    # the biases of most DINOv3 are 0, and timm has models without them; its filter drops any others
+    with_biases = any(name.endswith("q_bias") for name in model.state_dict())
+    if "storage_tokens" in state and not with_biases:
+        biases = [name for name in state if name.endswith("attn.qkv.bias")]
+        for name in biases:
+            query, _, value = translated.pop(name).chunk(3)
+            if query.any() or value.any():
+                what = f"{path} has biases of queries and values"
+                raise ValueError(f"{what}: pass the --model_type that ends in _qkvb")
     return translated
 
 
@@ -295,31 +292,32 @@ def fit_positions(state: dict[str, Tensor], model: Any, path: str | Path) -> Ten
         before = 1  # Meta's table has a row for CLS, which timm adds to the token itself
     there = native_grid(table[0, before:])
     wanted = tuple(model.patch_embed.grid_size)
-    if there == wanted or table.shape[2] != model.pos_embed.shape[2]:
+    if there in (None, wanted) or table.shape[2] != model.pos_embed.shape[2]:
         return table
     sizes = f"{there[0]}x{there[1]} positions of {path} are resampled to {wanted[0]}x{wanted[1]}"
     note(f"the {sizes}, the model's own grid")
     return resample_abs_pos_embed(table, list(wanted), list(there), num_prefix_tokens=before)
 
 
-def native_grid(table: Tensor) -> tuple[int, int]:
-    """The grid (h, w) of learned positions [h*w, D].
+def native_grid(table: Tensor) -> Any:
+    """The grid (h, w) of learned positions [h*w, D], at most four times as long as wide, or None.
 
-    If it is no square, its width is the one at which cells above each other are most alike.
+    If it is not a square, its width is the one at which cells above each other are most alike.
     """
     cells = len(table)
     side = math.isqrt(cells)
     if side * side == cells:
         return side, side
-    widths = [n for n in range(2, cells // 2 + 1) if cells % n == 0]
-    if not widths:
-        return 1, cells
 
-    def likeness(width: int) -> float:
-        return float(F.cosine_similarity(table[width:], table[:-width], dim=1).mean())
-
-    width = max(widths, key=likeness)
-    return cells // width, width
+    best = None
+    most = -1.0
+    for width in range(1, cells):
+        if cells % width == 0 and cells <= 4 * width**2 <= 16 * cells:
+            likeness = F.cosine_similarity(table[width:], table[:-width], dim=1).mean().item()
+            if likeness > most:
+                best = (cells // width, width)
+                most = likeness
+    return best
 
 
 def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:

@@ -70,6 +70,14 @@ from photos import as_photo
 
 TOKENS = ("token", "token_norm")  # facets that are outputs of a block
 
+# what `from extractor import *` also brings in dino-vit-features: its users' code relies on it
+import math  # noqa: F401
+import types  # noqa: F401
+from typing import List, Tuple, Union  # noqa: F401, UP035
+
+import timm  # noqa: F401
+from PIL import Image  # noqa: F401
+from torchvision import transforms  # noqa: F401
 
 # ---- frozen ViTs --------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@
 How pixels become 8-bit RGB:
 - Transparent pixels lie on white, as every viewer shows them.
 - Of an animation, a document of pages or a pair of pictures the first one counts.
-- Whole numbers of more than 8 bits: white is the largest number of 8, 10, 12, 14 or 16 bits, the
+- Of numbers of more than 8 bits, white is the largest number of 8, 10, 12, 14 or 16 bits, the
   fewest that hold the largest value in the file. So a camera's 12 bits in a file of 16 are not
-  nearly black.
-- Floating point numbers within 0..1 are shares of white.
-- All other numbers (floats of any other range, negative ones, more than 16 bits) are stretched:
-  their lowest thousandth becomes black, their highest white.
+  nearly black. Of floating point numbers up to 1 white is 1.
+- Numbers that this does not suit are stretched: their lowest thousandth becomes black, their
+  highest white. These are negative ones, those of more than 16 bits, and floating point numbers
+  beyond 1 that reach less than a quarter of white.
 
 Notation: C channels, H W image pixels, h w the grid of a map.
 """
@@ -192,14 +192,15 @@ def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarr
     known = values[np.isfinite(values)]
     if not known.size:
         return np.zeros(values.shape, np.uint8)
-    black, white = 0.0, 1.0
     low, high = float(known.min()), float(known.max())
-    whole = not floating and low >= 0 and high < 2**16
-    if whole:
-        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-    elif not floating or low < 0 or high > 1:
+    black = 0.0
+    white = 1.0 if floating else 255.0
+    for bits in (8, 10, 12, 14, 16):
+        if high > white:
+            white = 2.0**bits - 1
+    if low < 0 or high > white or (floating and 1 < high < white / 4):
         black, white = (float(value) for value in np.percentile(known, (0.1, 99.9)))
-    if not (floating and white == 1):
+    if (black, white) != (0, 1):
         range_of_file = f"{name} has values from {low:g} to {high:g}"
         note_once(f"{range_of_file}, and {black:g} is read as black, {white:g} as white")
 
