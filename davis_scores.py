@@ -15,6 +15,7 @@ Notation: H W pixels of a mask.
 import csv
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +161,8 @@ class MaskReader:
         values, palette = read_mask(path)
         if self.table is None:
             there = set(np.unique(values).tolist()) - {0, VOID}
-            red = min(LABELS_OF_SHADES, key=LABELS_OF_SHADES.__getitem__)
-            are_shades = red in there and there <= LABELS_OF_SHADES.keys()
+            shade_of_1 = next(iter(LABELS_OF_SHADES))
+            are_shades = shade_of_1 in there and there <= LABELS_OF_SHADES.keys()
             self.has_shades = are_shades and palette is None and not self.binary
             self.table = self._label_table()
         if VOID in values:
@@ -317,7 +318,7 @@ def score_video(annotations: list[Path], folder: Path, binary: bool = False) -> 
 
     scores = []
     for annotation in annotations[1:-1]:
-        path = folder / annotation.name
+        path = folder / f"{annotation.stem}.png"
         truth = read_truth(annotation)
         labels = read_result(path)
         check_result(path, labels, truth, count)
@@ -382,13 +383,10 @@ def evaluate(
     Raises:
         ValueError, FileNotFoundError: as `score_video`.
     """
-
-    def score(name: str) -> VideoScores:
-        return score_video(annotations[name], masks / name, binary)
-
-    jobs = pool.map(score, annotations)
-    scores = list(progress(jobs, total=len(annotations), unit="video", desc="J&F"))
-    short = [name for name, paths in annotations.items() if len(paths) < 3]
+    folders = [masks / video for video in annotations]
+    jobs = pool.map(partial(score_video, binary=binary), annotations.values(), folders)
+    scores = list(progress(jobs, total=len(folders), unit="video", desc="J&F"))
+    short = [video for video, paths in annotations.items() if len(paths) < 3]
     if short:
         what = "not scored, since nothing lies between the first and the last frame"
         note(f"{what}: {', '.join(short)}")
@@ -422,11 +420,9 @@ def evaluate(
     results[WITHOUT] = number_or_none(without)
     if absent:
         labels = "; ".join(f"{video}: {as_ranges(numbers)}" for video, numbers in absent.items())
-        note(
-            "labels that the first mask does not show count as objects, as in davis2017-evaluation "
-            f"({labels}); without them J&F-Mean is {three(results[WITHOUT]) or '-'} "
-            "(--binary: one object, whatever is not 0)"
-        )
+        what = "labels that the first mask does not show count, as in davis2017-evaluation"
+        mean = three(results[WITHOUT]) or "-"
+        note(f"{what} ({labels}); without them J&F-Mean is {mean} (--binary: all are one object)")
     return results
 
 
@@ -450,10 +446,10 @@ def write_csv(folder: Path, results: dict[str, Any]) -> None:
     Raises:
         OSError: the folder takes no files.
     """
-    overall = [METRICS, [three(results[metric]) for metric in METRICS]]
-    each = [("Sequence", "J-Mean", "F-Mean")]
+    overall = [list(METRICS), [three(results[metric]) for metric in METRICS]]
+    each = [["Sequence", "J-Mean", "F-Mean"]]
     for name, (region, edge) in results["per_object"].items():
-        each.append((name, three(region), three(edge)))
+        each.append([name, three(region), three(edge)])
     for name, rows in zip(CSVS, (overall, each)):
         with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
