@@ -132,7 +132,7 @@ def check_path(path: str | Path) -> None:
     """Raise ValueError for an empty path, which would mean the current folder, and for a URL."""
     if not str(path).strip():
         raise ValueError("the path of the photos is empty (an unset variable?): pass a path")
-    if re.match(r"[a-z][a-z0-9+]+:/", str(path))  # a Path has one slash left:
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash
         raise ValueError(f"{path} is a URL: download the photo, and pass the file")
 
 
