@@ -19,10 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
+from extraction import placement
 from extractor import ViTExtractor, log_bin
 from lift import LiFT, load_lift, map_to_tokens, upsample
-from lift_extractor import ViTLiFTExtractor, placement
-from train_lift import Objective
+from lift_extractor import ViTLiFTExtractor
+from objectives import Objective
 
 NAME = "vit_tiny_patch16_224"
 
