@@ -27,6 +27,7 @@ from plain_train import (
     plain_evaluate,
     plain_features,
     plain_loss,
+    plain_match_losses,
     plain_matched,
     plain_train,
     plain_vit,
@@ -329,6 +330,48 @@ def test_centred_losses_equal_the_plain_ones(train, folder, tmp_path, rule_featu
     assert (loaded.radius, loaded.heads) == (1, 3)
 
 
+# ---- recipes ------------------------------------------------------------------------------------
+
+
+def test_a_recipe_sets_defaults_and_flags_beside_it_win():
+    def flags(*argv):
+        return vars(train_lift.parser().parse_args(list(argv)))
+
+    paper = flags()
+    assert paper == flags("--recipe", "paper")
+    for name, value in train_lift.RECIPES["paper"].items():
+        assert paper[name] == value, name
+    attend = flags("--recipe", "attend")
+    for name, value in train_lift.RECIPES["attend"].items():
+        assert attend[name] == value != paper[name], name
+
+    # whatever their order, and where the flag has the other recipe's value
+    mixed = flags("--lr", "0.001", "--no-augment", "--recipe", "attend", "--match", "0")
+    assert (mixed["lr"], mixed["augment"], mixed["match"]) == (0.001, False, 0)
+    assert mixed["batch_size"] == attend["batch_size"]
+
+
+def test_settings_show_what_a_recipe_set(train, tmp_path):
+    more = ["--recipe", "attend", "--epochs", 1, "--batch_size", 4]
+    ran = train(*more)
+    assert ran.code == 0, ran.err
+    _, about, _ = read_run(tmp_path)
+    for known in (results_of(ran)["settings"], about["settings"]):
+        assert known["recipe"] == "attend" and known["loss"] == "both" and known["attend"] == 1
+        assert known["heads"] == 3 and known["match_end"] == 0.3 and known["batch_size"] == 4
+    assert (about["attend"], about["heads"], about["downsample"]) == (1, 3, "resize")
+
+    # how its flags were set does not matter at --resume
+    for name, value in train_lift.RECIPES["attend"].items():
+        if value is True:
+            more += [f"--{name}"]
+        elif name not in ("epochs", "batch_size"):
+            more += [f"--{name}", value]
+    more[1] = "paper"
+    ran = train(*more, "--resume")
+    assert ran.code == 0 and "there is no" not in ran.err, ran.err
+
+
 # ---- points of a photo and its warped copy ------------------------------------------------------
 
 
@@ -492,6 +535,39 @@ def test_a_run_is_resumed_from_its_folder_spelled_otherwise(train, folder, tmp_p
     ran = train("--resume", "--dataroot", other)
     assert ran.code == 0, ran.err
     assert len(read_run(tmp_path)[2]) == 2
+
+
+def test_a_run_is_resumed_after_its_photos_were_moved(train, folder, tmp_path):
+    """What counts are their names below the root, and how many there are."""
+    photos = tmp_path / "photos"
+    val_photos = tmp_path / "val_photos"
+    shutil.copytree(folder, photos)
+    shutil.copytree(folder / "a", val_photos)
+    more = ["--dataroot", photos, "--val_dataroot", val_photos]
+    assert train(*more, "--output_dir", tmp_path / "whole" / "runs").code == 0
+    assert train(*more, "--epochs", 1).code == 0
+
+    moved = (tmp_path / "drive").mkdir() or tmp_path / "drive/photos"
+    photos.rename(moved)
+    linked = tmp_path / "link"
+    linked.symlink_to(val_photos)
+    ran = train("--dataroot", moved, "--val_dataroot", linked, "--resume")
+    assert ran.code == 0, ran.err
+    equal(read_run(tmp_path)[0], read_run(tmp_path / "whole")[0])
+
+    # a pattern over the same photos
+    ran = train("--dataroot", f"{moved}/**/*.jpg", "--val_dataroot", linked, "--resume")
+    assert ran.code == 0, ran.err
+
+    # other names, and as many
+    (moved / "a/0.jpg").rename(moved / "a/00.jpg")
+    ran = train("--dataroot", moved, "--val_dataroot", linked, "--resume", "--epochs", 3)
+    assert ran.code == 2 and "made with photos_digest" in ran.err and one_line(ran.err)
+
+
+def test_nothing_to_resume_is_said(train):
+    ran = train("--resume", "--epochs", 1)
+    assert ran.code == 0 and "last.pth to go on from" in ran.err
 
 
 def test_what_decides_the_weights_must_stay(train, folder, tmp_path, other_weights):
@@ -717,6 +793,119 @@ def test_two_processes_equal_the_plain_loop_on_both_their_batches(
         assert lines[-1]["val"][name] == pytest.approx(again[name], abs=2e-5), name
 
 
+def test_matching_of_two_processes_equals_that_of_one(flags, folder, tmp_path, rule_features):
+    """Though their photos have different numbers of points: as many weigh as much."""
+    more = ["--batch_size", 2, "--epochs", 1, "--match", 0.5, "--loss", "both"]
+    start, environment = program(*flags(*more), processes=2)
+    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    _, _, lines = read_run(tmp_path)
+
+    photos = objectives.Photos(sorted(folder.rglob("*.jpg")), 64, warp=True)
+    centre = plain_pair_centre(photos, rule_features)
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    lift = seeded_lift()
+    optimizer = torch.optim.Adam(lift.parameters(), lr=0.001)
+    losses = []
+    for at in (0, 4):
+        total = torch.zeros(())
+        raw = []
+        centred = []
+        for process in (0, 1):
+            indices = shuffled[at + process : at + 4 : 2]
+            items = [photos[0, index] for index in indices]
+            levels = []
+            for level in ("full", "half", "quarter"):
+                pixels = torch.cat([item[level] for item in items])
+                levels.append((pixels / 255 - 0.5) / 0.5)
+            f1, f2, f3 = [rule_features(images) for images in levels]
+            out = lift(levels[1], f2)
+            total = total + plain_loss("both", out, f1, centre) / 2
+            total = total + plain_loss("both", lift(levels[2], f3), f2, centre) / 2
+            warps = [item["warp"] for item in items]
+            raw += plain_match_losses(out, warps, 0.05)
+            centred += plain_match_losses(out - centre, warps, 0.1)
+        matched = (2 * torch.stack(raw).mean() + torch.stack(centred).mean()) / 3
+        loss = total + 0.5 * matched
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "number", "by_torchrun", "wanted"),
+    [
+        (4, "2", True, 2),
+        (1, "0", True, 0),
+        (1, "3", False, 0),  # Slurm shows each process its own GPU alone
+        (4, "2", False, 2),
+        (1, "1", True, None),
+        (2, "2", False, None),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, gpus, number, by_torchrun, wanted):
+    monkeypatch.setenv("LOCAL_RANK", number)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if wanted is None:
+        with pytest.raises(ValueError, match=f"pass --nproc_per_node {gpus}"):
+            train_lift.own_gpu(gpus)
+    else:
+        assert train_lift.own_gpu(gpus) == wanted
+
+
+def test_one_gpu_for_all_processes_is_refused(train, monkeypatch):
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ran = train("--device", "cuda:0")
+    assert ran.code == 2 and "pass --device cuda" in ran.err and one_line(ran.err)
+    monkeypatch.delenv("LOCAL_RANK")
+    ran = train()
+    assert ran.code == 2 and "LOCAL_RANK is not set" in ran.err and one_line(ran.err)
+
+
+# what happens to a worker, or to what it reads, and what the command then says
+ACCIDENTS = {
+    "photos vanish": "check that they are still there",
+    "a worker is killed": "a worker was killed",
+    "everybody is told to end": "stopped by SIGTERM after step",
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_an_accident_ends_the_run_and_keeps_what_was_written(flags, folder, tmp_path, accident):
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    long = ["--dataroot", photos, "--epochs", 10_000, "--save_every", 10_000, "--workers", 2]
+    start, environment = program(*flags(*long))
+    with subprocess.Popen(
+        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_for(process, tmp_path, "runs/*/metrics.jsonl")
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if accident == "photos vanish":
+                shutil.rmtree(photos)
+            elif accident == "a worker is killed":
+                os.kill(int(workers[0]), signal.SIGKILL)
+            else:
+                for number in (*workers, process.pid):
+                    os.kill(int(number), signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert ACCIDENTS[accident] in said and one_line(said), said
+    assert process.returncode == (128 + signal.SIGTERM if "told" in accident else 2)
+    (last,) = tmp_path.glob("runs/*/last.pth")
+    assert torch.load(last, weights_only=True)["step"] >= 3
+    for worker in workers:
+        assert not Path(f"/proc/{worker}").exists(), "no worker outlives the run"
+
+
 def test_processes_that_torchrun_did_not_start(train, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -816,6 +1005,9 @@ BAD = {
     ),
     "own_other": (["--my_extractor", "own_backbone:other"], "does not take images of 64 pixels"),
     "attn": (["--facet", "attn"], "pass another backbone or facet"),
+    "heads": (["--attend", 1, "--heads", 5], "5 heads do not divide 192 channels: pass --heads 1"),
+    "no heads": (["--heads", 0], "--heads 0 is too small: pass 1 or more"),
+    "match_end": (["--match_end", -1], "--match_end -1.0 is too small: pass 0 or more"),
     "own_missing": (
         ["--my_extractor", "own_backbone:nothing"],
         "pass --my_extractor module:function",
