@@ -22,12 +22,10 @@ Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after 
 the last frames. Scores are explained in davis_scores.py. Files are in natural order: 2.jpg comes
 before 10.jpg.
 
-The masks of DAVIS 2016 are 0 and 255, with 255 for the object: pass --binary.
-
 --dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and
 ImageSets/2017/val.txt. Data sets without the level 480p, such as MOSE, are taken with --sequences.
-On 2 CPU cores a frame at 224 takes about 0.1 s with ViT-S/16 and LiFT, 0.5 s with ViT-S/8 and LiFT,
-and 1.5 ms to score.
+DAVIS 2016, whose masks are 0 and 255 with 255 for the object, needs --binary. On 2 cores a frame at
+224 takes 0.1 s with ViT-S/16 and LiFT, 0.5 s with ViT-S/8 and LiFT, and 1.5 ms to score.
 
 Notation: H W image pixels, h w the grid of features, C channels, n labels (background and objects),
 T context frames, p patch size.
@@ -176,7 +174,8 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
         is_own = False
         if with_frames:
             frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES)
-            check_frames(name, frames, masks)
+            check_names(frames)
+            check_pairs(frames, masks)
             is_own = len(masks) < len(frames)
         videos.append(Video(name, frames, masks, is_own))
     return videos
@@ -214,26 +213,24 @@ def list_files(
     return sorted_naturally(files)
 
 
-def check_frames(name: str, frames: list[Path], masks: list[Path] | None = None) -> None:
-    """Check that frames differ in name, and have a mask each, or the first one alone.
+def check_names(frames: list[Path]) -> None:
+    """Raise ValueError for two frames whose masks would have one name."""
+    for frame, following in pairwise(frames):
+        if frame.stem == following.stem:
+            what = f"{frame} and {following.name} would have masks of one name"
+            raise ValueError(f"{what}: keep one of them")
 
-    Raises:
-        FileNotFoundError: a frame or a mask is missing.
-        ValueError: two frames would have one result.
-    """
+
+def check_pairs(frames: list[Path], masks: list[Path]) -> None:
+    """Raise FileNotFoundError unless every frame has a mask, or the first alone."""
     stems = [path.stem for path in frames]
-    for stem, following in pairwise(stems):
-        if stem == following:
-            what = f"{frames[0].parent} has two frames {stem}"
-            raise ValueError(f"{what}: keep one, since results are named after them")
-    if masks is None:
-        return
     annotated = [path.stem for path in masks]
     missing = sorted_naturally(set(stems) ^ set(annotated))
     if missing and annotated != stems[:1]:
-        what = "annotation" if missing[0] in stems else "frame"
-        where = f"{frames[0].parent} and {masks[0].parent}"
-        raise FileNotFoundError(f"{name} has no {what} {missing[0]}: restore it, see {where}")
+        what = f"{frames[0].parent} has no frame {missing[0]}"
+        if missing[0] in stems:
+            what = f"{masks[0].parent} has no annotation {missing[0]}"
+        raise FileNotFoundError(f"{what}: restore it")
 
 
 def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
@@ -249,7 +246,7 @@ def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
 
     remedy = "pass a folder of pictures, or a movie, as --frames"
     files = list_files(frames, IMAGES, remedy, besides=mask)
-    check_frames(frames.name, files)
+    check_names(files)
     return Video(frames.resolve().name, files, [mask], True)
 
 
@@ -395,8 +392,7 @@ def propagate(
         maps = maps.permute(0, 2, 3, 1).contiguous()
         for number, cells in enumerate(maps, start):                       # [h, w, C]
             if number == 0:
-                labels = one_hot(given.labels, cells.shape[:2])
-                first = (cells, labels.to(cells.device))
+                first = (cells, one_hot(given.labels, cells.shape[:2]).to(cells.device))
                 continue
             context = [first, *recent]
             soft = transfer(cells, context, size_mask_neighborhood, topk)  # [h, w, n]
@@ -593,9 +589,10 @@ def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarra
 
 
 def open_results(args: argparse.Namespace, features: Features) -> Results:
-    """The folder of the masks; ValueError if it was made with other settings.
+    """The folder of the masks, without scores of an earlier run, which tell of other masks.
 
-    Scores and pictures of an earlier run are removed: they tell of other masks.
+    Raises:
+        ValueError: it was made with other settings.
     """
     size = str(args.imsize)
     if args.short_side:
@@ -657,7 +654,8 @@ def picture(frame: Path, mask: Path) -> Image.Image:
     """A frame with its objects tinted and outlined in white."""
     values, palette = read_mask(mask)
     height, width = values.shape
-    colours = np.reshape(palette or voc_palette(), (-1, 3)).astype(np.uint8)
+    palette = (palette or voc_palette()) + 768 * [0]  # a file may have fewer than 256 colours
+    colours = np.reshape(palette[:768], (256, 3)).astype(np.uint8)
     photo = np.asarray(read_image(frame, upright=False).resize((width, height)))
     tinted = photo // 2 + colours[values] // 2
     shown = np.where(values[..., None] > 0, tinted, photo)
@@ -681,6 +679,18 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames and --mask need each other: pass {own}")
     if args.frames and (args.dataroot or args.sequences or args.score_only):
         raise ValueError(f"--dataroot, --sequences and --score_only do not go with {own}")
+
+
+def videos_of(args: argparse.Namespace, unpacked: Path) -> list[Video]:
+    """The videos that the flags name; bad first masks are told before a backbone is built."""
+    if args.frames:
+        videos = [own_video(Path(args.frames), Path(args.mask), unpacked)]
+    else:
+        with_frames = not args.score_only or args.overlay
+        videos = find_videos(args.dataroot, args.sequences, with_frames)
+    for video in videos:
+        read_given(video, args.binary)
+    return videos
 
 
 def propagate_all(
@@ -709,14 +719,7 @@ def main(args: argparse.Namespace) -> None:
     """Propagate (unless --score_only), score, print and write."""
     check(args)
     with TemporaryDirectory() as unpacked, ThreadPoolExecutor(args.workers) as pool:
-        if args.frames:
-            videos = [own_video(Path(args.frames), Path(args.mask), Path(unpacked))]
-        else:
-            with_frames = not args.score_only or args.overlay
-            videos = find_videos(args.dataroot, args.sequences, with_frames)
-        for video in videos:
-            read_given(video, args.binary)  # bad masks are told before a backbone is built
-
+        videos = videos_of(args, Path(unpacked))
         if args.score_only:
             masks = Path(args.score_only)
             folder = Path(args.output_dir)  # the masks may be somebody else's

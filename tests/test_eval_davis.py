@@ -963,7 +963,7 @@ def test_another_first_mask_is_propagated_anew(own, tree, tmp_path):
         (["--frames", "clip", "--mask", "nowhere.png"], "there is no mask nowhere.png"),
         (["--frames", "clip", "--mask", "blurred.jpg"], "is a JPEG, which blurs labels"),
         (["--frames", "clip", "--mask", "small.png"], "90x60 pixels, its mask 30x20 pixels"),
-        (["--frames", "twice", "--mask", "first.png"], "twice has two frames 1: keep one"),
+        (["--frames", "twice", "--mask", "first.png"], "1.jpg would have masks of one name"),
     ],
 )
 def test_bad_videos_of_your_own_are_one_line(
