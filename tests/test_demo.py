@@ -23,7 +23,12 @@ def ran():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         shown = []
-        space = {"__name__": "demo", "display": shown.append}
+
+        def display(picture, include):
+            assert include == ["image/jpeg"]
+            shown.append(picture)
+
+        space = {"__name__": "demo", "display": display}
         for cell in code_cells():
             exec("".join(cell["source"]), space)
         space["pictures_shown"] = shown
@@ -57,7 +62,8 @@ def test_outputs_are_those_of_these_cells(ran):
     counts = [cell["execution_count"] for cell in code_cells()]
     assert counts == list(range(1, len(counts) + 1))
     stored = json.dumps([cell["outputs"] for cell in code_cells()])
-    assert stored.count("image/png") == len(ran["pictures_shown"])
+    assert stored.count("image/jpeg") == len(ran["pictures_shown"])
+    assert (ROOT / "demo.ipynb").stat().st_size < 150_000
     assert "/tmp" not in stored and str(ROOT) not in stored
     assert f"LiFT, twice {list(ran['lifted'].shape)}" in stored
     for cell in code_cells():
