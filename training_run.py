@@ -8,6 +8,7 @@ Only train_lift.py uses it. No other file writes checkpoints.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -302,8 +303,7 @@ def evaluate(
         A dict with "photos", how many were measured, the means of objectives.scores, and
         "unreadable", the paths of photos that could not be read.
     """
-    totals: dict[str, float] = {}  # over photos
-    photos = 0
+    totals: Counter = Counter()  # over photos, and how many there are
     broken = set()
     for batch in loader:
         images, feats = images_and_features(batch, extractor, levels)
@@ -315,21 +315,19 @@ def evaluate(
         # where a photo cannot be read, another stands in for it, which counts in its own place only
         was_read = batch["broken"] < 0  # [B]
         for name, cosines in scores(once, twice, feats, centre).items():
-            totals[name] = totals.get(name, 0.0) + float(cosines[was_read].sum())
-        photos += int(was_read.sum())
+            totals[name] += float(cosines[was_read].sum())
+        totals["photos"] += int(was_read.sum())
         for index in batch["broken"][~was_read].tolist():
             broken.add(str(loader.dataset.paths[index]))
 
-    all_photos = 0
-    all_totals: dict[str, float] = {}
+    everywhere: Counter = Counter()
     unreadable: set[str] = set()
-    for process_photos, process_totals, process_broken in gather((photos, totals, broken)):
-        all_photos += process_photos
+    for process_totals, process_broken in gather((totals, broken)):
+        everywhere.update(process_totals)  # a Counter adds
         unreadable |= process_broken
-        for name, total in process_totals.items():
-            all_totals[name] = all_totals.get(name, 0.0) + total
-    means = {name: round(total / max(all_photos, 1), 5) for name, total in all_totals.items()}
-    return {"photos": all_photos, **means, "unreadable": sorted(unreadable)}
+    photos = everywhere.pop("photos", 0)
+    means = {name: round(total / max(photos, 1), 5) for name, total in everywhere.items()}
+    return {"photos": photos, **means, "unreadable": sorted(unreadable)}
 
 
 def gather(value: Any) -> list[Any]:
