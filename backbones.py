@@ -372,14 +372,17 @@ def download_backbone(tag: str) -> nn.Module:
         raise ValueError(f"timm has no weights of {tag}: pass --backbone_path FILE")
     constants = huggingface_hub.constants
     offline = constants.HF_HUB_OFFLINE  # the user's own setting, put back for a later try
+    reason = ""
+    if not offline and not hub_answers():
+        reason = "there is no connection to the hub"
     try:
-        constants.HF_HUB_OFFLINE = offline or not hub_answers()
+        constants.HF_HUB_OFFLINE = offline or bool(reason)  # then it looks into its cache only
         return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
     except TypeError:  # of a model that is not built this way: for build_backbone to explain
         raise
     except Exception as error:  # the hub's client, the network and the disk each raise their own
         raise ValueError(
-            f"cannot download {tag} ({first_line(error)}): fetch model.safetensors from "
+            f"cannot download {tag} ({reason or first_line(error)}): fetch model.safetensors from "
             f"https://huggingface.co/timm/{tag} where there is a network, and pass "
             "--backbone_path FILE"
         ) from error

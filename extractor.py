@@ -44,6 +44,11 @@ def parser() -> Command:
         help="pixels of the shorter side; 0 leaves the photo's own (default: 224)",
     )  # fmt: skip
     add("--bin", nargs="?", type=truth, const=True, default=False, help="log-binned (True, False)")
+    add(
+        "--exact_size", action="store_true",
+        help="read the photo as dino-vit-features does: not turned as its EXIF says, and its sides "
+        "not rounded to multiples of the patch",
+    )  # fmt: skip
     add_backbone_args(command, stride=4)
     return command
 
@@ -671,6 +676,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{what}: let it end in .pth, or take lift_extractor.py")
     as_photo(args.image_path)  # a missing photo is told before a backbone is built
     extractor = build_extractor(args)
+    extractor.exact_size = args.exact_size
     images, _ = extractor.preprocess(args.image_path, args.load_size or None)
 
     feats = extractor(images)                           # [1, C, h, w]

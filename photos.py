@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import to_pil_image
 
 from command import note
@@ -110,11 +110,10 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
     if Path(path).suffix.lower() in RAW:
         raise ValueError(f"{path} is a camera's raw file: export it as JPEG or TIFF")
     try:
-        with Image.open(path) as image:
-            stored = all_bits(image, path)
+        with open_image(path) as image:
             if upright:
-                return rgb(ImageOps.exif_transpose(stored), path)
-            pixels = rgb(stored, path)
+                return rgb(ImageOps.exif_transpose(image), path)
+            pixels = rgb(image, path)
             pixels.info.clear()  # else as_photo would find EXIF's orientation, and turn it
             return pixels
     except Image.DecompressionBombError as error:
@@ -166,25 +165,38 @@ def rgb(image: Image.Image, name: str | Path = "an image") -> Image.Image:
     return image.convert("RGB")
 
 
-def all_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """An opened file; colours of 9 to 14 bits in 16 as those of 8, as Pillow does not read them.
+def open_image(path: str | Path) -> Image.Image:
+    """Open a file with Pillow, or read by OpenCV what Pillow reads wrong or not at all.
 
-    Pillow keeps the upper 8 of 16 bits, which is right only if all 16 are used.
+    Of colours in 16 bits Pillow keeps the upper 8, which is right only if all 16 are used. TIFFs
+    of several floats a pixel, or of 64 bits, it does not know.
     """
-    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    if not deep or image.mode not in ("RGB", "RGBA", "LA"):
-        return image
+    image = None
+    try:
+        image = Image.open(path)
+        deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+        if not deep or image.mode not in ("RGB", "RGBA", "LA"):
+            return image
+    except UnidentifiedImageError:
+        if Path(path).read_bytes()[:4] not in (b"II*\0", b"MM\0*"):
+            raise
     import cv2
 
-    pixels: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # [H, W, BGR(A)]
-    if pixels is None or pixels.shape[:2] != image.size[::-1] or pixels[..., :3].max() >= 2**14:
+    pixels: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("neither Pillow nor OpenCV can read it")
+    pixels = np.atleast_3d(pixels)  # [H, W, 1], or BGR, or BGRA
+    if image is not None and pixels[..., :3].max() >= 2**14:
         return image
-    channels = [eight_bits(pixels[..., 2::-1].astype(np.float32), False, path)]
+    floating = pixels.dtype.kind == "f"
+    colours = eight_bits(pixels[..., :3].astype(np.float64), floating, path)
+    channels = [np.broadcast_to(colours[..., ::-1], (*colours.shape[:2], 3))]
     if pixels.shape[2] == 4:
-        channels.append(eight_bits(pixels[..., 3:].astype(np.float32), False, path))
-    colours = Image.fromarray(np.concatenate(channels, axis=2))
-    colours.info["exif"] = image.getexif().tobytes()
-    return colours
+        channels.append(eight_bits(pixels[..., 3:].astype(np.float64), floating, path))
+    picture = Image.fromarray(np.concatenate(channels, axis=2))
+    if image is not None:
+        picture.info["exif"] = image.getexif().tobytes()
+    return picture
 
 
 def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarray:
@@ -270,7 +282,11 @@ def list_images(path: str | Path) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     files = files_at(path)
-    images = {file for file in files if file.suffix.lower() in IMAGES and file.is_file()}
+    images = []
+    for file in files:
+        # a link that leads nowhere counts, too, so that whoever reads it says so
+        if file.suffix.lower() in IMAGES and (file.is_file() or file.is_symlink()):
+            images.append(file)
     if images:
         return sorted_naturally(images)
     found = counted(Counter(map(looks_like_a_photo, files)))
@@ -315,7 +331,7 @@ def looks_like_a_photo(file: Path) -> str:
         return suffix
     if suffix.startswith(tuple(IMAGES)):  # .jpg_large, or a blank at the end
         return repr(suffix)
-    if not suffix:
+    if not suffix and file.is_file():
         with suppress(OSError), file.open("rb") as opened:
             if opened.read(3) in (b"\xff\xd8\xff", b"\x89PN"):
                 return "without a suffix"

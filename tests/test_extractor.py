@@ -362,6 +362,16 @@ def test_exact_size_reads_photos_as_dino_vit_features(small, tmp_path):
     assert extractor(small).preprocess(tmp_path / "x.png")[1].size == (64, 96)
 
 
+def test_exact_size_on_the_command_line(cli, tmp_path, rule_backbone):
+    Image.new("RGB", (101, 60), "red").save(tmp_path / "x.png")
+    args = ["--image_path", tmp_path / "x.png", "--output_path", tmp_path / "x.pth", *rule_backbone]
+    ran = cli("extractor", *args, "--load_size", 50, "--stride", 16, "--exact_size")
+    assert ran.report()["grid"] == [3, 5]  # of 50x84 pixels
+    assert "descriptors [1, 1, 15, 192] of a grid of 3x5 cells" in ran.out and ran.err == ""
+    ran = cli("extractor", *args, "--load_size", 40, "--stride", 16)
+    assert ran.report()["grid"] == [3, 4]  # of 48x64
+
+
 def test_a_notebook_shows_one_line(small):
     shown = repr(extractor(small))
     wanted = "ViTExtractor('test_vit.r160_in1k', layer=5, facet='key', patch=16, stride=16"

@@ -1,6 +1,7 @@
 """photos.py: every kind of image, where photos are found, their sizes, and their colours."""
 
 import importlib
+import os
 import sys
 import types
 import zlib
@@ -180,6 +181,15 @@ def test_colours_of_any_range_become_8_bits(tmp_path, bits, suffix):
     pixels = np.asarray(read_image(path)).astype(int)
     assert np.abs(pixels[..., 2] - RAMP_8).max() <= 1
     assert np.abs(pixels[..., 0] - RAMP_8 / 2).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 4095])
+@pytest.mark.parametrize("dtype, channels", [(np.float64, 1), (np.float32, 3), (np.float64, 3)])
+def test_tiffs_that_pillow_does_not_know(tmp_path, top, dtype, channels):
+    colours = np.stack([top * RAMP] * channels, axis=-1).astype(dtype)
+    cv2.imwrite(str(tmp_path / "x.tif"), colours)
+    pixels = np.asarray(read_image(tmp_path / "x.tif")).astype(int)
+    assert np.abs(pixels - RAMP_8[..., None]).max() <= 1
 
 
 def test_transparent_colours_of_12_bits(tmp_path):
@@ -372,6 +382,8 @@ def test_what_is_left_out_is_told_in_one_line(tmp_path, capsys):
         save_as(suffix, photo)
     for name in ("notes.txt", "README", ".hidden.heic", "labels.json"):
         (tmp_path / name).write_text("hi")
+    os.mkfifo(tmp_path / "fifo")  # nobody writes into it: opening it would never end
+    os.mkfifo(tmp_path / "fifo.jpg")
     note_left_out(tmp_path)
     err = capsys.readouterr().err
     assert err.startswith(
@@ -413,6 +425,13 @@ def test_folders_behind_links_are_searched_once(tmp_path):
     (root / "class").symlink_to(tmp_path / "elsewhere")
     (root / "loop").symlink_to(root)
     assert list_images(root) == [root / "class" / "a.jpg"]
+
+
+def test_a_link_that_leads_nowhere_is_listed_to_be_named(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert list_images(tmp_path) == [tmp_path / "a.jpg"]
+    with pytest.raises(FileNotFoundError, match=r"there is no image at .*a.jpg"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_hidden_files_are_no_photos(tmp_path):
