@@ -227,10 +227,9 @@ def read_pairs(
         if not paths:
             what = f"there are no pairs of category {category!r} in {annotations}"
             raise ValueError(f"{what}: choose others with --categories")
+        drawn = np.arange(len(paths))
         if per_category > 0:
             drawn = random.choice(len(paths), per_category)
-        else:
-            drawn = range(len(paths))
 
         read = {}  # a pair that is drawn twice is read once
         for number in drawn:
@@ -516,7 +515,8 @@ def evaluate(
 
     results: dict[str, dict[str, Any]] = {}
     for category, group in by_category.items():
-        row = {"pairs": len(group), "keypoints": sum(len(match.source) for match in group)}
+        keypoints = sum(len(match.source) for match in group)
+        row: dict[str, Any] = {"pairs": len(group), "keypoints": keypoints}
         for alpha in alphas:
             row[f"pck@{alpha}"] = pck(group, alpha, threshold, per_image)
         results[category] = row

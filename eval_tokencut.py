@@ -6,7 +6,8 @@
     python eval_tokencut.py --dataroot ROOT --dataset COCO20k --tau 0.3 --output_dir out/coco
     python eval_tokencut.py --image_path photos/ --output_dir out/photos
 
-The last command needs no annotation: it draws the object that it finds in each photo.
+The last command needs no annotation: it draws the object that it finds in each photo. --upsample
+MODULE:FUNCTION measures any upsampler.
 
 The cells of an image are a graph, joined where their descriptors have a cosine above tau. The
 second smallest eigenvector of its normalised cut splits it. The connected part around the
@@ -17,16 +18,14 @@ CorLoc is the share of images found. As in the protocol, it counts an image as n
 in it can be found: nothing is annotated, or only crowds, or only boxes without an area inside the
 image. A note names these images, and says what CorLoc is without them.
 
---dinoseg takes the attention of CLS instead: DINO-seg, the baseline of LOST. --upsample
-MODULE:FUNCTION measures any upsampler.
+--dinoseg takes the attention of CLS instead: DINO-seg, the baseline of LOST.
 
 ROOT holds VOC2012/VOCdevkit or VOCdevkit. For COCO20k it holds coco_20k_filenames.txt and
 COCO/{annotations,images}. The paper takes tau 0.2 for VOC and 0.3 for COCO20k.
 
-Prints CorLoc, or without annotation a table of boxes. What is found in each image is a small file
-in OUTPUT_DIR/predictions, so that a run that was stopped goes on; at the end all of it is written
-to OUTPUT_DIR/predictions.jsonl. 60 photos at 224 with ViT-Ti and LiFT take about 7 s on one CPU
-core.
+Prints CorLoc, or without annotation a table of boxes. What is found in an image is a small file in
+OUTPUT_DIR/predictions, so that a run that was stopped goes on. At the end all of it is written to
+OUTPUT_DIR/predictions.jsonl. 60 photos at 224 with ViT-Ti and LiFT take 7 s on one CPU core.
 
 Sources: TokenCut, Wang et al., CVPR 2022 (arXiv 2202.11539); LOST, Simeoni et al., BMVC 2021
 (arXiv 2109.14279).
@@ -66,12 +65,9 @@ PICTURES = ("attn", "mask", "pred")
 
 # flags of the LiFT release that never had an effect on its results, and their defaults
 NO_EFFECT = {
-    "--arch": "vit_small",
-    "--patch_size": 16,
-    "--which_features": "k",
-    "--k_patches": 100,
+    "--arch": "vit_small", "--patch_size": 16, "--which_features": "k", "--k_patches": 100,
     "--resize": None,
-}
+}  # fmt: skip
 
 
 def parser() -> Command:
@@ -126,7 +122,7 @@ from backbones import IMAGENET
 from extractor import ViTExtractor
 from features import Features, build_features
 from photos import corner_cells, note_left_out, read_image
-from voc_coco import Sample, box_iou, have_area, read_coco20k, read_photos, read_voc
+from voc_coco import Sample, bounding_box, box_iou, have_area, read_coco20k, read_photos, read_voc
 
 LONGEST_NAME = 240  # bytes of a photo's name; systems allow 255, and its pictures' names are longer
 SMALL_GRAPH = 256  # cells up to which LAPACK is as fast as Lanczos
@@ -154,7 +150,7 @@ class Found(NamedTuple):
 
     sample: Sample
     photo: Image.Image
-    feats: torch.Tensor           # its map [C, h, w]
+    feats: torch.Tensor           # its map [C, h, w], without padding
     part: Part
     extent: tuple[float, float]   # columns and rows of cells that the photo covers, not padding
     entry: dict[str, Any]         # see `discover`
@@ -176,7 +172,7 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
     """
     cells = F.normalize(feats.float().flatten(1).T, dim=1)         # [N, C]
     cosine = (cells @ cells.T).cpu().numpy()                       # [N, N]
-    dtype = np.float32
+    dtype: Any = np.float32
     if len(cosine) <= SMALL_GRAPH:
         dtype = np.float64
     if binary:
@@ -220,7 +216,7 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
     # product moves it to -1, and the second largest becomes the largest
     first = np.sqrt(degree / degree.sum()).astype(np.float32)      # [N]
 
-    def product(x):
+    def product(x: np.ndarray) -> np.ndarray:
         return graph @ x - 2 * (first @ x) * first
 
     operator = LinearOperator(graph.shape, product, dtype=np.float32)
@@ -321,12 +317,6 @@ def read_source(
     return Source(photo, padded[None], (width, height))
 
 
-def check_name(path: Path) -> None:
-    """Raise ValueError for a photo whose pictures' names would be too long."""
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise ValueError(f"{path} is a name of more than {LONGEST_NAME} bytes: make it shorter")
-
-
 def check_cells(width: int, height: int, cell: float, what: str | Path) -> None:
     """Raise ValueError for an input whose map has more than MOST cells; `what` is its name."""
     if (width / cell) * (height / cell) > MOST:
@@ -334,22 +324,6 @@ def check_cells(width: int, height: int, cell: float, what: str | Path) -> None:
             f"{what} is {width}x{height} pixels, more than {MOST} cells, whose graph takes 1 GiB: "
             "pass a smaller --imsize or --lift_iter, or leave out --native"
         )
-
-
-def bounding_box(mask: np.ndarray, cell: tuple[float, float], limit: tuple[int, int]) -> np.ndarray:
-    """The box [4] in pixels around the cells of a mask [h, w].
-
-    Args:
-        cell: width and height of a cell in pixels.
-        limit: width and height of the photo in pixels, to which the box is clipped.
-    """
-    cell_width, cell_height = cell
-    width, height = limit
-    columns = np.flatnonzero(mask.any(axis=0))
-    rows = np.flatnonzero(mask.any(axis=1))
-    left, right = columns[0] * cell_width, (columns[-1] + 1) * cell_width
-    top, bottom = rows[0] * cell_height, (rows[-1] + 1) * cell_height
-    return np.array([left, top, min(right, width), min(bottom, height)])
 
 
 def discover(sample: Sample, source: Source, maps: Callable, cut: Callable) -> Found:
@@ -371,7 +345,8 @@ def discover(sample: Sample, source: Source, maps: Callable, cut: Callable) -> F
 
     # cells of nothing but padding are dropped; 1e-9 keeps rounding from adding one
     columns, rows = np.ceil(np.array(extent) - 1e-9).astype(int)
-    part = cut(feats[:, :rows, :columns])
+    feats = feats[:, :rows, :columns]
+    part = cut(feats)
 
     box = bounding_box(part.mask, (cell_width, cell_height), inner)
     scale_x = inner[0] / photo.width
@@ -414,7 +389,9 @@ def search(
         file = f"{sample.name}.json"
         found = None
         try:
-            check_name(sample.path)
+            if len(os.fsencode(sample.path.name)) > LONGEST_NAME:
+                what = f"{sample.path} is a name of more than {LONGEST_NAME} bytes"
+                raise ValueError(f"{what}: make it shorter")
             if results and results.has(file):
                 entry = read_entry(results.path(file), annotated=sample.boxes is not None)
             else:
@@ -444,7 +421,7 @@ def search(
             hits += entry["correct"]
             bar.set_postfix_str(f"CorLoc {100 * hits / len(predictions):.2f}", refresh=False)
     if known:
-        note(f"{known} images were searched before: pass --overwrite to search them again")
+        note(f"{known} of {len(samples)} were searched before: pass --overwrite to repeat that")
     return predictions, left_out
 
 
@@ -547,7 +524,7 @@ def draw_box(photo: Image.Image, box: list[float], annotated: np.ndarray | None)
 
 def save_pictures(folder: str | Path, what: str, found: Found) -> None:
     """Write NAME_attn.png, NAME_mask.png and NAME_pred.png for "all", else the one named."""
-    kinds = (what,)
+    kinds: tuple[str, ...] = (what,)
     if what == "all":
         kinds = PICTURES
     for kind in kinds:
@@ -559,12 +536,6 @@ def save_pictures(folder: str | Path, what: str, found: Found) -> None:
             picture = draw_box(found.photo, found.entry["photo_box"], found.sample.boxes)
         with replacing(inside(folder, f"{found.sample.name}_{kind}.png")) as temporary:
             picture.save(temporary)
-
-
-def save_map(folder: str | Path, found: Found) -> None:
-    """Write the map [C, h, w] as NAME.npy into `folder`."""
-    with replacing(inside(folder, f"{found.sample.name}.npy")) as temporary:
-        np.save(temporary, found.feats.cpu().numpy())
 
 
 def corners_stand_apart(feats: torch.Tensor) -> bool:
@@ -583,8 +554,10 @@ def corners_stand_apart(feats: torch.Tensor) -> bool:
 # ---- command line -------------------------------------------------------------------------------
 
 
-def drop_flags_without_effect(args: argparse.Namespace) -> None:
-    """Take the flags that do nothing off the settings; a note names those that were given."""
+def resolve(args: argparse.Namespace) -> None:
+    """Take the flags that do nothing off the settings, with a note; draw own photos by default."""
+    if args.image_path is not None and args.visualize is None:
+        args.visualize = "all"
     given = []
     for flag, default in NO_EFFECT.items():
         name = flag.removeprefix("--")
@@ -603,8 +576,8 @@ def check(args: argparse.Namespace) -> None:
     if not 0 < args.eps < 1:
         raise ValueError(f"--eps {args.eps} is out of range: pass 0 < eps < 1")
     if args.dinoseg and (args.lift_path or args.upsample or args.my_extractor):
-        what = "--dinoseg cuts the attention of a ViT itself"
-        raise ValueError(f"{what}: leave out --lift_path, --upsample and --my_extractor")
+        others = "--lift_path, --upsample and --my_extractor"
+        raise ValueError(f"--dinoseg cuts the attention of a ViT itself: leave out {others}")
     if args.no_hard and (args.image_path is not None or args.dataset == "COCO20k"):
         raise ValueError("only VOC marks hard objects: leave out --no_hard")
     if args.image_path is None and not args.dataroot:
@@ -625,9 +598,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
         year = VOC_YEARS[args.dataset]
         samples = read_voc(args.dataroot, year, args.set, args.no_hard, annotated)
     else:
-        samples = read_coco20k(args.dataroot)
-        if not annotated:
-            samples = [sample._replace(boxes=None) for sample in samples]
+        samples = read_coco20k(args.dataroot, annotated)
     if not samples:
         what = f"{args.dataset} in {args.dataroot} has no images"
         raise ValueError(f"{what}: correct --dataroot or --set, or leave out --no_hard")
@@ -635,16 +606,13 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
 
 
 def choose_cut(args: argparse.Namespace, features: Features) -> tuple[Callable, Callable]:
-    """What is cut, a callable from images to maps, and how: the arguments of `discover`.
-
-    Raises:
-        ValueError: --dinoseg with a backbone that has no CLS, or not this head.
-    """
+    """What is cut and how: `maps` and `cut` of `discover`. ValueError if --dinoseg cannot be."""
     if not args.dinoseg:
         binary = not args.no_binary_graph
         return features, partial(tokencut, tau=args.tau, eps=args.eps, binary=binary)
 
-    backbone, head = features.backbone, args.dinoseg_head
+    backbone: Any = features.backbone
+    head = args.dinoseg_head
     if getattr(backbone.model, "cls_token", None) is None:
         what = f"--dinoseg needs a backbone with a CLS token, {backbone.name} has none"
         raise ValueError(f"{what}: pass another --model_type, or leave out --dinoseg")
@@ -689,12 +657,25 @@ def note_without_object(scores: dict[str, Any]) -> None:
     listed = ", ".join(names[:5])
     if len(names) > 5:
         listed += ", ..."
-    others = scores["images"] - len(names)
-    note(
+    text = (
         f"in {len(names)} of {scores['images']} images nothing can be found: nothing is annotated, "
         f"or only crowds, or boxes without an area in the image ({listed}). CorLoc counts them as "
-        f"not found; without them it is {100 * scores['found'] / max(1, others):.2f}"
+        "not found"
     )
+    others = scores["images"] - len(names)
+    if others:
+        text += f"; without them it is {100 * scores['found'] / others:.2f}"
+    note(text)
+
+
+def note_corners(apart: list[str]) -> None:
+    """Tell of the photos whose corners stand apart, and what may help."""
+    if apart:
+        note(
+            f"in {len(apart)} of these photos the features of the corner cells stand apart from "
+            "all others, and what is found may be a corner or all but the corners: "
+            "try a higher --tau or, without LiFT, another --facet"
+        )
 
 
 def open_results(args: argparse.Namespace, facts: dict[str, Any]) -> Results | None:
@@ -709,18 +690,15 @@ def open_results(args: argparse.Namespace, facts: dict[str, Any]) -> Results | N
         paths=("dataroot", "image_path", "save_feat_dir"),
         **facts,
     )
-    return Results(
-        Path(args.output_dir, "predictions"),
-        decisive,
-        args.overwrite,
-        own=("*.json",),
-        remedy="pass --overwrite, or another --output_dir",
-    )
+    folder = Path(args.output_dir, "predictions")
+    own = ("*.*.json",)  # as cat.jpg.json
+    remedy = "pass --overwrite, or another --output_dir"
+    return Results(folder, decisive, args.overwrite, own, remedy)
 
 
 def main(args: argparse.Namespace) -> None:
     """Search every image; write predictions and pictures; print CorLoc or the boxes."""
-    drop_flags_without_effect(args)
+    resolve(args)
     check(args)
     samples = read_samples(args)
     features = build_features(args)
@@ -728,22 +706,18 @@ def main(args: argparse.Namespace) -> None:
     read = choose_input(args, features)
     facts = features.facts()
     results = open_results(args, facts)
+    apart: list[str] = []  # names of photos whose corners stand apart
 
-    own_photos = args.image_path is not None
-    pictures = args.visualize
-    if own_photos and not pictures:
-        pictures = "all"
-    apart = []  # names of photos whose corners stand apart
-
-    def save(found):
+    def save(found: Found) -> None:
         if args.save_feat_dir:
-            save_map(args.save_feat_dir, found)
-        if pictures:
-            save_pictures(args.output_dir, pictures, found)
-            rows, columns = found.part.mask.shape  # of the map, without padding
-            if not args.dinoseg and corners_stand_apart(found.feats[:, :rows, :columns]):
+            with replacing(inside(args.save_feat_dir, f"{found.sample.name}.npy")) as path:
+                np.save(path, found.feats.cpu().numpy())
+        if args.visualize:
+            save_pictures(args.output_dir, args.visualize, found)
+            if not args.dinoseg and corners_stand_apart(found.feats):
                 apart.append(found.sample.name)
 
+    own_photos = args.image_path is not None
     may_skip = own_photos and len(samples) > 1
     predictions, left_out = search(samples, read, maps, cut, results, save, may_skip)
     for name, reason in left_out.items():
@@ -756,12 +730,7 @@ def main(args: argparse.Namespace) -> None:
     scores = corloc(predictions)
     print(table(scores, predictions))
     note_without_object(scores)
-    if apart:
-        note(
-            f"in {len(apart)} of these photos the features of the corner cells stand apart from "
-            "all others, and what is found may be a corner or all but the corners: "
-            "try a higher --tau or, without LiFT, another --facet"
-        )
+    note_corners(apart)
     if own_photos:
         note_left_out(args.image_path)
         scores["skipped"] = left_out

@@ -4,7 +4,7 @@
     samples = read_coco20k("COCO20k")
     samples = read_photos("photos/")
 
-And what their annotation is compared by: the area and the IoU of boxes.
+And what is compared with their annotation: the box of a mask, and its IoU with others.
 
 Notation: a box is x0, y0, x1, y1 in pixels.
 """
@@ -75,7 +75,7 @@ def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
         for thing in ElementTree.fromstring(read_text(path)).findall("object"):
             if no_hard and is_hard(thing):
                 continue
-            box = thing.find("bndbox")
+            box: Any = thing.find("bndbox")
             corners = []
             for key in ("xmin", "ymin", "xmax", "ymax"):
                 corners.append(int(float(box.findtext(key))))
@@ -198,9 +198,11 @@ def coco20k_index(root: Path) -> dict[str, Any]:
     return selection
 
 
-def read_coco20k(root: str | Path) -> list[Sample]:
+def read_coco20k(root: str | Path, annotated: bool = True) -> list[Sample]:
     """The Samples of COCO20k (Vo et al., 2020), in the order of its annotations.
 
+    Args:
+        annotated: whether the Samples get boxes; without it they are None.
     Raises:
         FileNotFoundError, ValueError: a file is missing or malformed, or a name leaves the folder.
     """
@@ -209,6 +211,8 @@ def read_coco20k(root: str | Path) -> list[Sample]:
     samples = []
     for name, boxes in coco_boxes(coco20k_index(root)).items():
         samples.append(Sample(name, inside(folder, name), boxes))
+    if not annotated:
+        samples = [sample._replace(boxes=None) for sample in samples]
     return samples
 
 
@@ -238,10 +242,26 @@ def read_photos(path: str | Path) -> list[Sample]:
 # ---- boxes --------------------------------------------------------------------------------------
 
 
+def bounding_box(mask: np.ndarray, cell: tuple[float, float], limit: tuple[int, int]) -> np.ndarray:
+    """The box [4] in pixels around the cells of a mask [h, w].
+
+    Args:
+        cell: width and height of a cell in pixels.
+        limit: width and height of the photo in pixels, to which the box is clipped.
+    """
+    cell_width, cell_height = cell
+    width, height = limit
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
+    left, right = columns[0] * cell_width, (columns[-1] + 1) * cell_width
+    top, bottom = rows[0] * cell_height, (rows[-1] + 1) * cell_height
+    return np.array([left, top, min(right, width), min(bottom, height)])
+
+
 def have_area(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
     """Which boxes [n, 4] have an area inside an image: one that ends before it begins has none."""
     inner = boxes.clip(0, [width, height, width, height])
-    return (inner[:, 2:] > inner[:, :2]).all(axis=1)               # [n]
+    return np.all(inner[:, 2:] > inner[:, :2], axis=1)             # [n]
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
