@@ -546,38 +546,45 @@ def draw_photo(
     return files, entry
 
 
-def main(args: argparse.Namespace) -> None:
-    """Draw the sheets of every photo, and the page."""
-    check_flags(args)
-    paths = choose_photos(args.dataroot, args.limit, args.seed)
+def draw_photos(
+    args: argparse.Namespace, features: Features, paths: list[Path]
+) -> tuple[list[str], list[dict[str, Any]], dict[str, str]]:
+    """draw_photo of every photo: all files, all entries, and why photos were skipped, by path."""
     root = naming_root(args.dataroot)
-    if args.lift_iter is None:
-        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
-        args.lift_iter = 4 if with_lift else 1
-    features = build_features(args)
-    check_range(args, imsize=features.patch)
-
     files = []
     entries = []
-    reasons = {}  # why a photo was skipped
+    reasons = {}
     for path in progress(paths, unit="photo"):
         try:
             written, entry = draw_photo(args, features, path, path.relative_to(root))
+            files += written
+            entries.append(entry)
         except (ValueError, OSError) as error:
             reasons[str(path)] = str(error).removeprefix(f"{path} is ")
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reasons[str(path)] = out_of_memory(error)
-        else:
-            files += written
-            entries.append(entry)
+    return files, entries, reasons
 
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the sheets of every photo, and the page."""
+    check_flags(args)
+    if args.lift_iter is None:
+        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
+        args.lift_iter = 4 if with_lift else 1
+    paths = choose_photos(args.dataroot, args.limit, args.seed)
+    features = build_features(args)
+    check_range(args, imsize=features.patch)
+
+    files, entries, reasons = draw_photos(args, features, paths)
     if not files:
         path, reason = next(iter(reasons.items()))  # the first speaks for all
         raise ValueError(f"{path}: {reason}")
     if args.html:
         write_page(args.html, entries)
+
     for path, reason in reasons.items():
         skipped(path, reason)
     note_left_out(args.dataroot)

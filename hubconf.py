@@ -158,7 +158,11 @@ class _Model(torch.nn.Module):
         Raises:
             ValueError: the images are not in 0..1 or off the patch grid, or an option is wrong.
         """
-        return self._run(images, **{**self.options, **options})
+        options = {**self.options, **options}
+        if torch.compiler.is_compiling():
+            return self._run(images, **options)
+        with _named_as_in_python():
+            return self._run(images, **options)
 
     def _run(
         self,

@@ -292,6 +292,12 @@ def test_errors_name_arguments_and_not_flags(files, change):
     assert next(iter(change)) in str(error.value)
 
 
+def test_errors_of_a_call_name_no_flags_either(files):
+    model = hub("lift", **files, layer=0, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"not finite in bfloat16: pass dtype float32"):
+        model(torch.full((1, 3, 32, 32), float("nan")))
+
+
 def test_a_photo_is_read_and_fitted(features, by_hand, tmp_path):
     """A path, a PIL image or an array; 100 x 70 pixels are rounded to whole patches, 96 x 64."""
     pixels = np.random.RandomState(0).randint(0, 256, (70, 100, 3)).astype(np.uint8)
