@@ -247,7 +247,7 @@ def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
     remedy = "pass a folder of pictures, or a movie, as --frames"
     files = list_files(frames, IMAGES, remedy, besides=mask)
     check_names(files)
-    return Video(frames.resolve().name, files, [mask], True)
+    return Video(frames.absolute().name, files, [mask], True)
 
 
 def unpack(movie: Path, folder: Path) -> None:
