@@ -80,14 +80,13 @@ def resolve(name: str) -> Backbone:
     if not timm.is_model(architecture):
         known = ", ".join(BACKBONES)
         raise ValueError(f"unknown model {name}: pass one of {known}, or the name of a ViT in timm")
-    try:
+    cfg = None
+    with suppress(RuntimeError):  # of a tag that does not exist
         cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "another model"
-        raise ValueError(f"timm has no weights {name}: pass {known}") from error
     if cfg is None:
-        known = "a ViT of timm.list_pretrained('vit_*')"
-        raise ValueError(f"timm has no weights of {name}: pass {known}")
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*"))
+        known = known or "a ViT of timm.list_pretrained('vit_*')"
+        raise ValueError(f"timm has no weights {name}: pass {known}")
 
     tag = name
     if cfg.tag:
@@ -182,8 +181,6 @@ def load_backbone_file(
     if wrong:
         remedy = "pass the --model_type it belongs to"
         raise ValueError(f"{path}, read as {form}, does not fit {name}, {wrong}: {remedy}")
-    if not all(state[key].isfinite().all() for key in wanted):
-        raise ValueError(f"{path} holds NaN or infinite weights: restore it or pass another file")
     model.load_state_dict(state)
 
 
@@ -331,6 +328,7 @@ def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
         "missing": sorted(wanted.keys() - state.keys()),
         "surplus": sorted(state.keys() - wanted.keys()),
         "of another shape": shapes,
+        "not finite": [key for key in sorted(state) if not state[key].isfinite().all()],
     }
     wrong = []
     for what, keys in found.items():

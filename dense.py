@@ -142,12 +142,7 @@ class DenseExtractor(nn.Module):
 
     @stride.setter
     def stride(self, value: Any) -> None:
-        stride = int(Side(value))
-        patch = self.__dict__.get("patch", stride)
-        if stride < 1 or patch % stride:
-            what = f"stride {stride} does not divide the patch ({patch})"
-            raise ValueError(f"{what}: pass one of {divisors(patch)}")
-        self._stride = stride
+        self._stride = checked_stride(value, self.__dict__.get("patch"))
 
     @property
     def device(self) -> Any:
@@ -228,11 +223,9 @@ class DenseExtractor(nn.Module):
 
     def check_images(self, images: Any) -> None:
         """Raise ValueError unless these are RGB images of at least one patch."""
-        if not isinstance(images, Tensor):
-            what = f"the network takes a tensor, not a {type(images).__name__}"
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            what = f"the network takes a tensor [B, 3, H, W], not {describe(images)}"
             raise ValueError(f"{what}: pass preprocess(photo)[0]")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {list(images.shape)}: pass [B, 3, H, W]")
         height, width = images.shape[-2:]
         if min(height, width) < self.patch:
             what = f"an image of {height}x{width} pixels is less than one patch ({self.patch})"
@@ -268,9 +261,14 @@ def as_numbers(column: Tensor) -> tuple[float, ...]:
     return tuple(round(number, 7) for number in numbers)
 
 
-def divisors(n: int) -> str:
-    """The divisors of n as text, for messages."""
-    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
+def checked_stride(stride: Any, patch: int | None) -> int:
+    """A stride, given as a number or a pair; ValueError unless it divides the patch."""
+    stride = int(Side(stride))
+    if patch is not None and (stride < 1 or patch % stride):
+        divisors = ", ".join(str(n) for n in range(1, patch + 1) if patch % n == 0)
+        what = f"stride {stride} does not divide the patch ({patch})"
+        raise ValueError(f"{what}: pass one of {divisors}")
+    return stride
 
 
 # ---- anybody's module ---------------------------------------------------------------------------

@@ -70,9 +70,10 @@ from backbones import (
     resolve,
     use_full_float32,
 )
-from dense import DenseExtractor, MyExtractor, Side, describe
+from dense import DenseExtractor, MyExtractor, Side, checked_stride, describe
 from photos import as_photo
 
+FOREIGN = ("register_tokens", "storage_tokens", "rope_embed")
 TOKENS = ("token", "token_norm")  # facets that are outputs of a block
 
 # what `from extractor import *` also brings in dino-vit-features: its users' code relies on it
@@ -154,13 +155,13 @@ class ViTExtractor(DenseExtractor):
         blocks: Any = getattr(self.model, "blocks", None)
         projection: Any = getattr(embed, "proj", None)
         of_rgb_patches = isinstance(projection, nn.Conv2d) and projection.in_channels == 3
-        if not of_rgb_patches or not blocks or not hasattr(getattr(blocks[0], "attn", None), "qkv"):
-            what = f"{self.name} is not a plain ViT (patches of RGB, then blocks with attention)"
-            raise ValueError(f"{what}: pass a ViT of timm")
-        for foreign in ("register_tokens", "storage_tokens", "rope_embed"):
-            if getattr(self.model, foreign, None) is not None:  # would silently be left out
-                what = f"the module has {foreign}, which timm calls otherwise"
-                raise ValueError(f"{what}: pass its weights as backbone_path instead of the module")
+        of_blocks = blocks and hasattr(getattr(blocks[0], "attn", None), "qkv")
+        # parts of Meta's own modules, which timm calls otherwise: they would silently be left out
+        foreign = [name for name in FOREIGN if getattr(self.model, name, None) is not None]
+        if not of_rgb_patches or not of_blocks or foreign:
+            what = f"{self.name} is not a plain ViT as timm builds it"
+            parts = ", ".join(foreign) or "patches of RGB, then blocks with attention"
+            raise ValueError(f"{what} ({parts}): pass a ViT of timm, or weights as backbone_path")
 
         self.patch = projection.kernel_size[0]
         embed.patch_size = Side(self.patch)
@@ -184,7 +185,7 @@ class ViTExtractor(DenseExtractor):
             raise ValueError(f"layer {layer} is out of range: {layers}, pass one of these")
         return layer
 
-    # -- names of dino-vit-features that nothing here needs --
+    # -- names of dino-vit-features --
 
     @staticmethod
     def create_model(model_type: str) -> nn.Module:
@@ -198,11 +199,8 @@ class ViTExtractor(DenseExtractor):
         A ViTExtractor has a stride of its own, and leaves the model as it is.
         """
         projection: Any = model.patch_embed.proj  # type: ignore[union-attr]
-        patch = projection.kernel_size[0]
-        stride = Side(stride)
-        if stride < 1 or patch % stride:
-            raise ValueError(f"stride {stride} does not divide the patch ({patch})")
-        projection.stride = (int(stride), int(stride))
+        step = checked_stride(stride, projection.kernel_size[0])
+        projection.stride = (step, step)
         return model
 
     @property

@@ -184,7 +184,7 @@ def open_image(path: str | Path) -> Image.Image:
 
     pixels: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
-        raise ValueError("neither Pillow nor OpenCV can read it")
+        return Image.open(path)
     pixels = np.atleast_3d(pixels)  # [H, W, 1], or BGR, or BGRA
     if image is not None and pixels[..., :3].max() >= 2**14:
         return image
