@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -55,7 +56,7 @@ class Loader:
     Args:
         dataset: anything with [key] and len().
         workers: processes that read. They start with the first iteration and live as long as the
-            Loader. 0 reads in this process.
+            Loader does. 0 reads in this process.
         batches: lists of keys; each becomes one collated batch. None gives the single items 0, 1,
             2, ... as they are.
         pin_memory: put tensors into pinned memory, from which a GPU fetches them by itself.
@@ -73,6 +74,12 @@ class Loader:
         self.batches = batches
         self.pin_memory = pin_memory
         self.running: list[Worker] = []
+        self.started_by = os.getpid()
+        # before multiprocessing's own end, which would wait for the workers
+        atexit.register(stop_at_exit, weakref.ref(self))
+
+    def __del__(self) -> None:
+        self.stop()
 
     def __len__(self) -> int:
         if self.batches is None:
@@ -156,8 +163,6 @@ class Loader:
         """
         if self.running:
             return
-        # before multiprocessing's own end, which waits for processes that still run
-        atexit.register(self.stop)
         try:
             for _ in range(self.workers):
                 ours, theirs = multiprocessing.Pipe()
@@ -173,7 +178,8 @@ class Loader:
 
     def stop(self) -> None:
         """End the workers: those that are still busy after a second are killed."""
-        atexit.unregister(self.stop)
+        if not self.running or os.getpid() != self.started_by:  # a worker has a copy of this
+            return
         running = self.running
         self.running = []
         try:
@@ -206,6 +212,13 @@ class Loader:
         if status is not None and status < 0:
             return f"a worker was killed by {signal.Signals(-status).name}: {remedy}"
         return f"a worker ended with status {status}: {remedy}"
+
+
+def stop_at_exit(loader: "weakref.ref[Loader]") -> None:
+    """Stop a Loader if it still exists."""
+    alive = loader()
+    if alive:
+        alive.stop()
 
 
 # ---- in a worker --------------------------------------------------------------------------------

@@ -85,6 +85,15 @@ def test_workers_live_through_iterations_but_not_a_broken_one():
     loader.stop()
 
 
+def test_workers_end_with_their_loader():
+    loader = Loader(Numbers(), 2)
+    list(loader)
+    pids = worker_pids(loader)
+    assert all(is_alive(pid) for pid in pids)
+    del loader
+    assert not any(is_alive(pid) for pid in pids)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_memory(monkeypatch, workers):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
