@@ -124,6 +124,7 @@ FORMATS = (
 # names of Hugging Face's transformers -> those of timm and Meta; q, k and v are joined afterwards
 TRANSFORMERS = (
     (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
     (r"^(encoder\.|model\.)?layer\.", "blocks."),
@@ -238,15 +239,19 @@ def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> d
     if any(name.startswith("embeddings.") for name in state):
         state = from_transformers(state)
 
+    wanted = model.state_dict()
     translated = {}
     for name, value in state.items():
         # DINOv2's training saves chunks of blocks: blocks.CHUNK.BLOCK.
-        translated[re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)] = value
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+        if "blocks.0.ls1.gamma" in wanted:  # DeiT III calls them gamma_1
+            name = re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", name)
+        translated[name] = value
     if "register_tokens" in state:
         translated.setdefault("mask_token", torch.zeros(1))  # by this timm knows DINOv2
 
     # the biases of most DINOv3 are 0, and timm has models without them; its filter drops any others
-    with_biases = any(name.endswith("q_bias") for name in model.state_dict())
+    with_biases = any(name.endswith("q_bias") for name in wanted)
     if "storage_tokens" in state and not with_biases:
         biases = [name for name in state if name.endswith("attn.qkv.bias")]
         for name in biases:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -120,6 +121,7 @@ IN_A_BLOCK = {
 }
 OUTSIDE = {
     "cls_token": "embeddings.cls_token",
+    "dist_token": "embeddings.distillation_token",
     "reg_token": "embeddings.register_tokens",
     "register_tokens": "embeddings.register_tokens",
     "mask_token": "embeddings.mask_token",
@@ -165,6 +167,7 @@ DINOV2 = ("vit_small_patch14_dinov2", {"img_size": 56})
 REGISTERS = ("vit_small_patch14_reg4_dinov2", {"img_size": 56})
 DINOV3 = ("vit_small_patch16_dinov3", {})
 VIT = ("vit_tiny_patch16_224", {})
+DISTILLED = ("deit_tiny_distilled_patch16_224", {})
 
 PUBLISHED = {
     "Meta's DINOv2": (DINOV2, lambda s: {**s, "mask_token": torch.zeros(1, 384)}),
@@ -197,6 +200,15 @@ PUBLISHED = {
         REGISTERS, lambda s: transformers_names(metas_registers(s), "dinov2"),
     ),
     "transformers' DINOv3": (DINOV3, lambda s: transformers_names(s, "dinov3")),
+    "transformers' DeiT": (
+        DISTILLED, lambda s: prefixed("deit.", transformers_names(s, "vit")),
+    ),
+    "DeiT III": (
+        ("deit3_small_patch16_224", {}),
+        lambda s: {
+            "model": {re.sub(r"ls(\d).gamma", r"gamma_\1", key): v for key, v in s.items()}
+        },
+    ),
     "MAE": (
         VIT,
         lambda s: {
