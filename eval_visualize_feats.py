@@ -33,6 +33,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import zlib
 from pathlib import Path
@@ -460,6 +461,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--html and --json are one file, {args.json}: pass two")
 
 
+def default_iterations(args: argparse.Namespace) -> int:
+    """How often features are upsampled where --lift_iter is left out."""
+    with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
+    return 4 if with_lift else 1
+
+
 def choose_photos(dataroot: str, limit: int, seed: int) -> list[Path]:
     """Draw `limit` photos (0: all) below `dataroot` at random, sorted.
 
@@ -518,75 +525,83 @@ def upsampler_title(args: argparse.Namespace) -> str:
     return args.upsample.split(":")[-1]
 
 
-def draw_photo(
-    args: argparse.Namespace, features: Features, path: Path, name: Path
-) -> tuple[list[str], dict[str, Any]]:
-    """Write the sheets of one photo, named `name` below DATAROOT; their files and its page_entry.
+class Drawn(NamedTuple):
+    """What there is to write of one photo."""
+
+    sheets: dict[str, list[list[Panel]]]  # by name, see make_sheets
+    entry: dict[str, Any]                 # of the page; empty without --html
+
+
+def draw_photo(args: argparse.Namespace, features: Features, path: Path, name: Path) -> Drawn:
+    """The sheets and the page's entry of one photo, which is `name` below DATAROOT.
 
     Raises:
         ValueError, OSError: the photo, its size or its name does not allow it.
     """
+    if len(os.fsencode(f"{name.name}_alternatives.png")) > 255:
+        raise ValueError("the name is too long for sheets of its own: shorten it")
     photo = read_image(path)
     points = check_points(args.query, photo)
     size = input_size(features, photo, args.imsize, args.keep_aspect)
     maps = compute_maps(features, photo, size, upsampler_title(args))
 
     shown = panel_size(photo, max(PANEL, *size))
-    files = []
     sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
-    for sheet, rows in sheets.items():
+    entry = {}
+    if args.html:
+        entry = page_entry(f"{name} ({name_of(features)})", photo, maps, points[0], shown)
+    return Drawn(sheets, entry)
+
+
+def write_sheets(args: argparse.Namespace, drawn: Drawn, name: Path) -> list[str]:
+    """Write the sheets of a photo into the subfolder of OUTPUT_DIR that it has in DATAROOT."""
+    files = []
+    for sheet, rows in drawn.sheets.items():
         file = Path(args.output_dir) / name.with_name(f"{name.name}_{sheet}.png")
         with replacing(file) as temporary:
             draw_sheet(rows, args.fontsize).save(temporary)
         files.append(str(file))
-
-    entry = {}
-    if args.html:
-        entry = page_entry(f"{name} ({name_of(features)})", photo, maps, points[0], shown)
-    return files, entry
+    return files
 
 
-def draw_photos(
-    args: argparse.Namespace, features: Features, paths: list[Path]
-) -> tuple[list[str], list[dict[str, Any]], dict[str, str]]:
-    """draw_photo of every photo: all files, all entries, and why photos were skipped, by path."""
-    root = naming_root(args.dataroot)
-    files = []
-    entries = []
-    reasons = {}
-    for path in progress(paths, unit="photo"):
-        try:
-            written, entry = draw_photo(args, features, path, path.relative_to(root))
-            files += written
-            entries.append(entry)
-        except (ValueError, OSError) as error:
-            reasons[str(path)] = str(error).removeprefix(f"{path} is ")
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reasons[str(path)] = out_of_memory(error)
-    return files, entries, reasons
+def why_skipped(error: Exception, path: Path) -> str:
+    """Why a photo was skipped, in one line. What is neither its fault nor memory's is raised."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error).removeprefix(f"{path} is ")
+    if not is_out_of_memory(error):
+        raise error
+    return out_of_memory(error)
 
 
 def main(args: argparse.Namespace) -> None:
     """Draw the sheets of every photo, and the page."""
     check_flags(args)
-    if args.lift_iter is None:
-        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
-        args.lift_iter = 4 if with_lift else 1
+    args.lift_iter = args.lift_iter or default_iterations(args)
     paths = choose_photos(args.dataroot, args.limit, args.seed)
+    root = naming_root(args.dataroot)
     features = build_features(args)
     check_range(args, imsize=features.patch)
 
-    files, entries, reasons = draw_photos(args, features, paths)
+    files = []
+    entries = []
+    reasons = {}  # why photos were skipped
+    for path in progress(paths, unit="photo"):
+        name = path.relative_to(root)
+        try:
+            drawn = draw_photo(args, features, path, name)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            reasons[str(path)] = why_skipped(error, path)
+            continue
+        files += write_sheets(args, drawn, name)
+        entries.append(drawn.entry)
+
     if not files:
-        path, reason = next(iter(reasons.items()))  # the first speaks for all
-        raise ValueError(f"{path}: {reason}")
+        first, reason = next(iter(reasons.items()))  # it speaks for all
+        raise ValueError(f"{first}: {reason}")
     if args.html:
         write_page(args.html, entries)
-
-    for path, reason in reasons.items():
-        skipped(path, reason)
+    for photo, reason in reasons.items():
+        skipped(photo, reason)
     note_left_out(args.dataroot)
     print(f"photos: {len(entries)}, sheets: {len(files)}, in {args.output_dir}")
     if args.html:

@@ -490,7 +490,7 @@ def test_one_photo_that_fails_does_not_end_the_run(cli, base, photos, monkeypatc
     assert ran.report()["skipped"] == [str(photos / "b.png"), str(long)]
     lines = ran.err.splitlines()
     assert re.fullmatch("skipped: .*/b.png: out of memory .*: use smaller images .*", lines[0])
-    assert re.fullmatch("skipped: .*xxx.png: cannot write .*File name too long.*", lines[1])
+    assert re.fullmatch("skipped: .*xxx.png: the name is too long for sheets .*", lines[1])
     assert len(ran.report()["files"]) == 4 and len(lines) == 2
 
 
