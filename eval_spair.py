@@ -171,7 +171,8 @@ def read_pair(path: Path, images: Path) -> Pair:
         target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float64)).float()
         left, top, right, bottom = entry["trg_bndbox"]
         extent = float(max(right - left, bottom - top))
-        names = [str(Path(entry[key])) for key in ("src_imname", "trg_imname")]
+        source_name = str(Path(entry["src_imname"]))
+        target_name = str(Path(entry["trg_imname"]))
 
         well_formed = (
             source_points.shape == target_points.shape == (len(source_points), 2)
@@ -184,7 +185,8 @@ def read_pair(path: Path, images: Path) -> Pair:
         what = f"{path} is not an SPair-71k annotation ({error!r})"
         raise ValueError(f"{what}: extract the data set again") from error
 
-    source, target = [inside(images, name) for name in names]
+    source = inside(images, source_name)
+    target = inside(images, target_name)
     for image in (source, target):
         if not image.is_file():
             raise FileNotFoundError(f"there is no image at {image}: extract the data set again")

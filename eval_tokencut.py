@@ -547,7 +547,8 @@ def corners_stand_apart(feats: torch.Tensor) -> bool:
     unit = F.normalize(feats.float(), dim=0)                       # [C, h, w]
     mean = F.normalize(unit.mean((1, 2)), dim=0)                   # [C]
     cosine = torch.einsum("chw,c->hw", unit, mean).cpu()
-    corners = cosine[corner_cells(*cosine.shape)]
+    elsewhere = ~corner_cells(*cosine.shape)
+    corners = cosine.masked_fill(elsewhere, -1)
     return bool(corners.max() < 0.5 * cosine.median())
 
 
@@ -555,7 +556,7 @@ def corners_stand_apart(feats: torch.Tensor) -> bool:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Take the flags that do nothing off the settings, with a note; draw own photos by default."""
+    """Drop the flags that do nothing, with a note, and draw everything where photos are given."""
     if args.image_path is not None and args.visualize is None:
         args.visualize = "all"
     given = []
