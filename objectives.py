@@ -394,21 +394,26 @@ class Objective(nn.Module):
 
 
 def prepare(
-    lift: nn.Module, args, extractor: DenseExtractor, centre: Tensor | None = None
+    lift: nn.Module,
+    extractor: DenseExtractor,
+    loss: str,
+    centre: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    compiled: bool = False,
 ) -> tuple[nn.Module, Callable]:
-    """Make the model to train of a LiFT module, compiled and distributed as the flags ask.
+    """Make the model to train of a LiFT module.
 
+    Args:
+        loss, centre, grid: see Objective.
+        compiled: compile it, and the backbone.
     Returns:
-        An Objective (or its DistributedDataParallel), and a function that makes the context to call
-        it in: autocast to bfloat16, or none.
+        An Objective, or its DistributedDataParallel among several processes, and a function that
+        makes the context to call it in: autocast to bfloat16, or none.
     """
     torch.backends.cudnn.benchmark = True  # sizes stay the same
     lift = lift.to(memory_format=torch.channels_last)
-    grid = None
-    if args.match:
-        grid = extractor.grid(args.imsize, args.imsize)
-    model: nn.Module = Objective(lift, args.loss, centre, grid).to(extractor.device)
-    if args.compile:
+    model: nn.Module = Objective(lift, loss, centre, grid).to(extractor.device)
+    if compiled:
         model.compile()
         # a ViT's blocks share their code: one compilation for all
         for part in getattr(extractor.model, "blocks", [extractor.model]):

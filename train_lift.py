@@ -48,6 +48,7 @@ from command import (
     add_backbone_args,
     check_range,
     check_torchrun,
+    deciding,
     note,
     rank,
     report,
@@ -71,6 +72,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine", "warmup": 40, "views": 1,
     },
 }  # fmt: skip
+
+# Flags that may change at --resume. They do not decide the weights, with one exception: the two
+# that follow the length of the run, --schedule cosine and --match_end, go by the new --epochs.
+# Photos count by their names and number: see photo_facts.
+ONLY_HOW = (
+    "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "compile", "recipe",
+    "output_dir", "cache_features", "dataroot", "val_dataroot",
+)  # fmt: skip
 
 FEW_STEPS = 500  # the modules of pretrained/ took a few thousand
 FEW_PHOTOS = 10  # to validate on
@@ -187,7 +196,7 @@ from torch import Tensor, nn
 
 from extractor import DenseExtractor, build_extractor
 from feature_cache import cached
-from lift import load_lift, read_lift
+from lift import LiFT, load_lift, read_lift
 from loading import Loader
 from objectives import (
     Photos,
@@ -201,7 +210,7 @@ from objectives import (
     train_step,
 )
 from photos import list_images, naming_root
-from training_run import Run, evaluate
+from training_run import Run, Stop, evaluate
 
 # ---- photos and their features ------------------------------------------------------------------
 
@@ -248,15 +257,9 @@ def keep_features(photos: Photos, args, extractor: DenseExtractor, views: int) -
     """The photos with their features from --cache_features; without it the photos as they are."""
     if not args.cache_features or not photos.paths:
         return photos
-    return cached(
-        photos,
-        extractor,
-        args.cache_features,
-        views,
-        args.batch_size,
-        args.workers,
-        waits=int(os.environ.get("LOCAL_RANK", 0)) > 0,  # for the first process of this machine
-    )
+    folder, batch_size, workers = args.cache_features, args.batch_size, args.workers
+    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0  # for the first process of this machine
+    return cached(photos, extractor, folder, views, batch_size, workers, waits)
 
 
 def make_loader(photos, batches, args, extractor: DenseExtractor) -> Loader:
@@ -303,41 +306,75 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-class Stop:
-    """A context in which SIGINT and SIGTERM do not end the process at once.
+# ---- one run ------------------------------------------------------------------------------------
 
-    The first one is kept in `signal`, for the training loop to look at after the step. A second one
-    acts at once, unless it comes within a second of the first: Ctrl-C in a terminal reaches all
-    processes, and torchrun then sends them the same signal again.
+
+def run_folder(args, extractor: DenseExtractor) -> Path:
+    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and more.
+
+    Other flags that decide what module it becomes follow where they are not the paper's.
     """
+    name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
+    augment = "aug" if args.augment else "noaug"
+    parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
 
-    def __enter__(self) -> "Stop":
-        self.signal = 0
-        self.caught_at = 0.0
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.catch)
-        return self
+    # a network of your own has neither layer nor facet
+    if extractor.layer is not None and extractor.layer != extractor.depth - 1:
+        parts.append(f"layer{extractor.layer}")
+    if extractor.facet not in ("key", None):
+        parts.append(extractor.facet)
+    if args.attend:
+        parts.append(f"attend{args.attend}")
+    if args.heads:
+        parts.append(f"heads{args.heads}")
+    if args.match:
+        parts.append(f"match{args.match}")
+    if args.downsample == "resize":
+        parts.append("resize")
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    return Path(args.output_dir) / "_".join(parts)
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
-    def catch(self, number: int, frame) -> None:
-        """The handler of both signals."""
-        if not self.signal:
-            self.signal = number
-            self.caught_at = time.monotonic()
-        elif time.monotonic() - self.caught_at > 1:
-            # put the handlers of before back, and let them have it
-            self.__exit__()
-            os.kill(os.getpid(), number)
+def new_lift(args, extractor: DenseExtractor) -> nn.Module:
+    """The LiFT module to train, as it is at the start of every run with this --seed.
+
+    Raises:
+        ValueError: --heads does not fit the backbone.
+    """
+    heads = heads_of(args, extractor)
+    if extractor.channels % heads:
+        what = f"{heads} heads do not divide {extractor.channels} channels"
+        raise ValueError(f"{what}: pass --heads 1, or another divisor")
+    torch.manual_seed(args.seed)
+    lift = LiFT(
+        extractor.channels,
+        extractor.patch,
+        pre_shape=False,
+        post_shape=False,
+        attend=args.attend,
+        heads=heads,
+    )
+    lift = lift.to(extractor.device)
+    # synchronised batch norm is for GPUs only
+    if dist.is_initialized() and extractor.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(lift)
+    return lift
+
+
+def heads_of(args, extractor: DenseExtractor) -> int:
+    """The heads of LiFT's attention: --heads, or the backbone's."""
+    if not args.attend:
+        return 1
+    return args.heads or extractor.heads
 
 
 # ---- training -----------------------------------------------------------------------------------
 
 
-def train(run: Run, model: nn.Module, loader: Loader, val_loader: Loader, precision) -> int:
+def train(
+    run: Run, model: nn.Module, loader: Loader, val_loader: Loader, precision, args
+) -> int:
     """Train until all epochs are complete, or until a signal says stop.
 
     On a GPU losses are read every 10 steps only, so that it need not wait for them.
@@ -347,7 +384,6 @@ def train(run: Run, model: nn.Module, loader: Loader, val_loader: Loader, precis
     Raises:
         ValueError: photos cannot be read, or what the module gives is not finite.
     """
-    args = run.args
     photos = loader.dataset
     photos_a_step = len(photos) / run.steps  # of all processes together
     total = args.epochs * run.steps
@@ -456,7 +492,7 @@ def tell_epoch(results: dict[str, Any], bar: Progress, tensorboard) -> None:
         tensorboard.flush()  # nothing else writes the last events
 
 
-def tell_run(run: Run) -> None:
+def tell_run(run: Run, args) -> None:
     """Tell where the module is, and what was amiss."""
     results = run.metrics[-1]
     unreadable = set(run.broken)
@@ -471,7 +507,7 @@ def tell_run(run: Run) -> None:
         note(f"{len(unreadable)} photos could not be read: {named}{more}")
     print(f"written: {run.folder / 'lift.pth'}")
     answer = {"settings": run.settings, "folder": str(run.folder), "metrics": results}
-    report(run.args, {**answer, "unreadable": sorted(unreadable)})
+    report(args, {**answer, "unreadable": sorted(unreadable)})
 
 
 def note_what_is_too_little(photos: int, held_out: int, steps: int) -> None:
@@ -630,8 +666,14 @@ def begin(args, extractor: DenseExtractor, paths: list[Path], val_paths: list[Pa
     """
     facts = {**facts_of(extractor), **photo_facts(args, paths, val_paths)}
     facts["cached"] = args.cache_features is not None
+    facts["heads"] = heads_of(args, extractor)
+    lift = new_lift(args, extractor)
+    # without weight decay this is the Adam of the paper
+    adam = torch.optim.AdamW(lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     steps = steps_of_an_epoch(len(paths), args.batch_size, world_size())
-    run = Run(args, extractor, steps, facts)
+    known = settings(args, **facts, device=str(extractor.device))
+    decide = deciding(args, leave_out=ONLY_HOW, **facts)
+    run = Run(run_folder(args, extractor), extractor, lift, adam, steps, known, decide)
     if args.resume:
         run.resume()
     elif any(run.folder.glob("*.pth")):
@@ -676,11 +718,14 @@ def main(args) -> None:
     val_keys = in_order(val_photos, batch_size, process, world)
     val_loader = make_loader(val_photos, val_keys, args, extractor)
 
-    model, precision = prepare(run.lift, args, extractor, run.centre)
-    stopped_by = train(run, model, loader, val_loader, precision)
+    grid = None
+    if args.match:
+        grid = extractor.grid(args.imsize, args.imsize)
+    model, precision = prepare(run.lift, extractor, args.loss, run.centre, grid, args.compile)
+    stopped_by = train(run, model, loader, val_loader, precision, args)
     if not stopped_by:
         run.export("lift.pth")
-        tell_run(run)
+        tell_run(run, args)
     end_processes()
     if stopped_by:
         raise SystemExit(128 + stopped_by)

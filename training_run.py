@@ -1,6 +1,6 @@
 """One run of training: where it stands, the folder it is written to, and what its module is worth.
 
-    run = Run(args, extractor, steps=100, facts={})
+    run = Run(folder, extractor, lift, optimizer, steps, settings, deciding)
     run.resume()
 
 Only train_lift.py uses it. No other file writes checkpoints.
@@ -8,9 +8,13 @@ Only train_lift.py uses it. No other file writes checkpoints.
 
 import json
 import math
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,80 +24,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from command import deciding, note, rank, settings
+from command import note, rank
 from extractor import DenseExtractor
 from feature_cache import images_and_features
 from files import difference, first_line, load_tensors, save_tensors, write_text
-from lift import LiFT, upsample
+from lift import upsample
 from loading import Loader
 from objectives import scores
 
-# Flags that may change at --resume. They do not decide the weights, with one exception: the two
-# that follow the length of the run, --schedule cosine and --match_end, go by the new --epochs.
-# Photos count by their names and number: see train_lift.photo_facts.
-ONLY_HOW = (
-    "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "compile", "recipe",
-    "output_dir", "cache_features", "dataroot", "val_dataroot",
-)  # fmt: skip
 
-
+@dataclass
 class Run:
-    """All that changes while training, and the folder it is written to.
+    """All that changes while training, and the folder it is written to."""
 
-    Attributes:
-        lift, optimizer: what is trained, and what trains it.
-        centre: the mean feature [C, 1, 1], or None before it is known.
-        steps: of an epoch.
-        step: how many steps are done.
-        losses: a number for each step of this epoch.
-        metrics: a dict for each epoch done.
-        broken: paths of photos that could not be read.
-        settings: the flags and what they came to, for people.
-        deciding: the settings that decide the weights; --resume compares them.
+    folder: Path
+    extractor: DenseExtractor
+    lift: nn.Module                   # what is trained
+    optimizer: torch.optim.Optimizer  # and what trains it
+    steps: int                        # of an epoch
+    settings: dict[str, Any]          # the flags and what they came to, for people
+    deciding: dict[str, Any]          # those that decide the weights; --resume compares them
 
-    Args:
-        facts: what the flags came to.
-    """
-
-    def __init__(self, args, extractor: DenseExtractor, steps: int, facts: dict[str, Any]):
-        self.args = args
-        self.extractor = extractor
-        self.folder = run_folder(args, extractor)
-
-        heads = 1
-        if args.attend:
-            heads = args.heads or extractor.heads
-        if extractor.channels % heads:
-            what = f"{heads} heads do not divide {extractor.channels} channels"
-            raise ValueError(f"{what}: pass --heads 1, or another divisor")
-        # the same weights at the start in every process, and after a stop before the first save
-        torch.manual_seed(args.seed)
-        lift = LiFT(
-            extractor.channels,
-            extractor.patch,
-            pre_shape=False,
-            post_shape=False,
-            attend=args.attend,
-            heads=heads,
-        )
-        self.lift = lift.to(extractor.device)
-        # synchronised batch norm is for GPUs only
-        if dist.is_initialized() and extractor.device.type == "cuda":
-            self.lift = nn.SyncBatchNorm.convert_sync_batchnorm(self.lift)
-        # without weight decay this is the Adam of the paper
-        self.optimizer = torch.optim.AdamW(
-            self.lift.parameters(), lr=args.lr, weight_decay=args.weight_decay
-        )
-
-        self.centre: Tensor | None = None
-        self.steps = steps
-        self.step = 0
-        self.losses: list[float] = []
-        self.metrics: list[dict[str, Any]] = []
-        self.broken: set[str] = set()
-        facts = {**facts, "heads": heads}
-        self.settings = settings(args, **facts, device=str(extractor.device))
-        self.deciding = deciding(args, leave_out=ONLY_HOW, **facts)
+    centre: Tensor | None = None      # the mean feature [C, 1, 1]
+    step: int = 0                     # how many steps are done
+    losses: list[float] = field(default_factory=list)            # of each step of this epoch
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of each epoch done
+    broken: set[str] = field(default_factory=set)                # photos that could not be read
 
     def collect(self, losses: list[Tensor], broken: set[str], signal_here: int) -> int:
         """Gather what all processes have seen since the last call, and keep it.
@@ -176,9 +132,9 @@ class Run:
             "std": extractor.std,
             "attend": self.lift.radius,
             "heads": self.lift.heads,
-            "downsample": self.args.downsample,
-            "imsize": self.args.imsize,
-            "data": self.args.dataroot,
+            "downsample": self.settings["downsample"],
+            "imsize": self.settings["imsize"],
+            "data": self.settings["dataroot"],
             "metrics": self.metrics[-1],
             "settings": self.settings,
         }
@@ -232,51 +188,24 @@ class Run:
                 remedy = f"start it by torchrun --nproc_per_node {processes}"
             raise ValueError(f"{path} was made with {changed}: {remedy}, or another --output_dir")
 
-        steps = self.args.epochs * self.steps
+        epochs = self.settings["epochs"]
+        steps = epochs * self.steps
         if self.step > steps:
             # lift.json would name fewer epochs than the module was trained for
             enough = math.ceil(self.step / self.steps)
             what = f"{self.folder} holds {self.step} steps, more than the {steps} of --epochs"
-            raise ValueError(f"{what} {self.args.epochs}: pass --epochs {enough} or more")
+            raise ValueError(f"{what} {epochs}: pass --epochs {enough} or more")
 
     def restore(self, last: dict[str, Any]) -> None:
         """Take over what `save` wrote."""
         self.lift.load_state_dict(last["lift"])
         self.optimizer.load_state_dict(last["optimizer"])
-        if last["centre"] is not None:
-            self.centre = last["centre"].to(self.extractor.device)
+        self.centre = last["centre"].to(self.extractor.device)
         self.step = int(last["step"])
         self.losses = list(last["losses"])
         self.metrics = list(last["metrics"])
         self.broken = set(last["broken"])
         torch.set_rng_state(last["rng"])
-
-
-def run_folder(args, extractor: DenseExtractor) -> Path:
-    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and more.
-
-    Other flags that decide what module it becomes follow where they are not the paper's.
-    """
-    name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
-    augment = "aug" if args.augment else "noaug"
-    parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
-
-    # a network of your own has neither layer nor facet
-    if extractor.layer is not None and extractor.layer != extractor.depth - 1:
-        parts.append(f"layer{extractor.layer}")
-    if extractor.facet not in ("key", None):
-        parts.append(extractor.facet)
-    if args.attend:
-        parts.append(f"attend{args.attend}")
-    if args.heads:
-        parts.append(f"heads{args.heads}")
-    if args.match:
-        parts.append(f"match{args.match}")
-    if args.downsample == "resize":
-        parts.append("resize")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    return Path(args.output_dir) / "_".join(parts)
 
 
 # ---- what a module is worth ---------------------------------------------------------------------
@@ -340,3 +269,37 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+# ---- how it is stopped --------------------------------------------------------------------------
+
+
+class Stop:
+    """A context in which SIGINT and SIGTERM do not end the process at once.
+
+    The first one is kept in `signal`, for the training loop to look at after the step. A second one
+    acts at once, unless it comes within a second of the first: Ctrl-C in a terminal reaches all
+    processes, and torchrun then sends them the same signal again.
+    """
+
+    def __enter__(self) -> "Stop":
+        self.signal = 0
+        self.caught_at = 0.0
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.catch)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def catch(self, number: int, frame) -> None:
+        """The handler of both signals."""
+        if not self.signal:
+            self.signal = number
+            self.caught_at = time.monotonic()
+        elif time.monotonic() - self.caught_at > 1:
+            # put the handlers of before back, and let them have it
+            self.__exit__()
+            os.kill(os.getpid(), number)

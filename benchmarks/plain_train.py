@@ -269,7 +269,7 @@ def setup(dtype="float32", cache=False):
 
     def ours():
         lift = new_lift()
-        model, precision = objectives.prepare(lift, args, extractor)
+        model, precision = objectives.prepare(lift, extractor, "cosine")
         adam = torch.optim.Adam(lift.parameters(), lr=1e-3)
         keys = objectives.in_order(photos, 4) * 2
         losses = []

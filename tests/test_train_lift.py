@@ -37,7 +37,6 @@ from torch.utils.data import default_collate
 
 import objectives
 import train_lift
-import training_run
 from extractor import ViTExtractor
 from feature_cache import images_and_features
 from lift import LiFT, load_lift
@@ -935,7 +934,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
 )
 def test_folders_name_layer_and_facet(flags, rule_extractor, tmp_path, more, ending):
     args = train_lift.parser().parse_args([str(flag) for flag in flags(*more)])
-    run = training_run.run_folder(args, rule_extractor(layer=args.layer, facet=args.facet))
+    run = train_lift.run_folder(args, rule_extractor(layer=args.layer, facet=args.facet))
     assert run == tmp_path / f"runs/vit_tiny_patch16_224_0.001_cosine_noaug{ending}"
 
 
