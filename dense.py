@@ -336,4 +336,6 @@ def describe(out: Any) -> str:
     """What something is, for a message: the shape of a tensor, else its type."""
     if isinstance(out, Tensor):
         return f"a tensor of shape {list(out.shape)}"
-    return f"a {type(out).__name__}"
+    kind = type(out).__name__
+    article = "an" if kind[0] in "AEIOaeio" else "a"
+    return f"{article} {kind}"

@@ -380,8 +380,9 @@ def test_a_notebook_shows_one_line(small):
 
 def test_a_photo_instead_of_a_tensor_is_told_to_be_preprocessed(small):
     photo = Image.new("RGB", (32, 32))
-    for given in (photo, "photo.jpg", np.zeros((32, 32, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"tensor .B, 3, H, W., not a .*: pass preprocess.ph"):
+    kinds = {"an Image": photo, "a str": "photo.jpg", "a ndarray": np.zeros((32, 32, 3))}
+    for kind, given in kinds.items():
+        with pytest.raises(ValueError, match=rf"3, H, W., not {kind}: pass preprocess.photo."):
             extractor(small)(given)
     with pytest.raises(ValueError, match=r"not a tensor of shape \[32, 32, 3\]: pass"):
         extractor(small)(torch.zeros(32, 32, 3))
