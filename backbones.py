@@ -161,7 +161,7 @@ def load_backbone_file(
         FileNotFoundError, ValueError: the file is missing or damaged, or does not fit the model;
             the message names the format that was recognised and what is missing.
     """
-    loaded = load_tensors(path, "correct --backbone_path", "pass a .pth or .safetensors file")
+    loaded = load_tensors(path, "correct backbone_path", "pass a .pth or .safetensors file")
     tensors = flatten(loaded)
     form = recognise(tensors)
     state = translate(of_one_network(tensors, path, ema), model, path)
@@ -180,7 +180,7 @@ def load_backbone_file(
 
     wrong = misfit(state, wanted)
     if wrong:
-        remedy = "pass the --model_type it belongs to"
+        remedy = "pass the model_type it belongs to"
         raise ValueError(f"{path}, read as {form}, does not fit {name}, {wrong}: {remedy}")
     model.load_state_dict(state)
 
@@ -220,7 +220,7 @@ def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> d
 
     averages = {prefix for prefix in prefixes if re.search(r"(^|[._])ema[._]", prefix)}
     if ema and not averages:
-        raise ValueError(f"{path} holds no moving average (EMA): leave --ema out")
+        raise ValueError(f"{path} holds no moving average (EMA): leave ema out")
     choices = averages if ema else prefixes - averages or averages
     prefix = ""
     if choices:
@@ -258,7 +258,7 @@ def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> d
             query, _, value = translated.pop(name).chunk(3)
             if query.any() or value.any():
                 what = f"{path} has biases of queries and values"
-                raise ValueError(f"{what}: pass the --model_type that ends in _qkvb")
+                raise ValueError(f"{what}: pass the model_type that ends in _qkvb")
     return translated
 
 
@@ -372,7 +372,7 @@ def download_backbone(tag: str) -> nn.Module:
     """
     cfg: Any = timm.get_pretrained_cfg(tag)
     if not cfg.has_weights:
-        raise ValueError(f"timm has no weights of {tag}: pass --backbone_path FILE")
+        raise ValueError(f"timm has no weights of {tag}: pass a file of yours as backbone_path")
     constants = huggingface_hub.constants
     offline = constants.HF_HUB_OFFLINE  # the user's own setting, put back for a later try
     reason = ""
@@ -386,8 +386,8 @@ def download_backbone(tag: str) -> nn.Module:
     except Exception as error:  # the hub's client, the network and the disk each raise their own
         raise ValueError(
             f"cannot download {tag} ({reason or first_line(error)}): fetch model.safetensors from "
-            f"https://huggingface.co/timm/{tag} where there is a network, and pass "
-            "--backbone_path FILE"
+            f"https://huggingface.co/timm/{tag} where there is a network, and pass the file as "
+            "backbone_path (--backbone_path FILE)"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

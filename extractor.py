@@ -649,21 +649,23 @@ def build_extractor(args: argparse.Namespace) -> DenseExtractor:
             facet=args.facet,
             dtype=args.dtype,
         )
-    check_facts(extractor, args.channel, args.patch)
+    check_facts(extractor, args.channel, args.patch, "--")
     return extractor
 
 
 def check_facts(
-    extractor: DenseExtractor, channel: int | None = None, patch: int | None = None
+    extractor: DenseExtractor, channel: int | None, patch: int | None, dashes: str = ""
 ) -> None:
-    """Raise ValueError if channel or patch, where given, are not the extractor's."""
-    for flag, given, real in (
-        ("channel", channel, extractor.channels),
-        ("patch", patch, extractor.patch),
-    ):
+    """Raise ValueError if channel or patch, where given, are not the extractor's.
+
+    Args:
+        dashes: before their names in the message, where they are flags.
+    """
+    facts = {"channel": (channel, extractor.channels), "patch": (patch, extractor.patch)}
+    for name, (given, real) in facts.items():
         if given not in (None, real):
-            what = f"--{flag} {given}, but {extractor.name} {extractor.facet} has {real}"
-            raise ValueError(f"{what}: leave --{flag} out")
+            what = f"{dashes}{name} {given}, but {extractor.name} {extractor.facet} has {real}"
+            raise ValueError(f"{what}: leave {dashes}{name} out")
 
 
 def main(args: argparse.Namespace) -> None:

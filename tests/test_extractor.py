@@ -27,6 +27,7 @@ from extractor import (
     ViTExtractor,
     attention,
     build_extractor,
+    check_facts,
     interpolate_positions,
     join_heads,
     log_bin,
@@ -561,6 +562,8 @@ def test_channel_and_patch_are_checked(rule_backbone):
     assert vit.facts()["stride"] == 16
     with pytest.raises(ValueError, match="--channel 384, but vit_tiny_patch16_224 key has 192"):
         build_extractor(flags(*rule_backbone, "--channel", 384))
+    with pytest.raises(ValueError, match=r"^channel 384, but .* has 192: leave channel out"):
+        check_facts(vit, 384, None)
     with pytest.raises(ValueError, match=r"--patch 8, but .* has 16: leave --patch out"):
         build_extractor(flags(*rule_backbone, "--patch", 8))
 
