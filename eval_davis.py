@@ -537,8 +537,7 @@ def vote_of_all(cosine: Tensor, votes: Tensor, topk: int) -> Tensor:
     So nobody waits to hear how many sources tie with the `topk`-th. Changes `cosine`.
     """
     best = cosine.topk(min(topk, cosine.shape[1])).values             # [a, k]
-    least = best[:, -1:].clamp(min=-2)  # below all cosines, and above -inf
-    cosine.masked_fill_(cosine < least, -math.inf)
+    cosine.masked_fill_(cosine < best[:, -1:], -math.inf)
     return (cosine / TEMPERATURE).softmax(dim=1) @ votes
 
 

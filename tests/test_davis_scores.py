@@ -310,9 +310,9 @@ def as_opaque_colours(labels):
 
 
 def on_transparency(labels):
-    """Colours on a background that is transparent, and white below."""
+    """Colours on a background that is transparent, and has the colour of label 2 below."""
     pixels = np.array(as_opaque_colours(labels))
-    pixels[labels == 0] = (255, 255, 255, 0)
+    pixels[labels == 0] = (0, 128, 0, 0)
     return Image.fromarray(pixels)
 
 
