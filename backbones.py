@@ -140,6 +140,13 @@ TRANSFORMERS = (
     (r"^layernorm\.", "norm."),
 )
 
+# those of the large DINOv3, whose MLPs have a gate
+GATED = (
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.up_proj\.", ".mlp.w2."),
+    (r"\.mlp\.down_proj\.", ".mlp.w3."),
+)
+
 # what a backbone has no use for: heads, decoders, and positions that are computed
 DROPPED = (
     "head.", "head_dist.", "classifier.", "pooler.", "decoder", "rope_embed.", "projectors.",
@@ -221,7 +228,9 @@ def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> d
     averages = {prefix for prefix in prefixes if re.search(r"(^|[._])ema[._]", prefix)}
     if ema and not averages:
         raise ValueError(f"{path} holds no moving average (EMA): leave ema out")
-    choices = averages if ema else prefixes - averages or averages
+    choices = prefixes - averages
+    if ema or not choices:
+        choices = averages
     prefix = ""
     if choices:
         prefix = min(sorted(choices), key=lambda name: ("student" in name, "momentum" in name))
@@ -264,9 +273,13 @@ def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> d
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state under the names of Hugging Face's transformers -> under Meta's."""
+    rules = TRANSFORMERS
+    if any(".gate_proj." in name for name in state):
+        rules = GATED + TRANSFORMERS
+
     renamed = {}
     for name, value in state.items():
-        for pattern, replacement in TRANSFORMERS:
+        for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     if "pos_embed" not in renamed and "register_tokens" in renamed:

@@ -116,6 +116,8 @@ IN_A_BLOCK = {
     "ls2.gamma": ("layer_scale2.lambda1", None),
     "gamma_1": (None, "layer_scale1.lambda1"),
     "gamma_2": (None, "layer_scale2.lambda1"),
+    "mlp.fc1_g": (None, "mlp.gate_proj"),
+    "mlp.fc1_x": (None, "mlp.up_proj"),
     "mlp.fc1": ("mlp.fc1", "mlp.up_proj"),
     "mlp.fc2": ("mlp.fc2", "mlp.down_proj"),
 }
@@ -166,6 +168,7 @@ def chunked(state):
 DINOV2 = ("vit_small_patch14_dinov2", {"img_size": 56})
 REGISTERS = ("vit_small_patch14_reg4_dinov2", {"img_size": 56})
 DINOV3 = ("vit_small_patch16_dinov3", {})
+GATED = ("vit_huge_plus_patch16_dinov3", {"embed_dim": 64, "num_heads": 2})
 VIT = ("vit_tiny_patch16_224", {})
 DISTILLED = ("deit_tiny_distilled_patch16_224", {})
 
@@ -200,6 +203,7 @@ PUBLISHED = {
         REGISTERS, lambda s: transformers_names(metas_registers(s), "dinov2"),
     ),
     "transformers' DINOv3": (DINOV3, lambda s: transformers_names(s, "dinov3")),
+    "transformers' DINOv3, gated": (GATED, lambda s: transformers_names(s, "dinov3")),
     "transformers' DeiT": (
         DISTILLED, lambda s: prefixed("deit.", transformers_names(s, "vit")),
     ),
@@ -470,7 +474,7 @@ def test_a_hub_is_probed_at_the_port_of_its_scheme(monkeypatch):
 
 
 def test_a_vit_that_was_never_trained_has_no_page_to_fetch():
-    with pytest.raises(ValueError, match=r"no weights of vit_giant_patch14_224.*: pass .* as backb"):
+    with pytest.raises(ValueError, match=r"no weights of vit_giant_.*: pass .* as backb"):
         build_backbone("vit_giant_patch14_224")
 
 
