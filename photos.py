@@ -116,8 +116,8 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
             pixels = rgb(image, path)
             pixels.info.clear()  # else as_photo would find EXIF's orientation, and turn it
             return pixels
-    except Image.DecompressionBombError as error:
-        what = f"{path} is too large to be read safely ({error})"
+    except (Image.DecompressionBombError, MemoryError) as error:
+        what = f"{path} is too large to be read safely ({str(error) or 'out of memory'})"
         raise ValueError(f"{what}: make it smaller") from error
     except Exception as error:  # damaged files raise nearly anything
         kind, remedy = what_it_is(Path(path))

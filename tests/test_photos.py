@@ -264,8 +264,16 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch):
         read_image(tmp_path / "none.jpg")
     with pytest.raises(FileNotFoundError, match="there is a folder, not an image, at"):
         read_image(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="too large"):
+    with monkeypatch.context() as smaller:
+        smaller.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(ValueError, match="too large"):
+            read_image(ROOT / "assets/sample.jpg")
+
+    def no_memory(path):
+        raise MemoryError
+
+    monkeypatch.setattr(photos, "open_image", no_memory)
+    with pytest.raises(ValueError, match=r"too large .*out of memory.: make it smaller"):
         read_image(ROOT / "assets/sample.jpg")
 
 
