@@ -673,6 +673,14 @@ def test_flags_without_effect(run, cli, on_val, rule_backbone, tmp_path):
     assert run_lines(tmp_path / "again")[1] == found
 
 
+def test_flags_without_effect_at_their_defaults(cli, on_val, rule_backbone, tmp_path):
+    """The release's own commands spell them out."""
+    flags = ["--arch", "vit_small", "--patch_size", 16, "--imsize", 64, "--output_dir", tmp_path]
+    ran = cli("eval_tokencut", *rule_backbone, *on_val, *flags)
+    assert ran.code == 0
+    assert ran.err == "note: --arch --patch_size do nothing, here as in the LiFT release\n"
+
+
 def test_without_evaluation(cli, voc, rule_backbone, tmp_path):
     """Boxes and no CorLoc, and the annotations are not even there."""
     home = tmp_path / "root" / IN_VOC
