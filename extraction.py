@@ -32,7 +32,7 @@ from lift import map_to_tokens
 from photos import fit, is_strip, pca_rgb, read_image, titled_sheet
 
 MOST_PIXELS = 2**24  # of a batch: a larger one is no faster
-LONGEST_NAME = 255   # bytes, in nearly all file systems
+LONGEST_NAME = 255  # bytes, in nearly all file systems
 
 
 # ---- photos in ----------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ One photo and an --output_path that ends in .pth, .npz or .safetensors: that fil
 --output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A second
 run into the same folder keeps the files that are there and makes the others. Other settings, or
 photos of another folder, need --overwrite or a folder of their own. A photo that cannot be read, or
-does not fit into memory, is named at the end.
+does not fit into memory, is named at the end. --json FILE has the counts of photos that were
+written, kept and skipped, and all settings.
 
 A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
 grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
@@ -146,6 +147,9 @@ class ViTLiFTExtractor(nn.Module):
         self.layer = self.extractor.layer
         self.facet = facet
         self.eval()
+
+    def __repr__(self) -> str:
+        return f"ViTLiFTExtractor({self.extractor!r}, lift_path={str(self.lift_path)!r})"
 
     @property
     def model(self) -> nn.Module:

@@ -537,7 +537,7 @@ def test_a_batch_that_does_not_fit_is_tried_photo_by_photo(
 
 def limited(gigabytes, *args):
     """The script as a process that may have so much memory: (status, stdout, stderr)."""
-    command = f"ulimit -d {int(gigabytes * 2**20)} && exec \"$@\""
+    command = f'ulimit -d {int(gigabytes * 2**20)} && exec "$@"'
     args = [str(arg) for arg in args]
     ran = subprocess.run(
         ["sh", "-c", command, "sh", sys.executable, ROOT / "lift_extractor.py", *args],
@@ -640,6 +640,8 @@ def test_reference_api(rule_backbone, rule_lift):
     assert (model.facet, model.model_type, model.lift_path) == ("key", name, rule_lift)
     assert model.model is model.extractor.model
     assert model.device.type == "cpu"
+    assert repr(model).startswith("ViTLiFTExtractor(ViTExtractor('vit_tiny_patch16_224'")
+    assert "\n" not in repr(model)
 
     images, _ = model.preprocess(SAMPLE, 64)
     assert torch.equal(model.preprocess(Image.open(SAMPLE), 64)[0], images)
