@@ -71,16 +71,18 @@ def test_page_scrolls_under_a_finger_and_shows_a_smooth_photo():
     assert "four corners" in text
 
 
-def test_compact_maps_keep_cosines():
+@pytest.mark.parametrize(("height", "width", "most"), [(20, 30, 0.02), (70, 80, 0.04)])
+def test_compact_maps_keep_cosines(height, width, most):
+    """Those of the finest maps a little less exactly."""
     torch.manual_seed(0)
-    x = torch.randn(384, 40) @ torch.randn(40, 20 * 30)  # features of rank 40, and noise
-    feats = (x + 0.1 * torch.randn(x.shape)).view(384, 20, 30)
+    x = torch.randn(384, 40) @ torch.randn(40, height * width)  # features of rank 40, and noise
+    feats = (x + 0.1 * torch.randn(x.shape)).view(384, height, width)
     decoded = decode(visualize.compact(feats))
-    assert decoded.shape == (128, 20, 30)
-    cells = [(0, 0), (10, 15), (19, 29)]
+    assert decoded.shape == (128, height, width)
+    cells = [(0, 0), (height // 2, width // 2), (height - 1, width - 1)]
     ours = visualize.self_similarity(decoded, cells)
     difference = ours - visualize.self_similarity(feats, cells)
-    assert difference.abs().max() < 0.02
+    assert difference.abs().max() < most
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (2, 2), (4, 5), (14, 21), (35, 49), (224, 336)])
