@@ -73,6 +73,7 @@ SIGNS = (
     (0, b"%PDF", ("a PDF document", "render its pages, as with pdftoppm -png")),
     (4, b"ftyphe", HEIC_PHOTO),
     (4, b"ftypmif1", HEIC_PHOTO),
+    (4, b"ftypmsf1", HEIC_PHOTO),
     (4, b"ftyp", MOVIE),
     (8, b"AVI ", MOVIE),
     (0, b"\x1aE\xdf\xa3", MOVIE),
