@@ -555,7 +555,7 @@ def test_a_photo_too_large_for_the_memory_does_not_end_the_run(
     Image.new("RGB", (12000, 9000)).save(photos / "large.png")
     out = tmp_path / "out"
     args = ["--image_path", photos, "--output_path", out, *rule_backbone, "--device", "cpu"]
-    status, stdout, stderr = limited(2, *args, "--lift_path", rule_lift, "--load_size", 0)
+    status, stdout, stderr = limited(1.5, *args, "--lift_path", rule_lift, "--load_size", 0)
     assert (status, stdout) == (0, f"{out}: 3 written, 0 kept, 1 skipped\n"), stderr
     assert f"skipped: {photos}/large.png: out of memory (" in stderr
 
@@ -564,7 +564,7 @@ def test_a_photo_too_large_for_the_memory_does_not_end_the_run(
 def test_absurd_sizes_are_one_line(tmp_path, rule_backbone, rule_lift, flags):
     out = tmp_path / "x.pth"
     args = ["--image_path", SAMPLE, "--output_path", out, *rule_backbone, "--device", "cpu"]
-    status, _, stderr = limited(2, *args, "--lift_path", rule_lift, *flags)
+    status, _, stderr = limited(1.5, *args, "--lift_path", rule_lift, *flags)
     errors = [line for line in stderr.splitlines() if not line.startswith("note: ")]
     assert (status, len(errors)) == (2, 1), stderr
     assert f"{SAMPLE}: out of memory" in errors[0]
