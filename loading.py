@@ -147,6 +147,8 @@ class Loader:
             item, error = worker.pipe.recv()
             item = each_tensor(item, keep)
         except Exception as failure:
+            if is_out_of_memory(failure):
+                raise
             if isinstance(failure, EOFError | ConnectionError | FileNotFoundError):
                 raise ValueError(self.why_dead()) from failure
             what = f"photos of a worker did not arrive ({first_line(failure)})"

@@ -217,6 +217,15 @@ def test_a_worker_killed_from_outside_is_told():
     assert loader.running == []
 
 
+def test_memory_that_runs_out_in_the_main_process_is_told_as_such(monkeypatch):
+    def clone(tensor):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        list(Loader(Numbers(), 1))
+
+
 def test_workers_that_cannot_start(monkeypatch):
     def fork():
         raise BlockingIOError(11, "Resource temporarily unavailable")
