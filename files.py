@@ -220,17 +220,18 @@ class Results:
     ):
         self.folder = Path(folder)
         path = self.folder / SETTINGS
-        if path.is_file() and not overwrite:
-            changed = self._difference(path, plain(settings), remedy)
-            if changed:
-                raise ValueError(f"{folder} was made with {changed}: {remedy}")
-            return
-
         there = self._own_files(own)
         if there and not path.is_file():
             # without settings they may be anybody's, so they are not removed either
             what = f"{there[0]} is there, and no {SETTINGS} says what made it"
             raise ValueError(f"{what}: choose an empty folder")
+        if there and not overwrite:
+            changed = self._difference(path, plain(settings), remedy)
+            if changed:
+                raise ValueError(f"{folder} was made with {changed}: {remedy}")
+            return
+
+        # new settings for an empty folder, or one that is emptied
         for file in there:
             file.unlink(missing_ok=True)
         write_text(path, json.dumps(plain(settings), indent=1) + "\n")
@@ -244,7 +245,7 @@ class Results:
 
     def _own_files(self, patterns: tuple[str, ...]) -> list[Path]:
         """The results in the folder, hidden files left out: other programs keep theirs there."""
-        found = set()
+        found: set[Path] = set()
         for pattern in patterns:
             found.update(self.folder.rglob(pattern))
         return sorted(path for path in found if not path.name.startswith("."))

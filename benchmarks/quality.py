@@ -9,11 +9,12 @@ Three kinds of figures, each with its standard error:
   features (cosine, centred cosine, a linear probe), and points found again in turned, scaled and
   shifted copies of each photo (self-match). Of more than 500 photos, 500 are measured, evenly
   spread over the sorted list. --imsize must be a multiple of twice the patch here;
-- by this repository's evaluations on whatever of SPair-71k (all pairs), DAVIS, VOC (2007, 2012) and
-  COCO20k lies in DATAROOT, at --imsize pixels;
+- by this repository's evaluations on whatever of CamVid, DAVIS, DAVIS2016, SPair-71k (all pairs),
+  VOC (2007, 2012) and COCO20k lies in DATAROOT, at --imsize pixels (CamVid: 176x240);
 - multiplications, time and peak memory of the features of one image, as in cost.py.
 
-Differences of two rows have 95 % intervals by a paired bootstrap over photos, pairs or objects.
+Differences of two rows have 95 % intervals by a paired bootstrap over photos, frames, pairs or
+objects.
 Every module is compared with bilinear upsampling, every further module with the first.
 
 Writes OUTPUT.json and, from it, OUTPUT.md; a table of another backbone that OUTPUT.json holds
@@ -29,6 +30,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,16 +38,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts lie one folder up
 
-from command import (
-    Command,
-    add_backbone_args,
-    check_range,
-    first_line,
-    plain,
-    report,
-    settings,
-    write_text,
-)
+from command import Command, add_backbone_args, check_range, note, progress, report, settings
+from files import first_line, plain, write_text
 
 
 def parser() -> Command:
@@ -76,11 +70,10 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, resize
-from tqdm import tqdm
 
+import eval_segmentation
 import eval_spair
-from extractor import DenseExtractor, build_extractor
-from lift import Upsampler, upsampler
+from features import Features, build_features
 from photos import list_images, read_image, spread
 
 BACKBONE = (
@@ -95,6 +88,7 @@ COPIES = 3         # of every photo, for the self-match
 POINTS = 40        # in every copy
 ALPHAS = (0.025, 0.05, 0.1)  # shares of the image's side within which a point is found
 RESAMPLES = 10_000
+CAMVID_RATES = {"CamVid mIoU": "0.005", "CamVid at .0005": "0.0005"}  # the second is the protocol's
 
 # DINO S/16 in the LiFT paper, second-hand: SPair PCK@.1 and @.05, DAVIS J&F, COCO20k CorLoc
 PAPER = {
@@ -106,7 +100,7 @@ PAPER = {
 ABOUT = f"""# Quality and cost
 
 Written by `benchmarks/quality.py`. The commands behind every figure are in `quality.json`. Figures
-are followed by their standard errors: over photos, image pairs, or objects of videos.
+are followed by their standard errors: over photos, frames, image pairs, or objects of videos.
 
 **Without annotations.** Photos are squares of twice --imsize pixels, and are halved with
 antialiasing. "x2" is what is made of the halved photo, "x4" of the photo halved twice (backbone:
@@ -120,8 +114,12 @@ scaled by 0.75 to 1.25, shifted by up to 11 % of the side, brightness and contra
 the percentage of {POINTS} points a copy that are found within a share of the side of their true
 places, among places 4 pixels of the full photo apart, which are 2 at --imsize.
 
-**On annotated data.** PCK, J&F and CorLoc in percent. "PCK@.1 cos" renormalises descriptors after
-interpolation (`--match cosine`).
+**On annotated data.** mIoU, J&F, PCK and CorLoc in percent. CamVid is a linear probe trained on its
+367 training photos and scored on its 233 test photos, at 176x240 pixels, with two learning rates:
+`--lr 0.005`, and the protocol's own, at which the probe has not arrived (docs/segmentation.md). Its
+errors are those of the test photos alone: another seed of the probe moves a figure by up to half a
+point. "DAVIS J&F" is of six sequences of DAVIS 2017, "DAVIS 2016 J&F" of eleven others.
+"PCK@.1 cos" renormalises descriptors after interpolation (`--match cosine`).
 
 **Cost.** GMACs are those of linear layers, convolutions and attention for one image
 (torch.utils.flop_counter), ms the fastest of 2 to 10 runs (CPU time of all threads), MiB what
@@ -154,13 +152,50 @@ class Units(NamedTuple):
     values: np.ndarray   # [n]
     weights: np.ndarray  # [n], of any sum
 
-    def mean(self) -> float:
-        return float(np.average(self.values, weights=self.weights))
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def figure(self, drawn: np.ndarray | None = None) -> float:
+        """The mean of all units, or of those with the numbers `drawn`."""
+        if drawn is None:
+            drawn = np.arange(len(self))
+        return float(np.average(self.values[drawn], weights=self.weights[drawn]))
 
     def error(self) -> float:
         """The standard error of the mean, if the units are drawn independently."""
         share = self.weights / self.weights.sum()
-        return float(np.sqrt((share**2 * (self.values - self.mean()) ** 2).sum()))
+        return float(np.sqrt((share**2 * (self.values - self.figure()) ** 2).sum()))
+
+
+class Frames(NamedTuple):
+    """The frames whose pixels together have a mean IoU."""
+
+    confusions: np.ndarray  # [n, K, K], truth by prediction
+
+    def __len__(self) -> int:
+        return len(self.confusions)
+
+    def figure(self, drawn: np.ndarray | None = None) -> float:
+        """The mean IoU of all frames, or of those with the numbers `drawn`, in percent."""
+        if drawn is None:
+            drawn = np.arange(len(self))
+        # how often each is drawn, times its confusion: much faster than to index and add
+        times = np.bincount(drawn, minlength=len(self)).astype(float)
+        total = np.tensordot(times, self.confusions, axes=1)               # [K, K]
+        union = total.sum(0) + total.sum(1) - total.diagonal()
+        there = union > 0
+        return float(100 * (total.diagonal()[there] / union[there]).mean())
+
+    def error(self) -> float:
+        """The standard error of the mean IoU, by the bootstrap over frames."""
+        return float(np.std([self.figure(drawn) for drawn in resamples(len(self), 1000)]))
+
+
+def resamples(count: int, times: int) -> Iterator[np.ndarray]:
+    """Numbers of `count` units, drawn with replacement, so many times; always the same ones."""
+    random = np.random.default_rng(0)
+    for _ in range(times):
+        yield random.integers(count, size=count)
 
 
 def alike(values: list[float]) -> Units:
@@ -172,24 +207,20 @@ class Cell(NamedTuple):
     """A cell of the tables: a figure as its script tells it, and the units behind it."""
 
     value: float
-    units: Units
+    units: Units | Frames
 
 
-def interval(units: Units, other: Units) -> dict[str, float]:
+def interval(units: Units | Frames, other: Units | Frames) -> dict[str, float]:
     """The difference of two figures over the same units, and its 95 % interval by the bootstrap.
 
     Both have the same weights.
     """
-    differences = units.values - other.values
-    count = len(differences)
-    random = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(count, size=count)
-        means.append(np.average(differences[drawn], weights=units.weights[drawn]))
-    low, high = np.percentile(means, (2.5, 97.5))
-    difference = np.average(differences, weights=units.weights)
-    return {"difference": float(difference), "low": float(low), "high": float(high)}
+    differences = []
+    for drawn in resamples(len(units), RESAMPLES):
+        differences.append(units.figure(drawn) - other.figure(drawn))
+    low, high = np.percentile(differences, (2.5, 97.5))
+    difference = units.figure() - other.figure()
+    return {"difference": difference, "low": float(low), "high": float(high)}
 
 
 # ---- what is compared ---------------------------------------------------------------------------
@@ -314,10 +345,9 @@ def smaller(photo: Tensor, factor: int) -> Tensor:
     return resize(photo, [side, side], antialias=True)
 
 
-def encode(extractor: DenseExtractor, photos: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised images [B, 3, S, S] of uint8 photos, and their features [B, C, h, w]."""
-    images = extractor.normalize(photos.to(extractor.device).float() / 255)
-    return images, extractor(images)
+def maps_of(features: Features, photos: Tensor) -> Tensor:
+    """The features [B, C, h, w] of photos [B, 3, S, S] of uint8, on the CPU."""
+    return features(photos.float() / 255).cpu()
 
 
 def turned_copy(photo: Tensor, random: np.random.RandomState) -> tuple[Tensor, np.ndarray]:
@@ -390,40 +420,35 @@ def self_match(feats: Tensor, copy: Tensor, points: Tensor, places: Tensor, side
 
 
 def upsampled_against_full(
-    photo: Tensor,
-    half: tuple[Tensor, Tensor],
-    full: Tensor,
-    extractor: DenseExtractor,
-    ups: dict[str, Upsampler],
-    fitted: Fitted,
+    photo: Tensor, full: Tensor, rows: dict[str, Features], fitted: Fitted
 ) -> dict[str, dict[str, float]]:
     """What the rows make of the smaller photos, against the features of the whole one.
 
     Args:
         photo: a square [3, S, S] of uint8.
-        half: its `encode`d half.
         full: the backbone's features [C, h, w] of the photo.
-        ups: {row name: its upsampler}.
+        rows: {row name: its features}.
     Returns:
         {row name: {column name: value}}.
     """
-    half_images, half_feats = half                                         # [1, C, h/2, w/2]
-    quarter_images, quarter = encode(extractor, smaller(photo[None], 4))   # [1, C, h/4, w/4]
+    half = smaller(photo[None], 2)
+    quarter = smaller(photo[None], 4)
 
     # what each row makes of the smaller photos: [1, C, h, w]
-    x2 = {"backbone": F.interpolate(half_feats, scale_factor=2)}
-    x4 = {"+ bilinear": F.interpolate(quarter, scale_factor=4, mode="bilinear")}
-    for name, up in ups.items():
-        if up.factor == 2:
-            x2[name] = up(half_images, half_feats)
-        elif up.factor == 4:
-            x4[name] = up(quarter_images, quarter)
+    x2 = {"backbone": F.interpolate(maps_of(rows["backbone"], half), scale_factor=2)}
+    of_quarter = maps_of(rows["backbone"], quarter)
+    x4 = {"+ bilinear": F.interpolate(of_quarter, scale_factor=4, mode="bilinear")}
+    for name, features in rows.items():
+        if features.factor == 2:
+            x2[name] = maps_of(features, half)
+        elif features.factor == 4:
+            x4[name] = maps_of(features, quarter)
 
-    figures: dict[str, dict[str, float]] = {name: {} for name in ups}
+    figures: dict[str, dict[str, float]] = {name: {} for name in rows}
     labels = fitted.labels(full)
     for size, made in (("x2", x2), ("x4", x4)):
         for name, feats in made.items():
-            mine = feats[0].cpu()
+            mine = feats[0]
             cosines = F.cosine_similarity(mine, full, dim=0)
             centred = F.cosine_similarity(mine - fitted.mean, full - fitted.mean, dim=0)
             figures[name][f"cosine {size}"] = cosines.mean().item()
@@ -433,18 +458,12 @@ def upsampled_against_full(
 
 
 def self_matches(
-    photo: Tensor,
-    seed: int,
-    half: tuple[Tensor, Tensor],
-    full: Tensor,
-    extractor: DenseExtractor,
-    ups: dict[str, Upsampler],
-    at_full_size: str,
+    photo: Tensor, seed: int, rows: dict[str, Features], at_full_size: str
 ) -> dict[str, dict[str, float]]:
     """How many points each row finds again in COPIES copies of a photo, in percent.
 
     Args:
-        photo, half, full, ups: as in upsampled_against_full.
+        photo, rows: as in upsampled_against_full.
         seed: of the copies.
         at_full_size: the row of the backbone on the whole photo.
     Returns:
@@ -452,27 +471,23 @@ def self_matches(
     """
     side = photo.shape[-1]
     random = np.random.RandomState(seed)
-    copies = []
+    photo_and_copies = [photo]
     points_and_places = []
     for _ in range(COPIES):
         copy, matrix = turned_copy(photo, random)
-        copies.append(copy)
+        photo_and_copies.append(copy)
         points_and_places.append(points_in_both(matrix, side, random))
-    stacked = torch.stack(copies)                                          # [COPIES, 3, S, S]
+    stacked = torch.stack(photo_and_copies)                                # [1 + COPIES, 3, S, S]
+    halved = smaller(stacked, 2)
 
-    half_images, half_feats = half
-    half_copy_images, half_copy_feats = encode(extractor, smaller(stacked, 2))
     figures: dict[str, dict[str, float]] = {}
-    for name, up in ups.items():
+    for name, features in rows.items():
+        read = halved
         if name == at_full_size:
-            mine = full
-            _, of_copies = encode(extractor, stacked)
-        else:
-            mine = up(half_images, half_feats)[0].cpu()
-            of_copies = up(half_copy_images, half_copy_feats)
-
+            read = stacked
+        mine, *of_copies = maps_of(features, read)
         shares = torch.zeros(len(ALPHAS))
-        for feats, (points, places) in zip(of_copies.cpu(), points_and_places):
+        for feats, (points, places) in zip(of_copies, points_and_places):
             shares += self_match(mine, feats, points, places, side) / COPIES
         figures[name] = {}
         for alpha, share in zip(ALPHAS, shares.tolist()):
@@ -481,43 +496,31 @@ def self_matches(
 
 
 def measure_photo(
-    photo: Tensor,
-    seed: int,
-    extractor: DenseExtractor,
-    ups: dict[str, Upsampler],
-    at_full_size: str,
-    fitted: Fitted,
+    photo: Tensor, seed: int, rows: dict[str, Features], at_full_size: str, fitted: Fitted
 ) -> dict[str, dict[str, float]]:
     """All figures of one photo: {row name: {column name: value}}.
 
     Args:
         photo: a square [3, S, S] of uint8, S twice the --imsize of the tables.
         seed: of its copies.
-        ups: {row name: its upsampler}.
+        rows: {row name: its features}.
         at_full_size: the row of the backbone on photos of side S; all others read those of S/2.
     """
-    _, full_feats = encode(extractor, photo[None])
-    full = full_feats[0].cpu()                                             # [C, h, w]
-    half = encode(extractor, smaller(photo[None], 2))
-
-    figures = upsampled_against_full(photo, half, full, extractor, ups, fitted)
+    full = maps_of(rows["backbone"], photo[None])[0]                       # [C, h, w]
+    figures = upsampled_against_full(photo, full, rows, fitted)
     # the most that the probe can find: on the features whose labels are asked for
     figures[at_full_size]["probe x2"] = fitted.agreement(full, fitted.labels(full))
-
-    matches = self_matches(photo, seed, half, full, extractor, ups, at_full_size)
-    for name, row in matches.items():
+    for name, row in self_matches(photo, seed, rows, at_full_size).items():
         figures[name].update(row)
     return figures
 
 
 @torch.no_grad()
-def maps_to_fit(paths: list[Path], extractor: DenseExtractor, side: int) -> Tensor:
+def maps_to_fit(paths: list[Path], backbone: Features, side: int) -> Tensor:
     """The backbone's maps [N, C, h, w] of FIT_PHOTOS photos, evenly spread over the list."""
     maps = []
-    for path in tqdm(spread(paths, FIT_PHOTOS), desc="fit", unit="photo", disable=None):
-        photo = read_square(path, side)
-        _, feats = encode(extractor, photo[None])
-        maps.append(feats.cpu())
+    for path in progress(spread(paths, FIT_PHOTOS), desc="fit", unit="photo"):
+        maps.append(maps_of(backbone, read_square(path, side)[None]))
     return torch.cat(maps)
 
 
@@ -535,26 +538,23 @@ def check_imsize(imsize: int, patch: int) -> None:
     """Raise ValueError unless half of imsize, at which photos are read too, is in whole patches."""
     step = 2 * patch
     if imsize % step:
-        what = f"--imsize {imsize} is no multiple of {step}, twice the patch"
+        what = f"--imsize {imsize} is not a multiple of {step}, twice the patch"
         raise ValueError(f"{what}: pass {step * math.ceil(imsize / step)}")
 
 
 @torch.no_grad()
-def measure_photos(
-    args: Namespace, extractor: DenseExtractor, ups: dict[str, Upsampler]
-) -> dict[str, dict[str, Cell]]:
+def measure_photos(args: Namespace, rows: dict[str, Features]) -> dict[str, dict[str, Cell]]:
     """The figures that need no annotations: {row name: {title: cell}}.
 
     Without photos the rows are empty, and a note on stderr says so.
     """
     folder = folder_to_fit(args)
     if folder is None:
-        what = "no figures without annotations"
-        print(f"note: {what}: they need --photos and --fit_photos", file=sys.stderr)
-        return {name: {} for name in ups}
+        note("no figures without annotations: they need --photos and --fit_photos")
+        return {name: {} for name in rows}
 
     side = 2 * args.imsize
-    maps = maps_to_fit(list_images(folder), extractor, side)
+    maps = maps_to_fit(list_images(folder), rows["backbone"], side)
     with torch.enable_grad():  # the probe is trained
         fitted = fit(maps)
     paths = []
@@ -563,19 +563,19 @@ def measure_photos(
     paths = spread(paths, MOST_PHOTOS)
 
     at_full_size = full_size_row(args.imsize)
-    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ups}
-    for index, path in enumerate(tqdm(paths, desc="photos", unit="photo", disable=None)):
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in rows}
+    for index, path in enumerate(progress(paths, desc="photos", unit="photo")):
         photo = read_square(path, side)
-        figures = measure_photo(photo, index, extractor, ups, at_full_size, fitted)
+        figures = measure_photo(photo, index, rows, at_full_size, fitted)
         for name, row in figures.items():
             for title, value in row.items():
                 found[name][title].append(value)
 
-    cells: dict[str, dict[str, Cell]] = {name: {} for name in ups}
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in rows}
     for name, row in found.items():
         for title, values in row.items():
             units = alike(values)
-            cells[name][title] = Cell(units.mean(), units)
+            cells[name][title] = Cell(units.figure(), units)
     return cells
 
 
@@ -595,8 +595,10 @@ def find_roots(dataroot: str) -> dict[str, Path]:
     """{data set: its folder} of those that are there."""
     # {data set: (names that its folder may have, what lies in it)}
     places = {
-        "SPair": (("SPair-71k", "."), ("PairAnnotation",)),
+        "CamVid": (("CamVid", "."), ("trainannot",)),
         "DAVIS": (("DAVIS", "."), ("ImageSets/2017/val.txt",)),
+        "DAVIS 2016": (("DAVIS2016",), ("ImageSets/2017/val.txt",)),
+        "SPair": (("SPair-71k", "."), ("PairAnnotation",)),
         "VOC07": (("voc", "."), ("VOC2007", "VOCdevkit/VOC2007")),
         "VOC12": (("voc", "."), ("VOC2012", "VOCdevkit/VOC2012")),
         "COCO20k": (("coco20k", "."), ("coco_20k_filenames.txt",)),
@@ -650,15 +652,28 @@ def pair_units(matches: list[eval_spair.Match], alpha: float) -> Units:
     return Units(np.array(values), np.array(weights))
 
 
-def spair_columns(
-    root: Path, extractor: DenseExtractor, up: Upsampler, imsize: int
-) -> dict[str, Cell]:
+def camvid_cell(argv: list[str], root: Path, size: tuple[int, int], folder: Path) -> Cell:
+    """The mean IoU of CamVid's test photos; the units are these photos.
+
+    Args:
+        size: (H, W) at which they are read.
+        folder: where these flags let eval_segmentation.py write its label maps.
+    """
+    results = run("eval_segmentation", argv)
+    data = eval_segmentation.choose_data("camvid", root, None, None)
+    photos = eval_segmentation.read_photos(data, root, data.test, size, squash=True)
+    classes = len(data.classes)
+    confusions = []
+    for number, sample in enumerate(photos.samples):
+        predicted = eval_segmentation.read_mask(folder / eval_segmentation.map_name(sample))
+        truth = photos.small(photos.full_classes(number))
+        found = eval_segmentation.confusion(truth, torch.from_numpy(predicted), classes)
+        confusions.append(found.numpy())
+    return Cell(results["miou"], Frames(np.stack(confusions)))
+
+
+def spair_columns(root: Path, features: Features, imsize: int) -> dict[str, Cell]:
     """PCK of all pairs, by dot products and by cosines; the units are pairs."""
-
-    def features(images: Tensor) -> Tensor:
-        images = extractor.normalize(images.to(extractor.device))
-        return up(images, extractor(images))
-
     pairs = eval_spair.read_pairs(root, per_category=0)
     alphas_by_dot = {"SPair PCK@.1": 0.1, "PCK@.05": 0.05}
     alphas_by_cosine = {"PCK@.1 cos": 0.1}
@@ -671,14 +686,14 @@ def spair_columns(
     return cells
 
 
-def davis_columns(argv: list[str]) -> dict[str, Cell]:
-    """J&F of DAVIS; the units are objects."""
+def davis_columns(dataset: str, argv: list[str]) -> dict[str, Cell]:
+    """J&F of DAVIS, or of DAVIS 2016; the units are objects."""
     results = run("eval_davis", argv)
     objects = []
     for region, contour in results["per_object"].values():
         if region is not None:  # None: nothing of a short video is scored
             objects.append(50 * (region + contour))  # the mean of both, in percent
-    return {"DAVIS J&F": Cell(100 * results["J&F-Mean"], alike(objects))}
+    return {f"{dataset} J&F": Cell(100 * results["J&F-Mean"], alike(objects))}
 
 
 def corloc_columns(dataset: str, argv: list[str], folder: Path) -> dict[str, Cell]:
@@ -697,7 +712,7 @@ def corloc_columns(dataset: str, argv: list[str], folder: Path) -> dict[str, Cel
 
 
 def data_columns(
-    args: Namespace, name: str, row: dict[str, Any], extractor: DenseExtractor, up: Upsampler
+    args: Namespace, name: str, row: dict[str, Any], features: Features
 ) -> tuple[dict[str, Cell], list[str]]:
     """The figures of one row on all data sets that are there.
 
@@ -706,7 +721,7 @@ def data_columns(
     Returns:
         {title: cell}, and the command lines that give these figures.
     """
-    model = extractor.name.replace("/", "_").replace(":", "_")
+    model = features.backbone.name.replace("/", "_").replace(":", "_")
     below = Path(model, name.replace(" ", "_").replace("/", "_"))
     folder = Path(args.runs, below)
     told = Path("runs", below)  # in the command lines: a folder of no machine in particular
@@ -716,16 +731,30 @@ def data_columns(
     commands = []
     for dataset, root in find_roots(args.dataroot).items():
         argv = ["--dataroot", str(root)]
-        if dataset == "SPair":
+        if dataset == "CamVid":
+            scale = row["imsize"] // args.imsize  # 2 in the row of the backbone at twice the size
+            size = (176 * scale, 240 * scale)
+            flags = {flag: value for flag, value in {**backbone, **row}.items() if flag != "imsize"}
+            argv += ["--dataset", "camvid", "--size", *map(str, size), *as_flags(flags)]
+            for title, rate in CAMVID_RATES.items():
+                below = Path("camvid", rate)
+                with_rate = [*argv, "--lr", rate, "--output_dir"]
+                commands.append(as_command("eval_segmentation", [*with_rate, str(told / below)]))
+                output = folder / below
+                cells[title] = camvid_cell([*with_rate, str(output)], root, size, output)
+        elif dataset == "SPair":
             # both commands in one, with the extractor that is here
             argv += ["--pairs_per_category", "0", *given]
             commands.append(as_command("eval_spair", argv))
             commands.append(as_command("eval_spair", [*argv, "--match", "cosine"]))
-            cells.update(spair_columns(root, extractor, up, row["imsize"]))
-        elif dataset == "DAVIS":
+            cells.update(spair_columns(root, features, row["imsize"]))
+        elif dataset.startswith("DAVIS"):
+            if dataset == "DAVIS 2016":
+                argv += ["--binary"]
             argv += [*given, "--output_dir"]
-            commands.append(as_command("eval_davis", [*argv, str(told)]))
-            cells.update(davis_columns([*argv, str(folder)]))
+            place = dataset.replace(" ", "").lower()
+            commands.append(as_command("eval_davis", [*argv, str(told / place)]))
+            cells.update(davis_columns(dataset, [*argv, str(folder / place)]))
         else:
             argv += ["--dataset", dataset]
             if dataset == "COCO20k":
@@ -742,15 +771,15 @@ def data_columns(
 # ---- cost ---------------------------------------------------------------------------------------
 
 
-def cost(extractor: DenseExtractor, up: Upsampler, imsize: int) -> dict[str, float | None]:
+def cost(features: Features, imsize: int) -> dict[str, float | None]:
     """Multiplications, time and memory of the features of one image, as columns."""
     image = torch.rand(1, 3, imsize, imsize)
 
-    def features() -> Tensor:
-        return up(image, extractor(image))
+    def once() -> Tensor:
+        return features(image)
 
-    spent = measure(features, extractor.device)
-    return {"GMACs": count_macs(features) / 1e9, "ms": spent["ms"], "MiB": spent["peak_mb"]}
+    spent = measure(once, features.backbone.device)
+    return {"GMACs": count_macs(once) / 1e9, "ms": spent["ms"], "MiB": spent["peak_mb"]}
 
 
 def machine(device: torch.device) -> str:
@@ -923,26 +952,26 @@ def differences_of(
     return found
 
 
-def measure_all(args: Namespace, extractor: DenseExtractor) -> dict[str, Any]:
+def features_of(args: Namespace, row: dict[str, Any]) -> Features:
+    """The Features of a row of table_rows."""
+    return build_features(Namespace(**{**vars(args), **NO_LIFT, **row}))
+
+
+def measure_all(args: Namespace, features: dict[str, Features]) -> dict[str, Any]:
     """Rows, errors, differences and commands of one backbone."""
     rows = table_rows(args.lift_path, args.imsize)
-    ups = {}
-    for name, row in rows.items():
-        flags = {**NO_LIFT, **row}  # all that `upsampler` reads
-        ups[name] = upsampler(Namespace(**flags), extractor)
-
-    of_photos = measure_photos(args, extractor, ups)
+    of_photos = measure_photos(args, features)
     cells = {}
     commands = []
     values: dict[str, dict[str, float | None]] = {}
     errors = {}
     for name, row in rows.items():
-        of_data, used = data_columns(args, name, row, extractor, ups[name])
+        of_data, used = data_columns(args, name, row, features[name])
         commands += used
         cells[name] = {**of_data, **of_photos[name]}
         values[name] = {title: cell.value for title, cell in cells[name].items()}
         errors[name] = {title: cell.units.error() for title, cell in cells[name].items()}
-        values[name].update(cost(extractor, ups[name], row["imsize"]))
+        values[name].update(cost(features[name], row["imsize"]))
     return {
         "rows": values,
         "errors": errors,
@@ -964,7 +993,7 @@ def earlier_records(path: Path) -> dict[str, Any]:
         for model, record in records.items():
             section(model, record)  # whether it can be told anew
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{path} holds no tables of this script ({first_line(error)})"
+        what = f"{path} was not written by this script ({first_line(error)})"
         raise ValueError(f"{what}: remove it, or pass another --output") from error
     return records
 
@@ -983,32 +1012,34 @@ def main(args: Namespace) -> None:
     """Measure one backbone, print its section and its JSON, and write both files anew."""
     check_range(args, imsize=1)
     if not find_roots(args.dataroot):
-        what = f"{args.dataroot} holds none of SPair-71k, DAVIS, voc and coco20k"
+        what = f"{args.dataroot} holds none of CamVid, DAVIS, SPair-71k, voc and coco20k"
         raise ValueError(f"{what}: correct --dataroot")
     if args.photos is None:
         args.photos = default_photos(args.dataroot)
     records = earlier_records(Path(f"{args.output}.json"))
-    extractor = build_extractor(args)
+    rows = table_rows(args.lift_path, args.imsize)
+    backbone = features_of(args, rows["backbone"]).backbone
     if folder_to_fit(args) is not None:
-        check_imsize(args.imsize, extractor.patch)
-    used = settings(args, device=str(extractor.device), **extractor.facts())
+        check_imsize(args.imsize, backbone.patch)
+    used = settings(args, **backbone.facts())
 
     # as they were: a place that cannot be written to is told now, and not after an hour
     write_tables(args.output, records)
+    features = {name: features_of(args, row) for name, row in rows.items()}
     with tempfile.TemporaryDirectory() as temporary:
         if args.runs is None:
             args.runs = temporary
-        measured = measure_all(args, extractor)
+        measured = measure_all(args, features)
 
     record = {
         "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": used,
-        "machine": machine(extractor.device),
+        "machine": machine(backbone.device),
         **measured,
     }
-    records[extractor.name] = plain(record)
-    print(section(extractor.name, record))
-    report(record)
+    records[backbone.name] = plain(record)
+    print(section(backbone.name, record))
+    report(args, record)
     write_tables(args.output, records)
 
 

@@ -176,12 +176,17 @@ def test_files_that_nobody_knows_are_neither_kept_nor_removed(tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3", ""])
 def test_damaged_settings_are_told(tmp_path, content):
-    fill(tmp_path, [], {"lift_iter": 1})
+    fill(tmp_path, ["a.txt"], {"lift_iter": 1})
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"settings.json is damaged .*: pass --overwrite"):
-        fill(tmp_path, [], {"lift_iter": 1})
-    fill(tmp_path, [], {"lift_iter": 1}, overwrite=True)
+        fill(tmp_path, ["a.txt"], {"lift_iter": 1})
+    assert fill(tmp_path, ["a.txt"], {"lift_iter": 1}, overwrite=True) == ["a.txt"]
+    assert fill(tmp_path, ["a.txt"], {"lift_iter": 1}) == []
+
+
+def test_a_run_that_came_to_nothing_does_not_keep_the_folder(tmp_path):
     fill(tmp_path, [], {"lift_iter": 1})
+    assert fill(tmp_path, ["a.txt"], {"lift_iter": 2}) == ["a.txt"]
 
 
 KILLED = """

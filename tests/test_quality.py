@@ -67,12 +67,17 @@ def last(ran):
     return ran.report()
 
 
+def iterations_of(features):
+    """What --lift_iter was, for the rows above."""
+    return max(1, int(features.factor).bit_length() - 1)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Few resamples; cost is not measured, its columns tell what it was asked for."""
     monkeypatch.setattr(quality, "RESAMPLES", 200)
     monkeypatch.setattr(
-        quality, "cost", lambda extractor, up, imsize: {"GMACs": imsize, "ms": up.iterations}
+        quality, "cost", lambda features, imsize: {"GMACs": imsize, "ms": iterations_of(features)}
     )
 
 
@@ -158,7 +163,7 @@ def davis_alone(monkeypatch):
     """DAVIS is the one data set, and is not read: the flags that eval_davis.py would get."""
     given = []
 
-    def columns(argv):
+    def columns(dataset, argv):
         given.append(argv)
         return {}
 
@@ -181,18 +186,18 @@ def test_a_backbone_of_ones_own_has_its_own_section(cli, import_path, quick, dav
     written = json.loads((import_path / "table.json").read_text())
     assert written == {"dino_vits8": other, "own_patches:patches": record}
 
-    folder = import_path / "some runs/own_patches_patches/backbone"
+    folder = import_path / "some runs/own_patches_patches/backbone/davis"
     assert davis_alone[0][-2:] == ["--output_dir", str(folder)]
-    assert record["commands"][0].endswith(" --output_dir runs/own_patches_patches/backbone")
+    assert record["commands"][0].endswith(" --output_dir runs/own_patches_patches/backbone/davis")
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         (["--dataroot", "empty"], "empty holds none of .*: correct --dataroot"),
-        (["--output", "old"], "old.json holds no tables .*: remove it, or pass another --output"),
-        (["--output", "data"], "cannot write data.json .*: free some space or pass another path"),
-        (["--imsize", 48], "--imsize 48 is no multiple of 32, twice the patch: pass 64"),
+        (["--output", "old"], "old.json was not written by this script .*: remove it, or pass"),
+        (["--output", "data"], "cannot write data.json .*: free some space"),
+        (["--imsize", 48], "--imsize 48 is not a multiple of 32, twice the patch: pass 64"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_measured(
@@ -250,12 +255,24 @@ def test_modules_of_one_name_are_told_apart_by_their_folders():
 def test_errors_are_those_of_the_textbook():
     values = np.random.RandomState(0).randn(50)
     units = quality.alike(list(values))
-    assert units.mean() == pytest.approx(values.mean())
+    assert units.figure() == pytest.approx(values.mean())
     assert units.error() == pytest.approx(values.std() / 50**0.5)
     # shares 3/4 and 1/4; distances 25 and 75 to the mean
     weighted = quality.Units(np.array([0.0, 100.0]), np.array([3.0, 1.0]))
-    assert weighted.mean() == 25
+    assert weighted.figure() == 25
     assert weighted.error() == pytest.approx((0.75**2 * 25**2 + 0.25**2 * 75**2) ** 0.5)
+
+
+def test_mean_iou_of_frames_is_that_of_their_pixels_together():
+    """Classes that no frame has do not count; a frame drawn twice counts twice."""
+    one = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    two = np.array([[0, 2, 0], [2, 0, 0], [0, 0, 0]])
+    frames = quality.Frames(np.stack([one, two]))
+    assert frames.figure(np.array([0])) == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
+    assert frames.figure() == pytest.approx(100 * (3 / 8 + 4 / 9) / 2)
+    assert frames.figure(np.array([0, 1, 1])) == pytest.approx(100 * (3 / 12 + 4 / 13) / 2)
+    assert 0 < frames.error() < 50
+    assert quality.interval(frames, frames) == {"difference": 0, "low": 0, "high": 0}
 
 
 def test_interval_is_paired_and_seeded():
