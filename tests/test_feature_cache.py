@@ -1,13 +1,11 @@
 """feature_cache.py, through train_lift.py --cache_features: what is cached, when, and for what."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import threading
 import time
 import types
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import feature_cache
-import train_lift
 from extractor import ViTExtractor
 from objectives import Photos
 
@@ -197,16 +194,19 @@ def test_a_moved_data_set_has_the_same_file(folder, rule_extractor, tmp_path):
 
 
 def test_the_second_process_of_a_machine_waits_for_the_file_of_the_first(
-    folder, tmp_path, rule_backbone
+    folder, rule_extractor, tmp_path, monkeypatch
 ):
-    flags = ["--dataroot", folder, "--output_dir", tmp_path / "runs", "--imsize", 64]
-    flags += ["--batch_size", 2, "--epochs", 1, "--workers", 0, "--device", "cpu"]
-    flags += ["--cache_features", tmp_path / "cache", *rule_backbone]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(train_lift.__file__)
-    start += [str(script), *[str(flag) for flag in flags]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    (file,) = (tmp_path / "cache").iterdir()
-    assert file.suffix == ".features"
+    monkeypatch.setattr(time, "sleep", lambda seconds: threading.Event().wait(0.01))
+    photos = Photos(sorted(folder.iterdir()), 64)
+    extractor = rule_extractor()
+    common = {"views": 1, "batch_size": 3, "workers": 0}
+    with ThreadPoolExecutor(1) as second:
+        waiting = second.submit(
+            feature_cache.cached, photos, extractor, tmp_path, **common, waits=True
+        )
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        first = feature_cache.cached(photos, extractor, tmp_path, **common)
+        item = waiting.result(timeout=60)[0, 5]
+    assert torch.equal(item["f1"], first[0, 5]["f1"])
+    assert [file.suffix for file in tmp_path.iterdir()] == [".features"]
