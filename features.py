@@ -208,7 +208,7 @@ def build_features(args: argparse.Namespace) -> Features:
     extractor = build_extractor(args)
 
     upsampler: Any = None
-    if how == "lift":
+    if file is not None and how == "lift":
         upsampler = Lifted(load_lift(file, extractor), extractor, args.lift_iter)
     elif how == "bilinear":
         upsampler = Bilinear(args.lift_iter)

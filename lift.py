@@ -166,6 +166,8 @@ class LiFT(nn.Module):
         heads: of the attention; they divide C.
     """
 
+    bilinear: Tensor  # see bilinear_weights; with `attend` only
+
     def __init__(
         self,
         in_channels: int,
