@@ -7,11 +7,14 @@ Nothing here needs torch at import, so that a script answers `--help` and wrong 
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import platform
+import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -94,6 +97,7 @@ def add_backbone_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         help="a name from the README, or any ViT of timm (default: dino_vits8)",
     )  # fmt: skip
     add("--backbone_path", metavar="FILE", help="its weights, instead of a download")
+    add("--ema", action="store_true", help="the averaged weights of timm's training checkpoints")
     add(
         "--my_extractor", nargs="?", const=MY_EXTRACTOR, metavar="MODULE:FUNCTION",
         help="a function that returns your own network, instead of --model_type",
@@ -170,7 +174,10 @@ def limit_memory() -> None:
         import resource
     except ImportError:  # Windows refuses such allocations by itself
         return
-    limit = min(main_memory(), *container_limits(), sys.maxsize)
+    # of a container's limit the mapped libraries take a part, too
+    limit = min(free_memory(), 0.9 * container_limit())
+    if math.isinf(limit):
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft != resource.RLIM_INFINITY:  # somebody's own limit, as by ulimit -d
         limit = min(limit, soft)
@@ -178,16 +185,20 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit), hard))
 
 
-def main_memory() -> float:
-    """The bytes of this machine's main memory; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+def free_memory() -> float:
+    """The bytes of main memory that this process has or could get; infinite if nobody says."""
+    with suppress(OSError, KeyError, ValueError):
+        sizes = {}
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, size = line.partition(":")  # as MemAvailable: 12345 kB
+            sizes[name] = size
+        own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(sizes["MemAvailable"].split()[0]) * 1024 + own
+    return math.inf
 
 
-def container_limits() -> list[float]:
-    """The limits in bytes of the control groups this process is in: Docker's, Slurm's, systemd's.
+def container_limit() -> float:
+    """The lowest limit in bytes of this process's control groups: Docker's, Slurm's, systemd's.
 
     A group's limit holds for the groups inside it, so all of them count.
     """
@@ -195,7 +206,7 @@ def container_limits() -> list[float]:
         "": ("/sys/fs/cgroup", "memory.max"),  # version 2 has one tree for all controllers
         "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),  # version 1
     }
-    limits = [math.inf]
+    limit = math.inf
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)  # as 0::/user.slice/session.scope
@@ -207,8 +218,8 @@ def container_limits() -> list[float]:
                 # inside a container the group's path may be the host's: its root is the limit then
                 for folder in (inner, *inner.parents):
                     with suppress(OSError, ValueError):  # no such file, or "max"
-                        limits.append(float(int((folder / name).read_text())))
-    return limits
+                        limit = min(limit, int((folder / name).read_text()))
+    return limit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -220,7 +231,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> str:
     """What to tell of such an error, in one line."""
-    return f"out of memory ({first_line(error)}): use smaller images or batches"
+    reason = first_line(error)
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))  # as "20.00 GiB", or "4096 bytes"
+    if asked:
+        reason = f"it asked for {asked[1]}"
+    return f"out of memory ({reason}): use smaller images or batches"
+
+
+def why_skipped(error: Exception) -> str:
+    """Why a photo among others is left out, in one line: bad input, or memory that ran out.
+
+    Any other error is a bug, and raised again.
+    """
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    raise error
 
 
 # ---- what made a result -------------------------------------------------------------------------
@@ -295,20 +322,27 @@ def skipped(name: str | Path, reason: str) -> None:
     print(f"skipped: {name}: {reason}", file=sys.stderr)
 
 
+class Lines(io.TextIOBase):
+    """Where a bar is drawn if stderr is not a terminal: a line a minute, the first after one."""
+
+    def __init__(self) -> None:
+        self.next = time.monotonic() + 60
+
+    def write(self, text: str) -> int:
+        line = text.strip()  # tqdm goes back to the start of its line before it draws
+        if line and time.monotonic() >= self.next:
+            print(line, file=sys.stderr)
+            self.next = time.monotonic() + 60
+        return len(text)
+
+
 class Progress(tqdm):
-    """A bar on stderr; where that is not a terminal, a line a minute instead."""
+    """A bar on stderr; see Lines for where that is not a terminal."""
 
     def __init__(self, *args: Any, **options: Any):
-        self.in_terminal = sys.stderr.isatty()
-        if not self.in_terminal:
-            options.update(mininterval=60, maxinterval=60, delay=60)
+        if not sys.stderr.isatty():
+            options["file"] = Lines()
         super().__init__(*args, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.in_terminal:
-            super().display(msg, pos)
-        elif msg != "":  # an empty message wipes a terminal's line
-            print(msg or str(self), file=sys.stderr)
 
 
 def progress(

@@ -256,7 +256,7 @@ class Results:
 
     def has(self, name: str | Path) -> bool:
         """Whether the result of this name is there."""
-        return self.path(name).is_file()
+        return os.path.isfile(self.path(name))  # False, too, for a name that is too long
 
     @contextmanager
     def writing(self, name: str | Path) -> Iterator[Path]:

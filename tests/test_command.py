@@ -16,14 +16,15 @@ from command import (
     add_lift_args,
     check_range,
     check_torchrun,
-    container_limits,
+    container_limit,
     deciding,
+    free_memory,
     is_out_of_memory,
-    main_memory,
     out_of_memory,
     progress,
     report,
     settings,
+    why_skipped,
 )
 from files import difference
 
@@ -65,8 +66,9 @@ def test_scripts_as_programs_say_in_one_line_what_is_wrong(tmp_path):
     assert len(lines) == len(flags), ran.stderr
     for script, line in zip(flags, lines):
         assert line.startswith(f"{script}: ") and "none" in line
+    what = "there are no images at none.jpg, which does not exist"
     remedy = "pass an image, a folder of images or a quoted pattern"
-    assert lines[0] == f"lift_extractor.py: no images at none.jpg: {remedy}"
+    assert lines[0] == f"lift_extractor.py: {what}: {remedy}"
     assert lines[2].endswith("correct --dataroot")
     assert not list(tmp_path.iterdir())
 
@@ -203,13 +205,22 @@ def test_flags_cannot_be_abbreviated_but_model_is_an_alias(capsys):
     assert "--model_t" in capsys.readouterr().err
 
 
-def test_progress_is_lines_where_there_is_no_terminal(capsys):
-    """One at the end at least; in between one a minute, which nobody waits for here."""
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
     assert list(progress(range(3), unit="photo", desc="reading")) == [0, 1, 2]
-    err = capsys.readouterr().err
-    assert "\r" not in err
-    assert err.count("\n") <= 2
-    assert not err.strip() or "photo" in err
+    assert capsys.readouterr().err == ""  # it took less than a minute
+
+    minutes = [0.0]
+    monkeypatch.setattr("command.time.monotonic", lambda: 60 * minutes[0])
+    with progress(total=6, unit="photo", desc="reading") as bar:
+        for _ in range(6):
+            minutes[0] += 0.5
+            bar.update()
+            bar.refresh()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "reading" in lines[0]
+    assert "2/6" in lines[0]
+    assert "6/6" in lines[2]
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -231,13 +242,13 @@ def test_half_a_torchrun_is_refused(monkeypatch, missing):
 TOO_MUCH = """
 import resource, sys
 import torch, numpy
-from command import is_out_of_memory, limit_memory, main_memory
+from command import free_memory, is_out_of_memory, limit_memory
 limit_memory()
 soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-assert soft <= main_memory()
+assert 0 < soft <= 1.1 * free_memory()
 for allocate in (torch.zeros, numpy.ones):
     try:
-        allocate(int(main_memory()) // 4)
+        allocate(int(free_memory()) // 4)
     except Exception as error:
         assert is_out_of_memory(error), repr(error)
     else:
@@ -271,8 +282,10 @@ def test_a_container_has_its_own_limit(monkeypatch):
             raise FileNotFoundError(str(path)) from None
 
     monkeypatch.setattr("command.Path.read_text", read_text)
-    assert sorted(container_limits()) == [4000, 5000, 9000, float("inf")]
-    assert main_memory() > 2**20
+    assert container_limit() == 4000
+    tree["/sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes"] = "8000\n"
+    assert container_limit() == 5000  # of the outer of two groups
+    assert free_memory() == float("inf")  # /proc/meminfo is not there
 
 
 def test_errors_of_memory_are_known_on_every_device():
@@ -285,3 +298,12 @@ def test_errors_of_memory_are_known_on_every_device():
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
     assert out_of_memory(MemoryError()).endswith("use smaller images or batches")
+    asked = RuntimeError("can't allocate memory: you tried to allocate 4096 bytes. Error code 12")
+    assert out_of_memory(asked).startswith("out of memory (it asked for 4096 bytes): ")
+
+
+def test_what_is_skipped_is_bad_input_or_too_large_and_a_bug_is_neither():
+    assert why_skipped(ValueError("a strip")) == "a strip"
+    assert why_skipped(MemoryError()).startswith("out of memory")
+    with pytest.raises(RuntimeError, match="a bug"):
+        why_skipped(RuntimeError("a bug"))

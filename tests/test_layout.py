@@ -16,7 +16,7 @@ from conftest import ROOT
 
 # each imports only those before it
 GROUND = ("files", "command", "photos", "loading")
-NOUNS = ("backbones", "extractor", "lift", "features")
+NOUNS = ("backbones", "dense", "extractor", "lift", "features")
 SCRIPTS = (
     "lift_extractor",
     "train_lift",
@@ -27,10 +27,16 @@ SCRIPTS = (
     "eval_visualize_feats",
     "export_onnx",
 )
-# a script's own further files
-PARTS = {"train_lift": {"objectives", "feature_cache"}, "eval_davis": {"davis_scores"}}
+# a script's own further files, each importing only those before it
+PARTS = {
+    "lift_extractor": ("extraction",),
+    "train_lift": ("feature_cache", "objectives", "training_run"),
+    "eval_davis": ("davis_scores",),
+    "eval_tokencut": ("voc_coco",),
+    "eval_segmentation": ("segmentation_data",),
+}
 UPSAMPLERS = {"joint_bilateral"}  # for --upsample: nobody imports it
-EVERY_PART = set().union(*PARTS.values())
+EVERY_PART = {part for parts in PARTS.values() for part in parts}
 AT_ROOT = {*GROUND, *NOUNS, *SCRIPTS, *EVERY_PART, *UPSAMPLERS, "hubconf"}
 LONGEST = 750  # lines of a file at the root
 FILES = {
@@ -59,6 +65,9 @@ OFFERED = {
     "extract_saliency_maps",
     "patch_vit_resolution",
     "_extract_features",
+    "get_num_patches",
+    "_log_bin",
+    "preprocess_pil",
     "p",
     "my_extractor",
     "lift_module",
@@ -101,8 +110,9 @@ def may_import(name):
     below = [*GROUND, *NOUNS]
     if name in below:
         return set(below[: below.index(name)])
-    if name in EVERY_PART:
-        return set(below)
+    for parts in PARTS.values():
+        if name in parts:
+            return {*below, *parts[: parts.index(name)]}
     return {*below, *PARTS.get(name, ())}
 
 
