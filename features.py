@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import call_function
-from extractor import DenseExtractor, build_extractor
+from dense import DenseExtractor
+from extractor import build_extractor
 from files import weights_digest
 from lift import LiFT, load_lift, read_lift, upsample
 
@@ -124,10 +125,10 @@ class Features(nn.Module):
         images = images.to(self.backbone.device, non_blocking=True)
         feats = self.backbone(self.backbone.normalize(images))     # [B, C, h, w]
         maps = [feats]
-        if isinstance(self.upsampler, Lifted):
+        if isinstance(self.upsampler, Lifted) and return_all:
             maps = self.upsampler(images, feats, return_all=True)  # n + 1 of them
         elif self.upsampler is not None:
-            maps = [feats, self.upsampler(images, feats).float()]
+            maps.append(self.upsampler(images, feats).float())
         check_finite(maps[-1], self.backbone.dtype)
         if return_all:
             return maps

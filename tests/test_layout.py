@@ -245,10 +245,10 @@ def test_every_flag_is_read_and_every_flag_read_exists(path):
         assert name in known, f"{label(path, node)} args.{name}"
 
 
-def test_what_the_ground_declares_is_read_by_the_nouns():
+def test_what_the_ground_declares_is_read_by_the_ground_or_the_nouns():
     read = set()
-    for noun in NOUNS:
-        read |= set(flags_read(TREES[ROOT / f"{noun}.py"]))
+    for name in (*GROUND, *NOUNS):
+        read |= set(flags_read(TREES[ROOT / f"{name}.py"])) | mentioned(TREES[ROOT / f"{name}.py"])
     assert set(declared(TREES[ROOT / "command.py"])) <= read
 
 
@@ -349,6 +349,8 @@ def test_every_name_is_used(path):
     known = [MENTIONED[reader] for reader in readers]
     if path in TESTS:
         known.append(requested(TREES[path]))
+    if path.stem in UPSAMPLERS:  # --upsample offers them
+        known.append({"upsampler"})
     if path.stem == "hubconf":  # torch.hub offers whatever has no underscore
         known.append({name for name in names if not name.startswith("_")})
     found = unused(names, *known)
