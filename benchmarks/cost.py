@@ -17,8 +17,7 @@ than --max_gmacs is counted, not run; its other figures are "-".
 - Peak memory is what a run adds to weights and program. On CUDA it is torch's own count. On a CPU
   it is resident memory, good to some 10 MB, and known under Linux only.
 
-Writes cost.md (tables), cost.json (every figure) and cost.png (growth) to --output_dir. The last
-line printed is JSON: the settings.
+Writes cost.md (tables), cost.json (every figure) and cost.png (growth) to --output_dir.
 """
 
 import argparse
@@ -37,7 +36,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the nouns lie one folder up
 
-from command import PRECISIONS, Command, replacing, report, settings, write_text
+from command import PRECISIONS, Command, progress, report, settings
+from files import replacing, write_text
 
 
 def parser() -> Command:
@@ -62,7 +62,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from extractor import BACKBONES, ViTExtractor, pick_device
+from backbones import BACKBONES, pick_device
+from extractor import ViTExtractor
 from lift import LiFT, upsample
 
 STEPS = range(5)  # how often LiFT is applied
@@ -86,8 +87,9 @@ def build(name: str, device: str, dtype: str) -> tuple[ViTExtractor, LiFT]:
     model = timm.create_model(tag, num_classes=0, dynamic_img_size=True)
     device = pick_device(device, dtype)
     extractor = ViTExtractor(name, stride=None, model=model, device=device, dtype=dtype)
-    lift = LiFT(extractor.width, extractor.patch)
+    lift = LiFT(extractor.channels, extractor.patch)
     lift = lift.requires_grad_(False).eval()
+    lift.fold()
     return extractor, lift.to(extractor.device, extractor.dtype)
 
 
@@ -468,7 +470,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     images = len(SIZES) * len(names) + len(GROWTH)
-    with tqdm(total=images * len(STEPS), unit="row") as bar:
+    with progress(total=images * len(STEPS), unit="row") as bar:
         records = []
         for name in names:
             records += cost_records(name, SIZES, args, bar)
@@ -480,7 +482,8 @@ def main(args: argparse.Namespace) -> None:
     with replacing(args.output_dir / "cost.png") as temporary:
         picture(growth).save(temporary)
     write_text(args.output_dir / "cost.json", json.dumps(figures, indent=1))
-    report(about)
+    print(f"written: {args.output_dir / 'cost.md'}")
+    report(args, about)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from case import Case, shared_data
 from PIL import Image
 from plain_extract import plain_lift, plain_map, todays_lift, todays_map
 
+import davis_scores
 import eval_davis
 from extractor import ViTExtractor
 from lift import LiFT, upsample
@@ -231,11 +232,11 @@ def score_stack(found, truth):
 # ---- the cases ----------------------------------------------------------------------------------
 
 
-def random_context(width, side):
+def random_context(count, side):
     """Features [C, h, w] and segmentations [2, h, w] of eight random frames."""
     context = []
     for _ in range(8):
-        context.append((torch.randn(width, side, side), torch.rand(2, side, side).softmax(0)))
+        context.append((torch.randn(count, side, side), torch.rand(2, side, side).softmax(0)))
     return context
 
 
@@ -265,11 +266,11 @@ def few_frames(patch: int) -> tuple[Callable[[], Any], ...]:
     torch.manual_seed(0)
     model = timm.create_model(f"vit_small_patch{patch}_224", num_classes=0)
     extractor = ViTExtractor(f"dino_vits{patch}", patch, model=deepcopy(model), device="cpu")
-    lift = LiFT(extractor.width, patch).eval().requires_grad_(False)
+    lift = LiFT(extractor.channels, patch).eval().requires_grad_(False)
     fast_lift = deepcopy(lift).to(memory_format=torch.channels_last)
     images = torch.randn(eval_davis.BATCH, 3, 224, 224)
     side = 2 * 224 // patch
-    context = random_context(extractor.width, side)
+    context = random_context(extractor.channels, side)
     ready = our_context(context)
     todays = normalized_context(context)
     mask = window(side, side, 12)
@@ -327,13 +328,13 @@ def affinity() -> tuple[Callable[[], Any], ...]:
 
 
 def score_video(found, truth):
-    """The rows of `score_stack` by the functions of eval_davis.py."""
+    """The rows of `score_stack` by the functions of davis_scores.py."""
     scores = []
     for labels, true_labels in zip(found, truth[1:-1]):
-        scores.append(eval_davis.score_frame(labels, true_labels, truth[0].max()))
+        scores.append(davis_scores.score_frame(labels, true_labels, truth[0].max()))
     rows = []
     for j, f in np.array(scores).transpose(1, 2, 0):
-        rows.append(eval_davis.summary(j) + eval_davis.summary(f))
+        rows.append(davis_scores.summary(j) + davis_scores.summary(f))
     return rows
 
 
@@ -348,7 +349,7 @@ def scores() -> tuple[Callable[[], Any], ...]:
     names = ["blackswan", "dog", "libby"]
     truths = []
     founds = []
-    for video in eval_davis.find_sequences(davis, names, False):
+    for video in eval_davis.find_videos(davis, names, False):
         folder = results / video.name
         truths.append(read_stack(video.masks))
         founds.append(read_stack([folder / path.name for path in video.masks[1:-1]]))

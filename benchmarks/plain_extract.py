@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from case import Case
 from torch import Tensor, nn
 
-from extractor import DTYPES, ViTExtractor, log_bin, resolve
+from backbones import DTYPES, resolve
+from extractor import ViTExtractor, log_bin
 from lift import LiFT, upsample
 
 # ---- the reference ------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def build(name: str, size: int, dtype: str) -> tuple[Any, ViTExtractor, LiFT]:
     vit.load_state_dict(state)
 
     ours = ViTExtractor(name, stride=None, model=native, device="cpu", dtype=dtype)
-    lift = LiFT(ours.width, ours.patch).eval().requires_grad_(False)
+    lift = LiFT(ours.channels, ours.patch).eval().requires_grad_(False)
     return vit.requires_grad_(False), ours, lift
 
 

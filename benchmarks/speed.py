@@ -14,12 +14,11 @@ ours. The memory ratio is the smaller baseline's peak divided by ours. Each peak
 process of its own, during a second call, above what is held before that call; this needs Linux.
 
 WORDS choose the lines whose names contain any of them. All lines take about half an hour on two
-cores. Files are written anew after each line. A line with a baseline that gives another result, or
-without the peaks that were asked for, is told on stderr; the rest is measured, and the exit status
-is 1.
+cores. Each line is told on stderr as it is measured, and files are written anew after it. A line
+with a baseline that gives another result, or without the peaks that were asked for, is told there
+too; the rest is measured, and the exit status is 1.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -35,7 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from command import Command, check_range, first_line, write_text
+from command import Command, check_range, note, report, skipped
+from files import first_line, write_text
 
 COLUMNS = (
     "case", "reference s", "today s", "floor s", "ours s", "spread",
@@ -49,7 +49,6 @@ def parser() -> Command:
     add = command.add_argument
     add("words", nargs="*", help="only the lines whose names contain one of these")
     add("--repeats", type=int, default=5, help="times each side is timed (default: 5)")
-    add("--json", help="write machine and rows to this file")
     add("--markdown", help="write the table to this file")
     add("--no_memory", action="store_true", help="leave the peak memory out")
     add("--peak", nargs=2, metavar=("NAME", "SIDE"), help="print one peak in MiB, and no table")
@@ -73,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from case import Case, count_macs, load_average, processor, resident
 
-from extractor import DTYPES
+from backbones import DTYPES
 
 PLAINS = (
     plain_extract,
@@ -316,8 +315,8 @@ def write_table(args: Namespace, rows: list[dict[str, Any]], facts: dict[str, An
     """Write the files that --markdown and --json name."""
     if args.markdown:
         write_text(args.markdown, markdown(rows, facts))
-    if args.json:
-        write_text(args.json, json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    if args.json != "-":  # that is for the end
+        report(args, {"machine": facts, "rows": rows})
 
 
 def main(args: Namespace) -> None:
@@ -332,7 +331,7 @@ def main(args: Namespace) -> None:
     cases = chosen_cases(args.words)
     with_memory = not args.no_memory
     if with_memory and platform.system() != "Linux":
-        print("note: peak memory is read under Linux only: left out", file=sys.stderr)
+        note("peak memory is read under Linux only: left out")
         with_memory = False
     rates = {precision: matrix_rate(precision) for precision in ("float32", "bfloat16")}
     facts = machine(rates)
@@ -340,18 +339,16 @@ def main(args: Namespace) -> None:
     failed = False
     for case in cases:
         if rates[case.dtype] < rates["float32"]:  # the machine only emulates this precision
-            slower = f"{case.dtype} is slower than float32 on this machine"
-            print(f"{case.name}: left out, {slower}", file=sys.stderr)
+            skipped(case.name, f"{case.dtype} is slower than float32 on this machine")
             continue
         try:
             row = measure(case, args.repeats)
         except FileNotFoundError as error:
-            print(f"{case.name}: left out, {first_line(error)}", file=sys.stderr)
+            skipped(case.name, first_line(error))
             continue
         except AssertionError as error:
             failed = True
-            what = f"a baseline gives another result ({first_line(error)})"
-            print(f"{case.name}: left out, {what}", file=sys.stderr)
+            skipped(case.name, f"a baseline gives another result ({first_line(error)})")
             continue
 
         if case.memory and with_memory:
@@ -359,13 +356,14 @@ def main(args: Namespace) -> None:
                 row["memory ratio"] = memory_ratio(case)
             except ChildProcessError as error:
                 failed = True
-                print(f"{case.name}: no memory ratio, {first_line(error)}", file=sys.stderr)
+                note(f"{case.name}: no memory ratio, {first_line(error)}")
         rows.append(row)
         write_table(args, rows, facts)
         told = [f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None]
-        print("  ".join(told), flush=True)
+        print("  ".join(told), file=sys.stderr, flush=True)
 
     print(markdown(rows, facts))
+    report(args, {"machine": facts, "rows": rows})
     if failed:
         sys.exit(1)
 

@@ -99,15 +99,15 @@ def test_table_holds_every_line(cli, tmp_path, monkeypatch):
     flags = [part for pair in files.items() for part in pair]
     ran = cli("speed", "--repeats", 2, *flags)
     assert ran.code == 0
-    assert "fake: emulated: left out, bfloat16 is slower than float32" in ran.err
-    assert "fake: absent: left out, no sample here" in ran.err
+    assert "skipped: fake: emulated: bfloat16 is slower than float32" in ran.err
+    assert "skipped: fake: absent: no sample here" in ran.err
 
     written = json.loads((tmp_path / "speed.json").read_text())
     assert [row["case"] for row in written["rows"]] == ["fake: sleep"]
     assert written["machine"]["float32 GFLOP/s"] == 4
     table = (tmp_path / "speed.md").read_text()
     assert table.startswith("| case | reference s | today s |")
-    assert "| fake: sleep | 0.02" in table and table in ran.out
+    assert "| fake: sleep | 0.0" in table and table in ran.out
     assert cli("speed", "--repeats", 0).code == 2
 
     # peak memory is known under Linux only; elsewhere the table stands without it
@@ -136,10 +136,11 @@ def test_a_line_that_fails_leaves_the_others(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(speed.platform, "system", lambda: "Linux")
     ran = cli("speed", "--repeats", 1, "--json", file)
     assert ran.code == 1
-    wrong_told, peak_told = ran.err.splitlines()
-    assert wrong_told.startswith("fake: wrong: left out, a baseline gives another result (")
-    peak = "fake: no peak: no memory ratio, reference ended with status 1: no memory"
+    wrong_told, peak_told, *rows_told = ran.err.splitlines()
+    assert wrong_told.startswith("skipped: fake: wrong: a baseline gives another result (")
+    peak = "note: fake: no peak: no memory ratio, reference ended with status 1: no memory"
     assert peak_told == peak
+    assert [line.split("  ")[0] for line in rows_told] == ["case fake: no peak", "case fake: sleep"]
     rows = json.loads(file.read_text())["rows"]
     assert [row["case"] for row in rows] == ["fake: no peak", "fake: sleep"]
     assert rows[0]["memory ratio"] is None
