@@ -4,14 +4,12 @@
     loader = Loader(photos, workers=4, batches=keys_of_batches)  # collated batches
     for item in loader: ...
 
-Whatever happens in a worker ends the loop within seconds, with a ValueError that names the cause
-and the remedy: an exception, a full /dev/shm, a worker that the system kills. torch's DataLoader
-waits for ever in some of these cases, because its workers send their items from a thread whose
-errors nobody sees. Here a worker moves its tensors into shared memory and sends them by itself. All
-workers are killed at the end, however it comes.
+Whatever happens in a worker (an exception, a full /dev/shm, a kill by the system) ends the loop
+within seconds, with a ValueError that names the cause and the remedy. torch's DataLoader may wait
+for ever, because its workers send their items from a thread whose errors nobody sees. Here a worker
+moves its tensors into shared memory and sends them by itself.
 """
 
-import atexit
 import itertools
 import multiprocessing
 import os
@@ -19,13 +17,12 @@ import queue
 import signal
 import sys
 import threading
-import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +34,7 @@ from command import is_out_of_memory, out_of_memory
 from files import first_line
 
 AHEAD = 2  # items that each worker reads before they are needed
+FEWER = "pass fewer --workers, or --workers 0"
 SHM_IS_FULL = (
     "/dev/shm is full, and workers hand over photos through it: pass --workers 0, or give the "
     "container more of it (docker run --shm-size 8g)"
@@ -74,17 +72,12 @@ class Loader:
         self.batches = batches
         self.pin_memory = pin_memory
         self.running: list[Worker] = []
-        self.started_by = os.getpid()
-        # before multiprocessing's own end, which would wait for the workers
-        atexit.register(stop_at_exit, weakref.ref(self))
-
-    def __del__(self) -> None:
-        self.stop()
+        # when the Loader goes, or this process ends: before multiprocessing waits for the workers
+        Finalize(self, kill, args=(self.running,), exitpriority=1)
 
     def __len__(self) -> int:
-        if self.batches is None:
-            return len(self.dataset)  # type: ignore[arg-type]
-        return len(self.batches)  # type: ignore[arg-type]
+        keys: Any = self.dataset if self.batches is None else self.batches
+        return len(keys)
 
     def __iter__(self) -> Iterator[Any]:
         """Raises ValueError: something happened in a worker."""
@@ -95,18 +88,11 @@ class Loader:
             self.start()
             items = self.from_workers(keys)
         else:
-            items = self.from_this_process(keys)
+            items = (fetch(self.dataset, key, self.batches is not None) for key in keys)
         if self.pin_memory:
-            items = in_a_thread(items)  # the copy into pinned memory takes a while
+            # in a thread, as the copy takes a while
+            items = in_a_thread(each_tensor(item, Tensor.pin_memory) for item in items)
         return items
-
-    def from_this_process(self, keys: Iterable[Any]) -> Iterator[Any]:
-        """The items of `keys`, without workers."""
-        for key in keys:
-            item = fetch(self.dataset, key, self.batches is not None)
-            if self.pin_memory:
-                item = each_tensor(item, Tensor.pin_memory)
-            yield item
 
     def from_workers(self, keys: Iterable[Any]) -> Iterator[Any]:
         """The items of `keys`, in their order. The workers take turns."""
@@ -116,53 +102,32 @@ class Loader:
         try:
             for key in keys:
                 worker = next(turns)
-                worker.pipe.send(key)
+                with suppress(ConnectionError):  # it has died: `take` says why
+                    worker.pipe.send(key)
                 asked.append(worker)
                 if len(asked) > AHEAD * self.workers:
                     yield self.take(asked.popleft())
             while asked:
                 yield self.take(asked.popleft())
             complete = True
-        except ConnectionError as error:  # a worker died before it was asked
-            raise ValueError(self.why_dead()) from error
         finally:
             if not complete:  # answers that nobody wants are on their way
                 self.stop()
 
     def take(self, worker: Worker) -> Any:
-        """The next item of a worker, as soon as it is there.
-
-        Raises:
-            ValueError: the worker tells of an error, or one of the workers has died.
-        """
-        ends = [other.process.sentinel for other in self.running]
-        if worker.pipe not in wait([worker.pipe, *ends]):
-            raise ValueError(self.why_dead())
-
-        # what waits here waits in memory of this process, and its shared memory is free again
-        keep: Callable[[Tensor], Tensor] = Tensor.clone
-        if self.pin_memory:
-            keep = Tensor.pin_memory
+        """The next item of a worker; ValueError if it tells of an error, or has died."""
         try:
             item, error = worker.pipe.recv()
-            item = each_tensor(item, keep)
         except Exception as failure:
-            if is_out_of_memory(failure):
-                raise
-            if isinstance(failure, EOFError | ConnectionError | FileNotFoundError):
-                raise ValueError(self.why_dead()) from failure
-            what = f"photos of a worker did not arrive ({first_line(failure)})"
-            raise ValueError(f"{what}: pass --workers 0") from failure
+            raise ValueError(why_lost(worker, failure)) from failure
         if error:
             raise ValueError(error)
-        return item
+        if self.pin_memory:  # which copies
+            return item
+        return each_tensor(item, Tensor.clone)  # so that its shared memory is free again
 
     def start(self) -> None:
-        """Start the workers, unless they are running already.
-
-        Raises:
-            ValueError: the system does not let them start.
-        """
+        """Start the workers, unless they are running; ValueError if the system does not let us."""
         if self.running:
             return
         try:
@@ -175,59 +140,44 @@ class Loader:
                 theirs.close()  # so that a worker that dies closes the pipe
         except OSError as error:
             self.stop()
-            remedy = "pass fewer --workers, or --workers 0"
-            raise ValueError(f"a worker cannot be started ({error}): {remedy}") from error
+            raise ValueError(f"a worker cannot be started ({error}): {FEWER}") from error
 
     def stop(self) -> None:
-        """End the workers: those that are still busy after a second are killed."""
-        if not self.running or os.getpid() != self.started_by:  # a worker has a copy of this
-            return
-        running = self.running
-        self.running = []
-        try:
-            for worker in running:
-                with suppress(OSError):  # it has died already
-                    worker.pipe.send(None)  # an idle worker ends now
-            until = time.monotonic() + 1
-            for worker in running:
-                worker.process.join(max(0, until - time.monotonic()))
-        finally:
-            for worker in running:
-                worker.process.kill()
-                worker.process.join()
-                worker.pipe.close()
-
-    def why_dead(self) -> str:
-        """What to tell of the worker that has died."""
-        status = None
-        ended = wait([worker.process.sentinel for worker in self.running], timeout=1)
-        for worker in self.running:
-            if worker.process.sentinel in ended:
-                worker.process.join()
-                status = worker.process.exitcode
-
-        remedy = "pass fewer --workers, or --workers 0"
-        if status == -signal.SIGBUS:
-            return SHM_IS_FULL
-        if status == -signal.SIGKILL:
-            return f"a worker was killed, as the system does where memory runs out: {remedy}"
-        if status is not None and status < 0:
-            return f"a worker was killed by {signal.Signals(-status).name}: {remedy}"
-        return f"a worker ended with status {status}: {remedy}"
+        """End the workers, whatever they are doing."""
+        kill(self.running)
 
 
-def stop_at_exit(loader: "weakref.ref[Loader]") -> None:
-    """Stop a Loader if it still exists."""
-    alive = loader()
-    if alive:
-        alive.stop()
+def kill(workers: list[Worker]) -> None:
+    """End the workers of a list, and empty it."""
+    for worker in workers:
+        worker.process.kill()  # they only read, so nothing is left half done
+    for worker in workers:
+        worker.process.join()
+        worker.pipe.close()
+    workers.clear()
+
+
+def why_lost(worker: Worker, failure: Exception) -> str:
+    """What to tell of a worker from which no item came."""
+    worker.process.join(timeout=1)
+    status = worker.process.exitcode
+    if status is None:
+        return f"photos of a worker did not arrive ({first_line(failure)}): pass --workers 0"
+    if status == -signal.SIGBUS:
+        return SHM_IS_FULL
+    end = f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        end = "was killed, as the system does where memory runs out"
+    elif status < 0:
+        end = f"was killed by {signal.Signals(-status).name}"
+    return f"a worker {end}: {FEWER}"
 
 
 # ---- in a worker --------------------------------------------------------------------------------
 
 
 def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
-    """What a worker does: read the items of the keys that come, until None comes.
+    """What a worker does: read the items of the keys that come, until it is killed.
 
     Ctrl-C and SIGTERM often reach every process of a group. They are meant for the main one. It
     may need its workers until a step of training is done, and ends them afterwards.
@@ -240,16 +190,15 @@ def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
 
     torch.set_num_threads(1)  # the workers share the cores, and OpenMP may hang after a fork
     with suppress(EOFError, OSError):  # the main process has died
-        while (key := pipe.recv()) is not None:
-            pipe.send_bytes(answer(dataset, key, batched))
+        while True:
+            pipe.send_bytes(answer(dataset, pipe.recv(), batched))
 
 
 def end_with_parent() -> None:
     """Wait until the main process has ended, and end this one at once."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
 
 
 def answer(dataset: Dataset, key: Any, batched: bool) -> Any:
@@ -296,35 +245,33 @@ def each_tensor(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def in_a_thread(items: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
     """The same items, made by a thread of their own, which is a few items ahead."""
-    coming: queue.Queue = queue.Queue(ahead)  # of (item, is it the end?, error)
+    coming: queue.Queue = queue.Queue()  # of pairs (item, error)
+    room = threading.Semaphore(ahead)
     unwanted = threading.Event()
-
-    def put(*entry: Any) -> None:
-        while not unwanted.is_set():
-            with suppress(queue.Full):
-                coming.put(entry, timeout=0.1)
-                return
 
     def run() -> None:
         try:
             for item in items:
-                put(item, False, None)
+                coming.put((item, None))
+                room.acquire()
                 if unwanted.is_set():
                     return
-            put(None, True, None)
+            coming.put((None, StopIteration()))
         except BaseException as error:
-            put(None, True, error)
+            coming.put((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         while True:
-            item, is_end, error = coming.get()
+            item, error = coming.get()
+            if isinstance(error, StopIteration):
+                return
             if error:
                 raise error
-            if is_end:
-                return
+            room.release()
             yield item
     finally:
         unwanted.set()
+        room.release()
         thread.join(1)  # it may be waiting for a photo, from which the end of its worker frees it
