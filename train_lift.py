@@ -44,12 +44,12 @@ from typing import Any
 
 from command import (
     Command,
-    Progress,
     add_backbone_args,
     check_range,
     check_torchrun,
     deciding,
     note,
+    progress,
     rank,
     report,
     settings,
@@ -193,6 +193,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from extractor import DenseExtractor, build_extractor
 from feature_cache import cached
@@ -394,17 +395,13 @@ def train(
     losses: list[Tensor] = []
     broken: set[str] = set()
     stopped_by = 0
-    bar = Progress(
-        total=args.epochs * len(photos),
-        initial=run.step * photos_a_step,
-        unit="photo",
-        unit_scale=True,
-        disable=rank() > 0,
-    )
-    with bar, Stop() as stop:
+    bar = tqdm(loader, disable=True)
+    if rank() == 0:
+        bar = progress(loader, total=total - run.step, unit="step")
+    with Stop() as stop:
         began = time.time()
         began_at = run.step
-        for batch in loader:
+        for batch in bar:
             for group in run.optimizer.param_groups:
                 group["lr"] = args.lr * lr_factor(run.step, total, args.schedule, args.warmup)
             match = args.match * match_share(run.step, total, args.match_end)
@@ -414,7 +411,6 @@ def train(
             run.step += 1
             losses.append(loss)
             broken.update(str(photos.paths[index]) for index in unreadable)
-            bar.update(photos_a_step)
 
             epoch_ends = run.step % run.steps == 0
             save_is_due = args.save_steps > 0 and run.step % args.save_steps == 0
@@ -433,7 +429,7 @@ def train(
             if epoch_ends:
                 speed = (run.step - began_at) * photos_a_step / (time.time() - began)
                 run.end_epoch(round(speed, 2), val_loader, precision)
-                tell_epoch(run.metrics[-1], bar, tensorboard)
+                tell_epoch(run.metrics[-1], tensorboard)
                 epoch = len(run.metrics)
                 if epoch % args.save_every == 0:
                     run.export(f"lift_{epoch}.pth")
@@ -469,7 +465,7 @@ def open_tensorboard(args, folder: Path):
     return SummaryWriter(folder)
 
 
-def tell_epoch(results: dict[str, Any], bar: Progress, tensorboard) -> None:
+def tell_epoch(results: dict[str, Any], tensorboard) -> None:
     """Print an epoch's results as a line, and show them in TensorBoard where there is one."""
     if rank() > 0:
         return
@@ -480,9 +476,8 @@ def tell_epoch(results: dict[str, Any], bar: Progress, tensorboard) -> None:
         line += f"  LiFT {val['lift']:.4f} (bilinear {val['bilinear']:.4f})"
         line += f"  twice {val['lift_twice']:.4f} ({val['bilinear_twice']:.4f})"
         line += f"  centred {val['lift_centred']:.4f} ({val['bilinear_centred']:.4f})"
-    if bar.in_terminal:
-        bar.clear()  # it is drawn anew below the line
-    print(line, flush=True)
+    tqdm.write(line)  # above the bar
+    sys.stdout.flush()
 
     if tensorboard:
         # in one dict, of which "val" itself and its list "unreadable" are left out: no numbers
