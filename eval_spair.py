@@ -6,22 +6,22 @@
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits16 --imsize 448
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits8 --stride 4 --layer 9 --bin
 
-The first four are the rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice
-the size. --upsample MODULE:FUNCTION measures any other upsampler. The last one takes the
+The first four are rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice the
+size. --upsample MODULE:FUNCTION measures any other upsampler. The last command takes the
 descriptors of dino-vit-features: log-binned keys of layer 9.
 
-Both images of a pair go, on black, to a square. Their descriptors are L2-normalised on the feature
-grid and interpolated bilinearly to pixels. Every keypoint of the source goes to the target pixel of
-largest dot product. It is correct if it lies nearer to the annotated point than alpha times the
-longer side of the object's box. A category's PCK is over its keypoints, and the result is the mean
-over the categories. This is the protocol of the LiFT paper's release; --match, --threshold and
---average choose other conventions.
+Each image is resized and centred on a black square. Its descriptors are L2-normalised on the
+feature grid and interpolated bilinearly to pixels. Every keypoint of the source is matched to the
+target pixel with the largest dot product. It is correct if that pixel is nearer to the annotated
+point than alpha times the longer side of the object's box. A category's PCK is over its keypoints,
+and the result is the mean over the categories. This is the protocol of the LiFT paper's release;
+--match, --threshold and --average choose other conventions.
 
 100 pairs of each category are drawn, with replacement. --pairs_per_category 0 takes every pair
 once.
 
 Prints a table of pairs, keypoints and PCK. On one CPU core, ViT-S/16 with LiFT at 224 takes 0.13 s
-an image, however many pairs the image is in, and 2 ms a pair. --bin takes 17 times the memory.
+for an image, which is described once, and 2 ms for a pair. --bin takes 17 times the memory.
 
 Sources: SPair-71k, Min et al., 2019 (arXiv 1908.10543); log-binned descriptors, Amir et al., 2021
 (arXiv 2112.05814).
@@ -51,7 +51,8 @@ from command import (
 )
 from files import inside, replacing
 
-LARGEST = 4096  # pixels a side; a pair of 30 keypoints then takes 2 GB of similarities
+LARGEST = 4096  # pixels a side: the similarities of 30 keypoints then take 2 GB
+LEGEND = 32  # pixels below a picture
 
 
 def parser() -> Command:
@@ -63,10 +64,10 @@ def parser() -> Command:
     add("--categories", nargs="+", help="names of categories (default: all)")
     add(
         "--pairs_per_category", type=int, default=100,
-        help="pairs drawn of each category; 0 takes every pair once (default: 100)",
+        help="pairs drawn from each category; 0 takes every pair once (default: 100)",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="seed of that draw (default: 0)")
-    add("--imsize", type=int, default=224, help="pixels a side of the square (default: 224)")
+    add("--imsize", type=int, default=224, help="side of the square in pixels (default: 224)")
     add("--bin", action="store_true", help="log-binned descriptors, as in dino-vit-features")
     add(
         "--match", choices=("dot", "cosine"), default="dot",
@@ -78,22 +79,16 @@ def parser() -> Command:
     )  # fmt: skip
     add(
         "--threshold", choices=("lt", "le"), default="lt",
-        help="a distance < or <= alpha times the box is correct (default: lt)",
+        help="correct is a distance < or <= alpha times the box (default: lt)",
     )  # fmt: skip
     add(
         "--average", choices=("category", "keypoint", "image"), default="category",
-        help="what weighs the same in the mean (default: category)",
+        help="what counts equally in the mean; image: each pair (default: category)",
     )  # fmt: skip
-    add("--batch_size", type=int, help="images a forward pass (default: the pixels of 4 at 224)")
-    add("--cache_mb", type=int, default=1024, help="MiB of descriptors kept (default: 1024)")
-    add(
-        "--visualize", type=int, default=0, metavar="N",
-        help="pairs to draw into --output_dir (default: 0)",
-    )  # fmt: skip
-    add(
-        "--output_dir", default="spair_pictures",
-        help="folder for the pictures (default: spair_pictures)",
-    )  # fmt: skip
+    add("--batch_size", type=int, help="images per forward pass (default: 4 at 224 pixels)")
+    add("--cache_mb", type=int, default=1024, help="MiB of descriptors in memory (default: 1024)")
+    add("--visualize", type=int, default=0, metavar="N", help="pairs to draw (default: 0)")
+    add("--output_dir", default="spair_pictures", help="for pictures (default: spair_pictures)")
     add_backbone_args(command)
     add_lift_args(command)
     return command
@@ -110,9 +105,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from extractor import log_bin
-from features import Features, build_features
+from features import build_features
 from lift import tokens_to_map
-from photos import read_image
+from photos import read_image, spread
 
 Maps = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in 0..1 -> descriptors [B, C, h, w]
 
@@ -130,10 +125,7 @@ class Pair(NamedTuple):
 
 
 class Described(NamedTuple):
-    """The descriptors of an image, and where the image lies in its square.
-
-    A point of the original is at point * scale + offset in the square.
-    """
+    """An image's descriptors, and its place: its point p is at p * scale + offset in the square."""
 
     feats: Tensor                                       # [C, h, w], every cell of length 1
     norm: Tensor | None                                 # [S, S], of pixel_norms; None for "dot"
@@ -146,8 +138,8 @@ class Match(NamedTuple):
     """A matched pair, in pixels of the squares."""
 
     pair: Pair
-    source: Tensor                                      # [K, 2]
-    target: Tensor                                      # [K, 2], as annotated
+    source: Tensor                                      # [K, 2], the keypoints
+    target: Tensor                                      # [K, 2], the same, as annotated
     predicted: Tensor                                   # [K, 2]
     extent: float                                       # longer side of the target's box
 
@@ -156,10 +148,8 @@ class Match(NamedTuple):
 
 
 def read_pair(path: Path, images: Path) -> Pair:
-    """The Pair of an annotation file.
+    """The Pair of an annotation file; `images` is the folder of the category's images.
 
-    Args:
-        images: the folder of the category's images.
     Raises:
         ValueError, FileNotFoundError: the file is not an annotation of SPair-71k, or one of its
             images is missing or outside the folder.
@@ -171,22 +161,15 @@ def read_pair(path: Path, images: Path) -> Pair:
         target_points = torch.from_numpy(np.array(entry["trg_kps"], np.float64)).float()
         left, top, right, bottom = entry["trg_bndbox"]
         extent = float(max(right - left, bottom - top))
-        source_name = str(Path(entry["src_imname"]))
-        target_name = str(Path(entry["trg_imname"]))
+        source = inside(images, entry["src_imname"])
+        target = inside(images, entry["trg_imname"])
 
-        well_formed = (
-            source_points.shape == target_points.shape == (len(source_points), 2)
-            and target_points.isfinite().all()
-            and 0 < extent < math.inf
-        )
-        if not well_formed:
+        paired = source_points.shape == target_points.shape == (len(source_points), 2)
+        if not paired or not target_points.isfinite().all() or not 0 < extent < math.inf:
             raise ValueError("src_kps and trg_kps must pair points [x, y], trg_bndbox be a box")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{path} is not an SPair-71k annotation ({error!r})"
         raise ValueError(f"{what}: extract the data set again") from error
-
-    source = inside(images, source_name)
-    target = inside(images, target_name)
     for image in (source, target):
         if not image.is_file():
             raise FileNotFoundError(f"there is no image at {image}: extract the data set again")
@@ -207,17 +190,16 @@ def read_pairs(
     circulation are found, `...:cow.json` and `..._cow.json`.
 
     Args:
-        categories: all folders of images where this is left out.
+        categories: None takes all.
         per_category: how many pairs are drawn; 0 takes every pair once.
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a category has no pairs, or a pair cannot be read.
+        FileNotFoundError, ValueError: a folder or a category's pairs are missing, or damaged.
     """
     annotations = Path(root, "PairAnnotation", split)
     images = Path(root, "JPEGImages")
     for folder in (annotations, images):
         if not folder.is_dir():
-            remedy = "pass SPair-71k's folder as --dataroot, and a --split it has"
+            remedy = "pass SPair-71k's folder as --dataroot, and a --split that is in it"
             raise FileNotFoundError(f"there is no folder {folder}: {remedy}")
     if not categories:
         categories = [folder.name for folder in images.iterdir() if folder.is_dir()]
@@ -229,15 +211,9 @@ def read_pairs(
         if not paths:
             what = f"there are no pairs of category {category!r} in {annotations}"
             raise ValueError(f"{what}: choose others with --categories")
-        drawn = np.arange(len(paths))
         if per_category > 0:
-            drawn = random.choice(len(paths), per_category)
-
-        read = {}  # a pair that is drawn twice is read once
-        for number in drawn:
-            if number not in read:
-                read[number] = read_pair(paths[number], images / category)
-            pairs.append(read[number])
+            paths = [paths[number] for number in random.choice(len(paths), per_category)]
+        pairs.extend(read_pair(path, images / category) for path in paths)
     return pairs
 
 
@@ -251,11 +227,7 @@ def images_of(pairs: list[Pair]) -> list[Path]:
 
 
 def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, float, Tensor]:
-    """Resize an image until its longer side is `size`, and centre it on a black square.
-
-    Returns:
-        The square of size x size pixels; the scale; the offset [2] of the image in the square.
-    """
+    """An image centred on a black square of `size` pixels a side, its scale and offset [2]."""
     longer = max(image.size)
     width = max(1, round(size * image.width / longer))
     height = max(1, round(size * image.height / longer))
@@ -275,15 +247,14 @@ def binned(features: Maps) -> Maps:
 
     def bins(images: Tensor) -> Tensor:
         feats = features(images)                                                  # [B, C, h, w]
-        height, width = feats.shape[2:]
-        return tokens_to_map(log_bin(feats), (height, width))                     # [B, 17*C, h, w]
+        return tokens_to_map(log_bin(feats), feats.shape[2:])                     # [B, 17*C, h, w]
 
     return bins
 
 
 def describe(features: Maps, paths: list[Path], size: int, cosine: bool) -> dict[Path, Described]:
     """The descriptors of some images, which pass through the network as one batch."""
-    # keypoints count the pixels as they are stored
+    # keypoints are in pixels as they are stored, whatever EXIF says
     images = [read_image(path, upright=False) for path in paths]
     boxed = [letterbox(image, size) for image in images]
     squares = torch.stack([to_tensor(square) for square, _, _ in boxed])          # [B, 3, S, S]
@@ -311,28 +282,14 @@ def pixel_norms(feats: Tensor, size: int) -> Tensor:
     return sum_of_squares.sqrt()
 
 
-def check_within(points: Tensor, image: Described, path: Path) -> None:
-    """Raise ValueError unless all points [K, 2] lie in their image.
-
-    Args:
-        path: the annotation file, for the message.
-    """
-    within = ((points >= 0) & (points < torch.tensor(image.size))).all(dim=1)     # [K]
-    if not within.all():
-        point = points[~within][0].tolist()
-        width, height = image.size
-        what = f"{path}: keypoint {point} is outside its {width}x{height} image"
-        raise ValueError(f"{what}: correct or remove this file")
-
-
 def place(points: Tensor, image: Described) -> Tensor:
-    """Map points [K, 2] of an original image to its square."""
+    """Points [K, 2] of an original image, in its square."""
     return points * image.scale + image.offset
 
 
 def pixel_weights(cells: int, size: int, device: torch.device) -> Tensor:
-    """Along one axis: what each cell weighs in each pixel, interpolated linearly. [cells, S]"""
-    # row i is an axis on which cell i alone is 1, so its pixels show the weights of cell i
+    """Along one axis, the weight of each cell in each pixel of linear interpolation: [cells, S]."""
+    # in row i only cell i is 1, so the pixels of that row are its weights
     one_hot = torch.eye(cells, device=device)                                     # [cells, cells]
     return F.interpolate(one_hot[None], size, mode="linear")[0]
 
@@ -369,17 +326,19 @@ def best_pixels(source: Described, target: Described, points: Tensor, size: int)
 
 
 def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
-    """Find the keypoints of a pair's source in its target.
-
-    Raises:
-        ValueError: a keypoint lies outside the source.
-    """
+    """Find the source's keypoints in the target; ValueError for one outside the source."""
     source = images[pair.source]
     target = images[pair.target]
-    # a point outside the source has no descriptor; of the target's only the distance is taken
-    check_within(pair.source_points, source, pair.path)
-    points = place(pair.source_points, source)
-    truth = place(pair.target_points, target)
+    points = pair.source_points
+    within = ((points >= 0) & (points < torch.tensor(source.size))).all(dim=1)    # [K]
+    if not within.all():
+        point = points[~within][0].tolist()
+        width, height = source.size
+        what = f"{pair.path}: keypoint {point} is outside its {width}x{height} image"
+        raise ValueError(f"{what}: correct or remove this file")
+
+    points = place(points, source)
+    truth = place(pair.target_points, target)  # may be outside: only the distance to it counts
     predicted = best_pixels(source, target, points, size)
     return Match(pair, points, truth, predicted, pair.extent * target.scale)
 
@@ -387,17 +346,14 @@ def match_pair(pair: Pair, images: dict[Path, Described], size: int) -> Match:
 def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
     """Split pairs into lists that need at most `capacity` images each, which is 2 or more.
 
-    Where there are more images, they are cut into blocks of half the capacity. The pairs whose
-    images lie in the same two blocks make one list. So an image is in few of the lists.
+    More images than that are cut into blocks of half the capacity, and the pairs whose images lie
+    in the same two blocks make one list. So an image is in few of the lists.
     """
     images = images_of(pairs)
     if len(images) <= capacity:
         return [pairs]
     block_size = capacity // 2
-    block_of = {}
-    for number, image in enumerate(images):
-        block_of[image] = number // block_size
-
+    block_of = {image: number // block_size for number, image in enumerate(images)}
     by_blocks = defaultdict(list)
     for pair in pairs:
         first, second = sorted((block_of[pair.source], block_of[pair.target]))
@@ -406,7 +362,7 @@ def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
 
 
 def default_batch(size: int) -> int:
-    """How many images make the pixels of four images of 224, but one at least."""
+    """How many images have as many pixels as four images of 224x224, at least one."""
     return max(1, 4 * 224**2 // size**2)
 
 
@@ -420,21 +376,19 @@ def match_pairs(
 ) -> list[Match]:
     """Match all pairs, and return them in their order.
 
-    Each image passes through the network once as long as a category's descriptors fit into
-    `cache_mb` MiB. With less memory some images are described again.
+    Each image is described once if the descriptors of a category fit into `cache_mb` MiB; with less
+    memory, some are described again.
 
     Args:
         features: any callable from images [B, 3, S, S] in 0..1 to descriptors [B, C, h, w].
         size: S.
         cosine: normalise the descriptors again after interpolation.
-        batch_size: images a call of `features`; default_batch(size) where it is left out.
+        batch_size: images per call of `features`; None: default_batch(size).
     """
     batch_size = batch_size or default_batch(size)
-
-    # {category: {annotation file: pair}}, so that a pair that was drawn twice is matched once
-    by_category: dict[str, dict[Path, Pair]] = defaultdict(dict)
-    for pair in pairs:
-        by_category[pair.category][pair.path] = pair
+    by_category = defaultdict(list)
+    for pair in {pair.path: pair for pair in pairs}.values():  # one drawn twice is matched once
+        by_category[pair.category].append(pair)
 
     # all images take as much memory as the first, which tells how many fit
     images = describe(features, [pairs[0].source], size, cosine)
@@ -443,15 +397,14 @@ def match_pairs(
     if first.norm is not None:
         bytes_each += first.norm.nbytes
     capacity = max(2, cache_mb * 2**20 // bytes_each)
-
     work = []
-    for by_path in by_category.values():
-        work.extend(chunks(list(by_path.values()), capacity))
+    for group in by_category.values():
+        work.extend(chunks(group, capacity))
 
     found = {}
     with progress(total=sum(map(len, work)), unit="pair") as bar:
         for chunk in work:
-            # of the last chunk's images only those stay that this one needs, too
+            # of the chunk before, only those images stay in memory that this one needs too
             needed = images_of(chunk)
             images = {path: images[path] for path in needed if path in images}
             missing = [path for path in needed if path not in images]
@@ -468,11 +421,11 @@ def match_pairs(
 
 
 def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
-    """Which keypoints [K] of a Match are predicted near enough to the annotated points.
+    """Which keypoints [K] are predicted near enough to the annotated points.
 
     Args:
-        alpha: the limit of the distance, as a share of the longer side of the target's box.
-        threshold: "lt" for distances below the limit, "le" for the limit itself, too.
+        alpha: the largest distance, as a share of the longer side of the target's box.
+        threshold: "lt" for distances below that, "le" if they may be equal.
     """
     distance = (match.predicted - match.target).norm(dim=1)
     limit = alpha * match.extent
@@ -482,11 +435,7 @@ def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
 
 
 def pck(matches: list[Match], alpha: float, threshold: str, per_image: bool) -> float:
-    """Percentage of correct keypoints.
-
-    Args:
-        per_image: take the percentage of each pair, and the mean of those.
-    """
+    """Percentage of correct keypoints; `per_image` takes the mean over the pairs' percentages."""
     scores = []
     for match in matches:
         hits = correct(match, alpha, threshold).double()                          # [K]
@@ -502,11 +451,11 @@ def evaluate(
     threshold: str = "lt",
     average: str = "category",
 ) -> dict[str, dict[str, Any]]:
-    """PCK in percent of every category, and its mean.
+    """PCK of every category and their mean, in percent.
 
     Args:
-        average: what weighs the same in the mean: a category, a keypoint or an image pair. With
-            "image" a category's own figure is the mean over its pairs, too.
+        average: what counts equally in the mean: "category", "keypoint" or "image". With "image",
+            which is a pair of images, so it does within a category too.
     Returns:
         {category: {"pairs", "keypoints", "pck@0.1", ...}, ..., "mean": {"pck@0.1", ...}}
     """
@@ -538,15 +487,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """The results of `evaluate` as text, a line for each category."""
     keys = list(results["mean"])
     header = f"{'category':15}{'pairs':>7}{'keypoints':>11}"
-    for key in keys:
-        header += f"{key:>10}"
-
-    lines = [header]
+    lines = [header + "".join(f"{key:>10}" for key in keys)]
     for name, row in results.items():
-        line = f"{name:15}{row.get('pairs', ''):>7}{row.get('keypoints', ''):>11}"
-        for key in keys:
-            line += f"{row[key]:10.2f}"
-        lines.append(line)
+        counts = f"{name:15}{row.get('pairs', ''):>7}{row.get('keypoints', ''):>11}"
+        lines.append(counts + "".join(f"{row[key]:10.2f}" for key in keys))
     return "\n".join(lines)
 
 
@@ -554,125 +498,56 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448) -> Image.Image:
-    """Draw a Match: the source on the left, the target on the right.
+    """Draw a Match: the source on the left, the target on the right, a legend below.
 
-    A keypoint has one colour in both. In the target the annotated point is a ring and the predicted
-    point a disc. The line that joins them is green if the prediction is correct, else red.
+    A keypoint has the same colour in both.
 
     Args:
         size: S, the side of the squares in which the points of the Match are.
         alpha, threshold: what counts as correct (see `correct`).
         side: of the two squares in the picture, in pixels.
     """
-    picture = Image.new("RGB", (2 * side, side))
-    source, _, _ = letterbox(read_image(match.pair.source, upright=False), side)
-    target, _, _ = letterbox(read_image(match.pair.target, upright=False), side)
-    picture.paste(source, (0, 0))
-    picture.paste(target, (side, 0))
+    picture = Image.new("RGB", (2 * side, side + LEGEND), "white")
+    for number, path in enumerate((match.pair.source, match.pair.target)):
+        square, _, _ = letterbox(read_image(path, upright=False), side)
+        picture.paste(square, (number * side, 0))
 
-    pen = ImageDraw.Draw(picture)
     zoom = side / size
     to_the_right = torch.tensor([side, 0])
     points = (match.source * zoom).tolist()
     truths = (match.target * zoom + to_the_right).tolist()
     guesses = (match.predicted * zoom + to_the_right).tolist()
     hits = correct(match, alpha, threshold).tolist()
+    pen = ImageDraw.Draw(picture)
     for number, point in enumerate(points):
-        truth = truths[number]
-        guess = guesses[number]
         hue = 360 * number // len(points)
         colour = ImageColor.getrgb(f"hsv({hue}, 100%, 100%)")
-        pen.line([*truth, *guess], fill=line_colour(hits[number]), width=2)
-        draw_disc(pen, point, colour)
-        draw_ring(pen, truth, colour)
-        draw_disc(pen, guess, colour, radius=4)  # fits into the ring
+        line = "lime" if hits[number] else "red"
+        pen.line([*truths[number], *guesses[number]], fill=line, width=2)
+        pen.circle(point, 5, fill=colour, outline="black")
+        pen.circle(truths[number], 7, outline=colour, width=3)
+        pen.circle(guesses[number], 4, fill=colour, outline="black")  # fits into the ring
+
+    text = (
+        "disc: keypoint (left), and where it was found (right)    ring: where it is annotated    "
+        f"line: green if correct at alpha {alpha:g}, else red"
+    )
+    middle = side + LEGEND // 2
+    pen.text((12, middle), text, "black", ImageFont.load_default(13), anchor="lm")
     return picture
-
-
-def line_colour(hit: bool) -> str:
-    """The colour of the line between an annotated and a predicted point."""
-    if hit:
-        return "lime"
-    return "red"
-
-
-def draw_ring(pen: ImageDraw.ImageDraw, point: list[float], colour: Any) -> None:
-    """Mark the annotated point in the target."""
-    pen.circle(point, 7, outline=colour, width=3)
-
-
-def draw_disc(
-    pen: ImageDraw.ImageDraw, point: list[float], colour: Any, radius: int = 5
-) -> None:
-    """Mark the point in the source, or the predicted one in the target."""
-    pen.circle(point, radius, fill=colour, outline="black")
-
-
-def with_legend(picture: Image.Image, alpha: float) -> Image.Image:
-    """The picture of `draw`, and below it a legend of disc, ring and line."""
-    bar = 32
-    sheet = Image.new("RGB", (picture.width, picture.height + bar), "white")
-    sheet.paste(picture, (0, 0))
-
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    middle = picture.height + bar // 2
-    colour = ImageColor.getrgb("hsv(210, 100%, 100%)")
-
-    # the columns are measured by hand: each text ends before the next mark
-    draw_disc(pen, [16, middle], colour)
-    text = "keypoint of the source (left), and where it was found (right)"
-    pen.text((28, middle), text, "black", font, anchor="lm")
-    draw_ring(pen, [428, middle], colour)
-    pen.text((442, middle), "annotated point", "black", font, anchor="lm")
-    pen.line([564, middle, 592, middle], fill=line_colour(True), width=2)
-    pen.text((598, middle), f"correct at alpha {alpha:g}", "black", font, anchor="lm")
-    pen.line([764, middle, 792, middle], fill=line_colour(False), width=2)
-    pen.text((798, middle), "not correct", "black", font, anchor="lm")
-    return sheet
-
-
-def save_pictures(
-    matches: list[Match], count: int, folder: str | Path, size: int, alpha: float, threshold: str
-) -> None:
-    """Draw `count` matches, spread evenly over all, into PNG files of `folder`."""
-    count = min(count, len(matches))
-    chosen = np.linspace(0, len(matches) - 1, count).astype(int)
-    for number in chosen:
-        match = matches[number]
-        name = match.pair.path.stem.replace(":", "_")
-        picture = with_legend(draw(match, size, alpha, threshold), alpha)
-        with replacing(Path(folder, f"{name}.png")) as temporary:
-            picture.save(temporary)
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that are out of range or do not go together."""
+    """Raise ValueError for flags that are out of range."""
     check_range(
         args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0, visualize=0, seed=0
     )
     if args.imsize > LARGEST:
         raise ValueError(f"--imsize {args.imsize} is too large: pass {LARGEST} or less")
-    for alpha in args.alpha:
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"--alpha {alpha} is out of range: pass shares of the box, as 0.1")
-    if args.bin and args.facet == "attn":
-        what = "--bin needs descriptors, and --facet attn has attention to all cells"
-        raise ValueError(f"{what}: pass another --facet, or leave out --bin")
     check_one_process()
-
-
-def check_grid(features: Features, size: int) -> None:
-    """Raise ValueError unless size x size pixels are whole patches, and cells whole pixels."""
-    features.check_size(size, size)
-    stride = features.backbone.stride
-    if features.factor > stride:
-        what = f"features {features.factor:g} times as fine are finer than the pixels"
-        remedy = f"pass --lift_iter {int(math.log2(stride))} or less, or another --upsample"
-        raise ValueError(f"{what}: {remedy}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -682,7 +557,7 @@ def main(args: argparse.Namespace) -> None:
         args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
     )
     features = build_features(args)
-    check_grid(features, args.imsize)
+    features.check_size(args.imsize, args.imsize)
     maps: Maps = features
     if args.bin:
         maps = binned(features)
@@ -700,18 +575,16 @@ def main(args: argparse.Namespace) -> None:
         categories=[name for name in results if name != "mean"],
         **features.facts(),
     )
-    counts = {
-        "pairs": len(pairs),
-        "keypoints": sum(len(match.source) for match in matches),
-        "images": len(images_of(pairs)),
-    }
+    keypoints = sum(len(match.source) for match in matches)
+    counts = {"pairs": len(pairs), "keypoints": keypoints, "images": len(images_of(pairs))}
     report(args, {"settings": all_settings, **counts, "results": results})
 
-    # in pictures, whatever is correct at any alpha is correct
-    largest = max(args.alpha)
-    save_pictures(
-        matches, args.visualize, args.output_dir, args.imsize, largest, args.threshold
-    )
+    for match in spread(matches, args.visualize):
+        # the largest alpha: a line is green if the keypoint is correct at any
+        picture = draw(match, args.imsize, max(args.alpha), args.threshold)
+        name = match.pair.path.stem.replace(":", "_")
+        with replacing(Path(args.output_dir, f"{name}.png")) as temporary:
+            picture.save(temporary)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,16 @@ from eval_spair import (
     Match,
     Pair,
     best_pixels,
-    check_within,
     chunks,
     draw,
     evaluate,
     images_of,
     letterbox,
+    match_pair,
     match_pairs,
     pixel_norms,
     place,
     read_pairs,
-    with_legend,
 )
 from extractor import ViTExtractor
 from lift import load_lift, tokens_to_map, upsample
@@ -401,10 +400,11 @@ def test_place():
     image = Described(None, None, (120, 90), SIZE / 120, torch.tensor([0, 8]))
     corners = torch.tensor([[0.0, 0.0], [119, 89]])
     torch.testing.assert_close(place(corners, image), torch.tensor([[0, 8], [63.46667, 55.46667]]))
-    check_within(corners, image, "")
     for point in ([120.0, 3], [3, 90.0], [-1, 3], [float("nan"), 3]):
-        with pytest.raises(ValueError, match="outside its 120x90 image"):
-            check_within(torch.tensor([[1, 1], point]), image, "")
+        points = torch.tensor([[1, 1], point])
+        pair = Pair("a.json", "cat", "source", "target", points, points, 10.0)
+        with pytest.raises(ValueError, match=r"a\.json: keypoint .* outside its 120x90 image"):
+            match_pair(pair, {"source": image, "target": image}, SIZE)
 
 
 def match_at(category, distances, extent=10.0, path=None):
@@ -555,7 +555,7 @@ def test_draw(tmp_path):
     Image.new("RGB", (SIZE, SIZE)).save(black)
     match = match_at("a", [0.0, 40.0], path=black)
     picture = draw(match, SIZE, 0.1, "lt", side=2 * SIZE)
-    assert picture.size == (4 * SIZE, 2 * SIZE)
+    assert picture.size == (4 * SIZE, 2 * SIZE + 32)
     assert picture.getpixel((40, 40)) == (0, 255, 255)  # second keypoint over the first, source
     assert picture.getpixel((2 * SIZE + 120, 40)) == (0, 255, 255)  # its prediction in the target
     assert picture.getpixel((2 * SIZE + 80, 40)) == (255, 0, 0)  # a red line: wrong
@@ -577,26 +577,19 @@ def test_pixels_are_drawn_as_stored(tmp_path):
         assert picture.getpixel((x, SIZE - 5)) == (0, 0, 0)
 
 
-def test_legend():
+def test_legend(tmp_path):
     """Pictures used to say nowhere what ring, disc and line are."""
-    picture = Image.new("RGB", (896, 448), "gray")
-    sheet = with_legend(picture, 0.1)
+    black = tmp_path / "black.png"
+    Image.new("RGB", (SIZE, SIZE)).save(black)
+    match = match_at("a", [0.0], path=black)
+    sheet = draw(match, SIZE, 0.1, "lt")
     assert sheet.size == (896, 480)
-    assert ImageChops.difference(sheet.crop((0, 0, 896, 448)), picture).getbbox() is None
-
-    blue = (0, 128, 255)
-    assert sheet.getpixel((16, 464)) == blue  # a disc is filled
-    assert sheet.getpixel((428, 464)) == (255, 255, 255)  # a ring is not
-    assert sheet.getpixel((422, 464)) == blue
-    assert sheet.getpixel((578, 464)) == (0, 255, 0)
-    assert sheet.getpixel((778, 464)) == (255, 0, 0)
-
-    # four texts, each with room to its right
-    for left, right in ((28, 410), (442, 554), (598, 754), (798, 890)):
-        text = ImageChops.invert(sheet.crop((left, 449, right, 479))).getbbox()
-        assert text is not None
-        assert 40 < text[2] < right - left
-    assert with_legend(picture, 0.05).tobytes() != sheet.tobytes()
+    legend = sheet.crop((0, 449, 896, 480))
+    left, _, right, _ = ImageChops.invert(legend).getbbox()  # of the text on white
+    assert 8 < left < 20
+    assert 700 < right < 890
+    other = draw(match, SIZE, 0.05, "lt").crop((0, 449, 896, 480))
+    assert other.tobytes() != legend.tobytes()  # it names the threshold
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -682,16 +675,11 @@ SPOILED = {
     "imsize": (no_change, ["--imsize", 70], "70 is not a multiple of the patch (16)"),
     "no imsize": (no_change, ["--imsize", 0], "--imsize"),
     "huge imsize": (no_change, ["--imsize", 160000], "pass 4096 or less"),
-    "grid finer than pixels": (
-        no_change, ["--upsample", "bilinear", "--lift_iter", 12], "pass --lift_iter 4 or less",
-    ),
     "negative count": (no_change, ["--pairs_per_category", -1], "--pairs_per_category"),
     "negative seed": (no_change, ["--seed", -1], "--seed"),
     "no batch": (no_change, ["--batch_size", 0], "--batch_size"),
-    "no threshold": (no_change, ["--alpha", 0.1, 0], "--alpha 0.0"),
     "lift without module": (no_change, ["--upsample", "lift"], "--lift_path"),
     "features are no numbers": (no_change, NOT_NUMBERS, "not finite in float32: pass"),
-    "bins of attention": (no_change, ["--bin", "--facet", "attn"], "leave out --bin"),
 }  # fmt: skip
 
 
