@@ -126,6 +126,7 @@ def test_scores_by_hand():
     assert found["miou"] == pytest.approx(100 / 3)
     assert found["accuracy"] == pytest.approx(60)
     assert found["pixels"] == 5
+    assert [row["share"] for row in found["classes"]] == [60, 40, 0, 0]
 
 
 def test_no_pixel_that_counts_is_an_error():
@@ -359,7 +360,8 @@ def test_the_plan_takes_every_photo_once_an_epoch_and_flips_half_of_the_batches(
     assert 160 < sum(step[0][1] for step in steps) < 240
     assert steps == plan(7, 100, 2, 0)
     assert steps != plan(7, 100, 2, 1)
-    assert steps[:4] != steps[4:8]
+    orders = [[number for step in steps[at : at + 4] for number, _ in step] for at in (0, 4)]
+    assert orders[0] != orders[1]
 
 
 def test_what_is_to_be_computed():
@@ -391,7 +393,10 @@ def test_batches_are_the_same_whatever_is_kept(toy, capsys, kept, workers):
     batches = Batches(features, photos, steps, (kept + 0.5) * bytes_each / 2**30, workers)
     assert (batches.channels, batches.capacity, len(batches)) == (4, kept, 24)
 
-    for step, (feats, classes) in zip(steps, batches, strict=True):
+    iterator = iter(batches)
+    for step, (feats, classes) in zip(steps, iterator, strict=True):
+        if iterator.gi_frame:  # None at the end
+            assert len(iterator.gi_frame.f_locals["kept"]) <= kept
         expected = torch.stack([photos[key][0] for key in step])
         assert feats.dtype == torch.float16
         assert torch.equal(feats, mean_colours(expected).half())
