@@ -16,7 +16,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,21 +71,16 @@ def resolve(name: str) -> Backbone:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    if name == "vit_small_patch8_224":
-        instead = "take dino_vits8 or vit_base_patch8_224"
-        raise ValueError(f"there are no supervised weights of vit_small_patch8_224: {instead}")
-
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        known = ", ".join(BACKBONES)
-        raise ValueError(f"unknown model {name}: pass one of {known}, or the name of a ViT in timm")
     cfg = None
-    with suppress(RuntimeError):  # of a tag that does not exist
-        cfg = timm.get_pretrained_cfg(name)
+    problem = "unknown model"
+    if name == "vit_small_patch8_224":  # timm would give DINO's
+        problem = "there are no supervised weights of"
+    else:
+        with suppress(RuntimeError):  # of a tag that does not exist
+            cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
-        known = ", ".join(timm.list_pretrained(f"{architecture}.*"))
-        known = known or "a ViT of timm.list_pretrained('vit_*')"
-        raise ValueError(f"timm has no weights {name}: pass {known}")
+        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*") or BACKBONES)
+        raise ValueError(f"{problem} {name}: pass {known}, or another ViT of timm")
 
     tag = name
     if cfg.tag:
@@ -102,12 +96,9 @@ def resolve(name: str) -> Backbone:
 # modules that wrap another one add their name to those of all tensors inside
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# how the weights of the patch embedding end; what stands before them is a training's own prefix
-EMBEDDINGS = (
-    "patch_embed.proj.weight",                        # timm, DINO, Meta, MAE, MoCo v3
-    "embeddings.patch_embeddings.projection.weight",  # transformers' ViT, DINOv2, MAE
-    "embeddings.patch_embeddings.weight",             # transformers' DINOv3
-)
+# the weights of the patch embedding, as timm and as transformers name them; what stands before
+# them is a training's own prefix
+EMBEDDING = r"(patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?)\.weight$"
 
 # formats by a name that only they have; the first that is found counts
 FORMATS = (
@@ -140,7 +131,7 @@ TRANSFORMERS = (
     (r"^layernorm\.", "norm."),
 )
 
-# those of the large DINOv3, whose MLPs have a gate
+# those of the large DINOv3, whose MLPs have a gate; they are renamed first
 GATED = (
     (r"\.mlp\.gate_proj\.", ".mlp.w1."),
     (r"\.mlp\.up_proj\.", ".mlp.w2."),
@@ -157,29 +148,27 @@ DROPPED = (
 def load_backbone_file(
     model: nn.Module, path: str | Path, name: str = "the backbone", ema: bool = False
 ) -> None:
-    """Fill a timm ViT from a weight file, strictly.
-
-    Heads are dropped. Positions of another grid are resampled, with a note.
+    """Fill a timm ViT from a weight file, strictly; heads are dropped.
 
     Args:
         name: of the model, for messages.
         ema: take the moving average that timm's training script keeps beside the weights.
     Raises:
-        FileNotFoundError, ValueError: the file is missing or damaged, or does not fit the model;
-            the message names the format that was recognised and what is missing.
+        FileNotFoundError, ValueError: the file is missing or damaged, or does not fit the model.
     """
     loaded = load_tensors(path, "correct backbone_path", "pass a .pth or .safetensors file")
     tensors = flatten(loaded)
-    form = recognise(tensors)
-    state = translate(of_one_network(tensors, path, ema), model, path)
+    state = translate(one_network(tensors, path, ema), model, path)
     wanted = model.state_dict()
 
     # timm's filter would resample kernels of another patch, and say nothing
-    key = "patch_embed.proj.weight"
-    fits = key in state and key in wanted and state[key].shape[2:] == wanted[key].shape[2:]
-    if fits and "pos_embed" in state and "pos_embed" in wanted:
+    kernel = "patch_embed.proj.weight"
+    same_patch = kernel in state.keys() & wanted.keys()
+    if same_patch:
+        same_patch = state[kernel].shape[2:] == wanted[kernel].shape[2:]
+    if same_patch and "pos_embed" in state and "pos_embed" in wanted:
         state["pos_embed"] = fit_positions(state, model, path)
-    if fits or key not in state:
+    if same_patch or kernel not in state:
         module: Any = sys.modules[type(model).__module__]
         with suppress(Exception):  # of a file that does not fit: the comparison below tells it
             state = module.checkpoint_filter_fn(dict(state), model)
@@ -187,8 +176,8 @@ def load_backbone_file(
 
     wrong = misfit(state, wanted)
     if wrong:
-        remedy = "pass the model_type it belongs to"
-        raise ValueError(f"{path}, read as {form}, does not fit {name}, {wrong}: {remedy}")
+        what = f"{path}, read as {recognise(tensors)}, does not fit {name}, {wrong}"
+        raise ValueError(f"{what}: pass the model_type it belongs to")
     model.load_state_dict(state)
 
 
@@ -205,26 +194,20 @@ def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def recognise(names: Iterable[str]) -> str:
+def recognise(tensors: dict[str, Tensor]) -> str:
     """The format of a checkpoint, in words."""
     for pattern, form in FORMATS:
-        if any(re.search(pattern, name) for name in names):
+        if any(re.search(pattern, name) for name in tensors):
             return form
     return "an unknown format"
 
 
-def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
-    """The tensors of the one backbone in a checkpoint, without its prefix and without heads.
-
-    Of several networks the teacher is taken, not its student; of MoCo's two the base encoder; a
-    moving average only with `ema`.
-    """
+def one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
+    """The tensors of one backbone in a checkpoint, without prefix and heads; not of a student."""
     prefixes = set()
     for name in tensors:
-        for ending in EMBEDDINGS:
-            if name.endswith(ending):
-                prefixes.add(name.removesuffix(ending))
-
+        if re.search(EMBEDDING, name):
+            prefixes.add(re.sub(EMBEDDING, "", name))
     averages = {prefix for prefix in prefixes if re.search(r"(^|[._])ema[._]", prefix)}
     if ema and not averages:
         raise ValueError(f"{path} holds no moving average (EMA): leave ema out")
@@ -232,8 +215,8 @@ def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> d
     if ema or not choices:
         choices = averages
     prefix = ""
-    if choices:
-        prefix = min(sorted(choices), key=lambda name: ("student" in name, "momentum" in name))
+    if choices:  # rather the teacher than its student, rather MoCo's base encoder than the other
+        prefix = min(choices, key=lambda name: ("student" in name, "momentum" in name, name))
 
     state = {}
     for name, value in tensors.items():
@@ -244,7 +227,7 @@ def of_one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> d
 
 
 def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """A state under transformers' or Meta's names, so that timm's own filter can read it."""
+    """A state under names that timm's own filter can read."""
     if any(name.startswith("embeddings.") for name in state):
         state = from_transformers(state)
 
@@ -262,8 +245,7 @@ def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> d
     # the biases of most DINOv3 are 0, and timm has models without them; its filter drops any others
     with_biases = any(name.endswith("q_bias") for name in wanted)
     if "storage_tokens" in state and not with_biases:
-        biases = [name for name in state if name.endswith("attn.qkv.bias")]
-        for name in biases:
+        for name in [name for name in state if name.endswith("attn.qkv.bias")]:
             query, _, value = translated.pop(name).chunk(3)
             if query.any() or value.any():
                 what = f"{path} has biases of queries and values"
@@ -273,10 +255,9 @@ def translate(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> d
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state under the names of Hugging Face's transformers -> under Meta's."""
-    rules = TRANSFORMERS
+    rules = list(TRANSFORMERS)
     if any(".gate_proj." in name for name in state):
-        rules = GATED + TRANSFORMERS
-
+        rules = [*GATED, *TRANSFORMERS]
     renamed = {}
     for name, value in state.items():
         for pattern, replacement in rules:
@@ -300,58 +281,56 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def fit_positions(state: dict[str, Tensor], model: Any, path: str | Path) -> Tensor:
     """The positions of a state [1, n, D], resampled to the model's grid where theirs differs."""
     table = state["pos_embed"]
-    before = model.num_prefix_tokens
+    prefix_rows = model.num_prefix_tokens
     if getattr(model, "no_embed_class", False):
-        before = 0
+        prefix_rows = 0
     if "register_tokens" in state:
-        before = 1  # Meta's table has a row for CLS, which timm adds to the token itself
-    there = native_grid(table[0, before:])
-    wanted = tuple(model.patch_embed.grid_size)
-    if there in (None, wanted) or table.shape[2] != model.pos_embed.shape[2]:
+        prefix_rows = 1  # Meta's table has a row for CLS, which timm adds to the token itself
+    theirs = native_grid(table[0, prefix_rows:])
+    ours = tuple(model.patch_embed.grid_size)
+    if theirs is None or theirs == ours:
         return table
-    sizes = f"{there[0]}x{there[1]} positions of {path} are resampled to {wanted[0]}x{wanted[1]}"
+    sizes = f"{theirs[0]}x{theirs[1]} positions of {path} are resampled to {ours[0]}x{ours[1]}"
     note(f"the {sizes}, the model's own grid")
-    return resample_abs_pos_embed(table, list(wanted), list(there), num_prefix_tokens=before)
+    return resample_abs_pos_embed(table, list(ours), list(theirs), num_prefix_tokens=prefix_rows)
 
 
-def native_grid(table: Tensor) -> Any:
-    """The grid (h, w) of learned positions [h*w, D], at most four times as long as wide, or None.
-
-    If it is not a square, its width is the one at which cells above each other are most alike.
-    """
+def native_grid(table: Tensor) -> tuple[int, int] | None:
+    """The grid (h, w) of learned positions [h*w, D]; None for a number that gives none."""
     cells = len(table)
     side = math.isqrt(cells)
     if side * side == cells:
         return side, side
 
-    best = None
-    most = -1.0
+    # at most four times as long as wide, and cells above each other are most alike
+    likeness = {}
     for width in range(1, cells):
         if cells % width == 0 and cells <= 4 * width**2 <= 16 * cells:
-            likeness = F.cosine_similarity(table[width:], table[:-width], dim=1).mean().item()
-            if likeness > most:
-                best = (cells // width, width)
-                most = likeness
-    return best
+            alike = F.cosine_similarity(table[width:], table[:-width], dim=1)
+            likeness[width] = alike.mean().item()
+    if not likeness:
+        return None
+    width = max(likeness, key=lambda width: likeness[width])
+    return cells // width, width
 
 
 def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     """What keeps a state from being loaded into a model, in words; "" for nothing."""
     shapes = []
-    for key, value in wanted.items():
-        if key in state and state[key].shape != value.shape:
-            given = tuple(state[key].shape)
-            shapes.append(f"{key} {given} where {tuple(value.shape)} is wanted")
+    for key in wanted.keys() & state.keys():
+        given, right = tuple(state[key].shape), tuple(wanted[key].shape)
+        if given != right:
+            shapes.append(f"{key} {given} where {right} is wanted")
     found = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "surplus": sorted(state.keys() - wanted.keys()),
+        "missing": wanted.keys() - state.keys(),
+        "surplus": state.keys() - wanted.keys(),
         "of another shape": shapes,
-        "not finite": [key for key in sorted(state) if not state[key].isfinite().all()],
+        "not finite": [key for key, value in state.items() if not value.isfinite().all()],
     }
     wrong = []
     for what, keys in found.items():
         if keys:
-            examples = ", ".join(keys[:3])
+            examples = ", ".join(sorted(keys)[:3])
             if len(keys) > 3:
                 examples += ", ..."
             wrong.append(f"{len(keys)} {what} ({examples})")
@@ -362,10 +341,7 @@ def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
 
 
 def hub_answers() -> bool:
-    """Whether timm's model hub can be reached.
-
-    The hub's own client tries for most of a minute before it says so.
-    """
+    """Whether timm's hub can be reached; its own client tries for most of a minute to find out."""
     hub = urlsplit(huggingface_hub.constants.ENDPOINT)
     if hub.scheme in getproxies() or "all" in getproxies():
         return True  # the client goes through the proxy: a direct connection tells nothing
@@ -375,35 +351,6 @@ def hub_answers() -> bool:
         return True
     except OSError:
         return False
-
-
-def download_backbone(tag: str) -> nn.Module:
-    """timm's ViT with its weights, from the hub's cache or by download; timm shows the progress.
-
-    Raises:
-        ValueError: neither is possible; names the file to fetch.
-    """
-    cfg: Any = timm.get_pretrained_cfg(tag)
-    if not cfg.has_weights:
-        raise ValueError(f"timm has no weights of {tag}: pass a file of yours as backbone_path")
-    constants = huggingface_hub.constants
-    offline = constants.HF_HUB_OFFLINE  # the user's own setting, put back for a later try
-    reason = ""
-    if not offline and not hub_answers():
-        reason = "there is no connection to the hub"
-    try:
-        constants.HF_HUB_OFFLINE = offline or bool(reason)  # then it looks into its cache only
-        return timm.create_model(tag, pretrained=True, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # of a model that is not built this way: for build_backbone to explain
-        raise
-    except Exception as error:  # the hub's client, the network and the disk each raise their own
-        raise ValueError(
-            f"cannot download {tag} ({reason or first_line(error)}): fetch model.safetensors from "
-            f"https://huggingface.co/timm/{tag} where there is a network, and pass the file as "
-            "backbone_path (--backbone_path FILE)"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
 
 
 def build_backbone(
@@ -423,14 +370,30 @@ def build_backbone(
     path = backbone_path
     if path is None and row.file:
         path = Path(__file__).parent / row.file
+
+    constants = huggingface_hub.constants
+    offline = constants.HF_HUB_OFFLINE  # the user's own setting, put back for a later try
     try:
-        if path is None:
-            return download_backbone(row.tag)
-        model = timm.create_model(row.tag, pretrained=False, num_classes=0, dynamic_img_size=True)
+        if path is None and not offline:
+            constants.HF_HUB_OFFLINE = not hub_answers()  # then it looks into its cache only
+        model = timm.create_model(
+            row.tag, pretrained=path is None, num_classes=0, dynamic_img_size=True
+        )
     except TypeError as error:
         what = f"{name} is not a plain ViT that takes images of any size"
         raise ValueError(f"{what}: pass a ViT of timm") from error
-    load_backbone_file(model, path, name, ema)
+    except Exception as error:  # the hub's client, the network and the disk each raise their own
+        reason = first_line(error)
+        if constants.HF_HUB_OFFLINE and not offline:
+            reason = "there is no connection to the hub"
+        raise ValueError(
+            f"cannot download {row.tag} ({reason}): pass a weight file as backbone_path, such as "
+            f"model.safetensors of https://huggingface.co/timm/{row.tag}"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    if path is not None:
+        load_backbone_file(model, path, name, ema)
     return model
 
 
@@ -446,8 +409,8 @@ def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extract
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        remedy = f"pass {flag} module:function"
-        raise ValueError(f"no function {name} ({error}): {remedy}") from error
+        what = f"there is no function {name} ({error})"
+        raise ValueError(f"{what}: pass {flag} module:function") from error
     if inspect.signature(build).parameters:
         return build(args)
     return build()
@@ -474,24 +437,18 @@ def pick_device(device: str | torch.device | None, dtype: str = "float32") -> to
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         chosen = torch.device(str(device))
-    except RuntimeError as error:
-        known = "pass auto, cpu, cuda, cuda:N or mps"
-        raise ValueError(f"unknown device {device}: {known}") from error
-    try:
         # some devices hold a dtype but cannot multiply in it, so try a product
         one = torch.ones(1, 1, device=chosen, dtype=DTYPES[dtype])
         (one @ one).item()
         return chosen
     except (RuntimeError, AssertionError, TypeError) as error:
         what = f"device {device} cannot compute in {dtype} here ({first_line(error)})"
-        raise ValueError(f"{what}: pass --device cpu --dtype float32") from error
+        known = "auto, cpu, cuda, cuda:N, mps"
+        raise ValueError(f"{what}: take another device ({known}) or float32") from error
 
 
 def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> torch.device:
-    """The device that is asked for, or `auto` with a note if it is cuda and there is no GPU.
-
-    Code of earlier releases asks for cuda on every machine.
-    """
+    """pick_device, but without a GPU cuda becomes auto, with a note: old code always asks for it."""
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         chosen = pick_device("auto", dtype)
         note(f"there is no GPU here for device={str(device)!r}, running on {chosen}")
@@ -500,9 +457,6 @@ def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> t
 
 
 def use_full_float32() -> None:
-    """Let float32 mean float32 on CUDA.
-
-    Without this, torch runs convolutions in TF32, whose mantissa has 10 bits instead of 23.
-    """
+    """On CUDA, multiply float32 in full: torch's TF32 has a mantissa of 10 bits, not 23."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
