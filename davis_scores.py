@@ -6,8 +6,8 @@
     write_csv(Path("scores"), results)
 
 The objects of a video are the labels 1..max of its first annotation. Its first and last frames are
-not scored, and 255 is background. There are two differences. Decay does not wrap in videos of more
-than 256 frames. And 255 in a result is background too, with a note, instead of an error.
+not scored, and 255 is background. Two things differ from davis2017-evaluation: decay does not wrap
+in videos of more than 256 frames, and 255 in a result is background with a note, not an error.
 
 Notation: H W pixels of a mask.
 """
@@ -17,7 +17,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,10 +37,7 @@ WITHOUT = "J&F-Mean without absent labels"
 
 
 def voc_palette() -> list[int]:
-    """The palette of Pascal VOC as a flat list.
-
-    The bits of a label are dealt to red, green and blue, in turn, from the highest bit down.
-    """
+    """The palette of Pascal VOC as a flat list: a label's bits are dealt to red, green and blue."""
     palette = []
     for label in range(256):
         for channel in range(3):
@@ -65,22 +62,14 @@ def labels_of_colours() -> dict[tuple[int, ...], int]:
     grey = [label for label in range(256) for _ in range(3)]
     labels: dict[tuple[int, ...], int] = {}
     for palette in (davis_palette(), voc_palette(), grey):
-        for label in range(256):
-            colour = tuple(palette[3 * label : 3 * label + 3])
-            labels.setdefault(colour, label)
+        for label, colour in enumerate(np.reshape(palette, (256, 3)).tolist()):
+            labels.setdefault(tuple(colour), label)
     return labels
 
 
-def labels_of_shades() -> dict[int, int]:
-    """{grey value: label} of DAVIS's first colours: no video of it has more than ten objects."""
-    strip = Image.fromarray(np.arange(1, 11, dtype=np.uint8)[None])
-    strip.putpalette(davis_palette())
-    shades = np.array(strip.convert("RGB").convert("L"))[0]
-    return {shade: label for label, shade in enumerate(shades.tolist(), 1)}
-
-
 LABELS_OF_COLOURS = labels_of_colours()
-LABELS_OF_SHADES = labels_of_shades()
+# the greys that Pillow makes of DAVIS's colours of the labels 1 to 10: no video of it has more
+SHADES = (38, 75, 113, 15, 53, 90, 128, 19, 57, 94)
 
 
 def read_mask(path: Path) -> tuple[np.ndarray, list[int] | None]:
@@ -89,7 +78,7 @@ def read_mask(path: Path) -> tuple[np.ndarray, list[int] | None]:
     Returns:
         Its values [H, W] uint8, and its palette as a flat list, or None.
     Raises:
-        FileNotFoundError, ValueError: in one line that names the file.
+        FileNotFoundError, ValueError: it is missing, unreadable, or not a map of labels.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no mask {path}: restore it, or correct the path")
@@ -111,19 +100,15 @@ def read_mask(path: Path) -> tuple[np.ndarray, list[int] | None]:
     if values.max() > 255 and not (values % 257).any():  # 8 bits, stretched to 16
         values = values // 257
     if values.min() < 0 or values.max() > 255:
-        what = f"{path} holds values from {values.min()} to {values.max()}, and no labels"
+        what = f"{path} holds values from {values.min()} to {values.max()}, which are not labels"
         raise ValueError(f"{what}: write labels 0, 1, 2, ... up to 254")
     return values.astype(np.uint8), None
 
 
 def read_colours(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """The labels [H, W] uint8 of colours [H, W, 4]; what is wholly transparent is background.
-
-    Raises:
-        ValueError: a colour is in neither palette.
-    """
+    """The labels [H, W] uint8 of colours [H, W, 4]; ValueError for a colour in neither palette."""
     red, green, blue, alpha = np.moveaxis(pixels.astype(np.int32), -1, 0)
-    codes = np.where(alpha > 0, (red << 16) | (green << 8) | blue, 0)
+    codes = np.where(alpha > 0, (red << 16) | (green << 8) | blue, 0)  # transparent: background
     found, places = np.unique(codes, return_inverse=True)
 
     labels = []
@@ -137,10 +122,10 @@ def read_colours(path: Path, pixels: np.ndarray) -> np.ndarray:
 
 
 class MaskReader:
-    """Reads the masks of one video in one folder as labels [H, W] uint8.
+    """Reads the masks of one video in one folder as labels [H, W] uint8; 255 is background.
 
-    255 is background. The first mask that is read decides what grey values mean: those of the
-    palette's colours (38 for its red, ...) are the labels of these colours.
+    The first mask that is read decides what grey values mean: those of the palette's colours (38
+    for its red, ...) are the labels of these colours.
 
     Attributes:
         has_void: 255 was in one of them.
@@ -157,46 +142,33 @@ class MaskReader:
         self.table: np.ndarray | None = None  # the label of each value, [256] uint8
 
     def __call__(self, path: Path) -> np.ndarray:
-        """Raises FileNotFoundError and ValueError as `read_mask`."""
+        """The labels of a mask. Raises as `read_mask`."""
         values, palette = read_mask(path)
-        if self.table is None:
-            there = set(np.unique(values).tolist()) - {0, VOID}
-            shade_of_1 = next(iter(LABELS_OF_SHADES))
-            are_shades = shade_of_1 in there and there <= LABELS_OF_SHADES.keys()
-            self.has_shades = are_shades and palette is None and not self.binary
-            self.table = self._label_table()
         if VOID in values:
             self.has_void = True
+        if self.table is None:
+            there = set(np.unique(values).tolist()) - {0, VOID}
+            are_shades = SHADES[0] in there and there.issubset(SHADES)
+            self.has_shades = are_shades and palette is None and not self.binary
+
+            self.table = np.arange(256, dtype=np.uint8)
+            if self.has_shades:
+                self.table[list(SHADES)] = range(1, 11)
+            self.table[VOID] = 0
+            if self.binary:
+                self.table[1:] = 1
         return cv2.LUT(values, self.table)
 
-    def _label_table(self) -> np.ndarray:
-        table = np.arange(256, dtype=np.uint8)
-        if self.binary:
-            return table.clip(0, 1)
-        table[VOID] = 0
-        if self.has_shades:
-            for shade, label in LABELS_OF_SHADES.items():
-                table[shade] = label
-        return table
-
     def objects(self, path: Path) -> np.ndarray:
-        """The labels of the first annotation of a video.
-
-        Raises:
-            FileNotFoundError, ValueError: it cannot be read, or has no object to be followed.
-        """
+        """The labels of a video's first annotation; ValueError if none is an object to follow."""
         labels = self(path)
         if labels.any():
             return labels
+        what = f"{path} marks no object: restore it, or leave its video out"
         if self.has_void:
             what = f"{path} holds nothing but 0 and 255, which is void in DAVIS 2017"
-            raise ValueError(f"{what}: pass --binary if 255 is the object, as in DAVIS 2016")
-        raise ValueError(f"{path} marks no object: restore it, or leave its video out")
-
-
-def absent_labels(labels: np.ndarray) -> list[int]:
-    """The labels below the largest of a mask that do not occur in it."""
-    return np.setdiff1d(np.arange(1, labels.max() + 1), labels).tolist()
+            what += ": pass --binary if 255 is the object, as in DAVIS 2016"
+        raise ValueError(what)
 
 
 def as_ranges(numbers: list[int]) -> str:
@@ -217,10 +189,9 @@ def as_ranges(numbers: list[int]) -> str:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """The boundary of a mask, both [H, W] bool.
+    """The pixels of a mask that differ from their right, lower or lower-right neighbour.
 
-    Those are the pixels that differ from their right, lower or lower-right neighbour. A map of
-    labels, uint8, may be passed as well: the boundary is then what is not 0 in the result.
+    Mask and boundary are [H, W] bool. Of a map of labels, uint8, the boundary is what is not 0.
     """
     padded = np.pad(mask, (0, 1), mode="edge")
     right = mask ^ padded[:-1, 1:]
@@ -230,20 +201,14 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def disk(shape: tuple[int, int]) -> np.ndarray:
-    """How far two boundaries may be apart in masks of `shape` (H, W): a disk, uint8.
-
-    Its radius is 0.8 % of the diagonal, rounded up.
-    """
+    """How far boundaries may be apart in masks (H, W): a disk of 0.8 % of the diagonal, uint8."""
     radius = math.ceil(0.008 * math.hypot(*shape))
     y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
     return (x * x + y * y <= radius * radius).astype(np.uint8)
 
 
 def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Region similarity J of two masks [H, W] bool (Perazzi et al. 2016).
-
-    That is intersection over union, and 1 if both are empty.
-    """
+    """Region similarity J: intersection over union of masks [H, W] bool, 1 if both are empty."""
     union = np.count_nonzero(mask | truth)
     if union == 0:
         return 1.0
@@ -251,10 +216,7 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
-    """Contour accuracy F of two masks [H, W] bool (Perazzi et al. 2016).
-
-    That is the F-measure of their boundaries, matched within the disk `near`.
-    """
+    """Contour accuracy F: the F-measure of masks' boundaries, matched within the disk `near`."""
     edge = boundary(mask)
     true_edge = boundary(truth)
     count = np.count_nonzero(edge)
@@ -297,16 +259,13 @@ def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple
 # ---- the scores of a video ----------------------------------------------------------------------
 
 
-class VideoScores(NamedTuple):
-    """J and F of every object of a video."""
-
-    values: np.ndarray  # [objects, 2, scored frames]
-    absent: list[int]   # objects that the first annotation does not show
-
-
-def score_video(annotations: list[Path], folder: Path, binary: bool = False) -> VideoScores:
+def score_video(
+    annotations: list[Path], folder: Path, binary: bool = False
+) -> tuple[np.ndarray, list[int]]:
     """Score the masks in a folder, which have the names of the annotations.
 
+    Returns:
+        J and F [objects, 2, scored frames], and the objects that the first annotation lacks.
     Raises:
         ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
             objects.
@@ -315,6 +274,7 @@ def score_video(annotations: list[Path], folder: Path, binary: bool = False) -> 
     read_result = MaskReader(binary)
     first = read_truth.objects(annotations[0])
     count = int(first.max())
+    absent = np.setdiff1d(np.arange(1, count + 1), first).tolist()
 
     scores = []
     for annotation in annotations[1:-1]:
@@ -332,28 +292,28 @@ def score_video(annotations: list[Path], folder: Path, binary: bool = False) -> 
             what = f"the masks in {where} are grey, in the shades of DAVIS's palette"
             note(f"{what}: they were read as the labels of its colours")
     by_frame = np.reshape(scores, (-1, count, 2))  # [frames, objects, 2], also for no frame
-    return VideoScores(by_frame.transpose(1, 2, 0), absent_labels(first))
+    return by_frame.transpose(1, 2, 0), absent
 
 
 def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) -> None:
     """Raise ValueError unless a result has its annotation's size and no label above `count`."""
+    what = ""
     if labels.shape != truth.shape:
         height, width = labels.shape
-        true_height, true_width = truth.shape
-        what = (
-            f"{path} has {width}x{height} pixels, its annotation {true_width}x{true_height} pixels"
-        )
-        raise ValueError(f"{what}: resize it (nearest) to the annotation")
-    if labels.max() > count:
-        what = f"{path} has label {labels.max()}, and the first annotation none above {count}"
-        raise ValueError(f"{what}: use its labels, or pass --binary for one object that is not 0")
+        what = f"{width}x{height} pixels, its annotation {truth.shape[1]}x{truth.shape[0]} pixels"
+        what += ": resize it (nearest) to the annotation"
+    elif labels.max() > count:
+        what = f"label {labels.max()}, and the first annotation none above {count}"
+        what += ": use its labels, or pass --binary for one object that is not 0"
+    if what:
+        raise ValueError(f"{path} has {what}")
 
 
 def summary(values: np.ndarray) -> tuple[float, float, float]:
     """Mean, recall and decay of one object's J or F, given for its frames: [frames].
 
     Recall is the share above 0.5. Decay is the mean of the first quarter of the frames minus that
-    of the last. All three are NaN if there is no frame.
+    of the last. All three are NaN without a frame.
     """
     if len(values) == 0:
         return math.nan, math.nan, math.nan
@@ -377,7 +337,7 @@ def evaluate(
         annotations: of every video, in the order of its frames.
     Returns:
         METRICS, which are means over all objects of all videos, and `per_object`, {name: [J, F]}.
-        Objects without a scored frame, those of videos of one or two, are None and left out.
+        Objects without a scored frame, those of videos of one or two, are NaN and left out.
         `absent`, {video: labels}, names objects that the first annotation does not show. They
         count, as in davis2017-evaluation; WITHOUT is the mean of the others.
     Raises:
@@ -393,59 +353,51 @@ def evaluate(
 
     per_object = {}
     absent = {}
-    scored = []   # for each object with a scored frame: mean, recall and decay of J, then of F
-    present = []  # for each of them: does the first annotation show it?
-    for video, found in zip(annotations, scores):
-        if found.absent:
-            absent[video] = found.absent
-        for number, (region, edge) in enumerate(found.values, 1):
-            j = summary(region)
-            f = summary(edge)
-            per_object[f"{video}_{number}"] = [number_or_none(j[0]), number_or_none(f[0])]
-            if len(region):
-                scored.append(j + f)
-                present.append(number not in found.absent)
+    every = []  # for each object: mean, recall and decay of J, then of F
+    shown = []  # those of objects that the first annotation shows
+    for video, (by_object, lacking) in zip(annotations, scores):
+        if lacking:
+            absent[video] = lacking
+        for number, (region, edge) in enumerate(by_object, 1):
+            row = summary(region) + summary(edge)
+            per_object[f"{video}_{number}"] = [row[0], row[3]]
+            every.append(row)
+            if number not in lacking:
+                shown.append(row)
 
-    means = np.full(6, math.nan)
-    without = math.nan
-    if scored:
-        means = np.mean(scored, axis=0)
-        without = np.mean(np.array(scored)[present][:, [0, 3]])
-    j_and_f = (means[0] + means[3]) / 2
-    results: dict[str, Any] = {METRICS[0]: number_or_none(j_and_f)}
-    for metric, mean in zip(METRICS[1:], means):
-        results[metric] = number_or_none(mean)
-    results["per_object"] = per_object
-    results["absent"] = absent
-    results[WITHOUT] = number_or_none(without)
+    means = mean_of_scored(every)
+    without = j_and_f(mean_of_scored(shown))
     if absent:
         labels = "; ".join(f"{video}: {as_ranges(numbers)}" for video, numbers in absent.items())
         what = "labels that the first mask does not show count, as in davis2017-evaluation"
-        mean = three(results[WITHOUT]) or "-"
+        mean = three(without) or "-"
         note(f"{what} ({labels}); without them J&F-Mean is {mean} (--binary: all are one object)")
-    return results
+    results = dict(zip(METRICS, [j_and_f(means), *means]))
+    return {**results, "per_object": per_object, "absent": absent, WITHOUT: without}
 
 
-def number_or_none(value: float) -> float | None:
-    """A float for JSON, where NaN does not exist."""
+def mean_of_scored(rows: list[Any]) -> list[float]:
+    """The column means of rows of six numbers, but of those that are NaN; NaN if all are."""
+    scored = [row for row in rows if not math.isnan(row[0])]
+    if not scored:
+        return 6 * [math.nan]
+    return np.mean(scored, axis=0).tolist()
+
+
+def j_and_f(means: list[float]) -> float:
+    """The mean of the means of J and F, in a row of six numbers."""
+    return (means[0] + means[3]) / 2
+
+
+def three(value: float) -> str:
+    """Three decimals, as in the CSV files of davis2017-evaluation; nothing for NaN."""
     if math.isnan(value):
-        return None
-    return float(value)
-
-
-def three(value: float | None) -> str:
-    """Three decimals, as in the CSV files of davis2017-evaluation; nothing for None."""
-    if value is None:
         return ""
     return f"{value:.3f}"
 
 
 def write_csv(folder: Path, results: dict[str, Any]) -> None:
-    """Write the two CSV files of davis2017-evaluation: the global results, and those per object.
-
-    Raises:
-        OSError: the folder takes no files.
-    """
+    """Write the two CSV files of davis2017-evaluation: the global results, and those per object."""
     overall = [list(METRICS), [three(results[metric]) for metric in METRICS]]
     each = [["Sequence", "J-Mean", "F-Mean"]]
     for name, (region, edge) in results["per_object"].items():
