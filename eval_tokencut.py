@@ -7,25 +7,24 @@
     python eval_tokencut.py --image_path photos/ --output_dir out/photos
 
 The last command needs no annotation: it draws the object that it finds in each photo. --upsample
-MODULE:FUNCTION measures any upsampler.
+MODULE:FUNCTION measures any upsampler. --dinoseg cuts the attention of CLS instead: DINO-seg, the
+baseline of LOST.
 
 The cells of an image are a graph, joined where their descriptors have a cosine above tau. The
 second smallest eigenvector of its normalised cut splits it. The connected part around the
 eigenvector's largest entry is the object. An image counts as found if the box of that part has an
 IoU of 0.5 or more with any annotated box.
 
-CorLoc is the share of images found. As in the protocol, it counts an image as not found if nothing
-in it can be found: nothing is annotated, or only crowds, or only boxes without an area inside the
+CorLoc is the share of images found. As in the protocol, an image in which nothing can be found
+counts as not found: nothing is annotated, or only crowds, or only boxes without an area inside the
 image. A note names these images, and says what CorLoc is without them.
-
---dinoseg takes the attention of CLS instead: DINO-seg, the baseline of LOST.
 
 ROOT holds VOC2012/VOCdevkit or VOCdevkit. For COCO20k it holds coco_20k_filenames.txt and
 COCO/{annotations,images}. The paper takes tau 0.2 for VOC and 0.3 for COCO20k.
 
-Prints CorLoc, or without annotation a table of boxes. What is found in an image is a small file in
-OUTPUT_DIR/predictions, so that a run that was stopped goes on. At the end all of it is written to
-OUTPUT_DIR/predictions.jsonl. 60 photos at 224 with ViT-Ti and LiFT take 7 s on one CPU core.
+Prints CorLoc, or without annotation a table of boxes. OUTPUT_DIR/predictions has a small file for
+each image, from which a run that was stopped goes on; at the end, OUTPUT_DIR/predictions.jsonl has
+all of them. 60 photos at 224 with ViT-Ti and LiFT take 7 s on one CPU core.
 
 Sources: TokenCut, Wang et al., CVPR 2022 (arXiv 2202.11539); LOST, Simeoni et al., BMVC 2021
 (arXiv 2109.14279).
@@ -49,19 +48,17 @@ from command import (
     check_one_process,
     check_range,
     deciding,
-    is_out_of_memory,
     note,
-    out_of_memory,
     progress,
     report,
     settings,
     skipped,
     truth,
+    why_skipped,
 )
 from files import SETTINGS, Results, first_line, inside, replacing, write_text
 
 VOC_YEARS = {"VOC07": "2007", "VOC12": "2012"}
-PICTURES = ("attn", "mask", "pred")
 
 # flags of the LiFT release that never had an effect on its results, and their defaults
 NO_EFFECT = {
@@ -91,14 +88,17 @@ def parser() -> Command:
     add("--output_dir", default="outputs", help="for predictions, pictures (default: outputs)")
     add(
         "--save_predictions", type=truth, nargs="?", const=True, default=True, metavar="True|False",
-        help="write predictions into --output_dir, and go on from those there (default: True)",
+        help="write predictions, and go on from those that are there (default: True)",
     )  # fmt: skip
-    add("--no-save_predictions", dest="save_predictions", action="store_false", help="do not")
+    add(
+        "--no-save_predictions", dest="save_predictions", action="store_false",
+        help="the same as --save_predictions False",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="remove the predictions of an earlier run first")
     add("--visualize", choices=("attn", "pred", "all"), help="draw what was cut, the box, or all")
     add("--save-feat-dir", help="folder for the map [C, h, w] of each image, as .npy")
     for flag, default in NO_EFFECT.items():
-        # a value that is given comes as a list of one, which no default is
+        # nargs=1: what is given is a list of one, and so never equals the default
         add(flag, nargs=1, default=default, help=argparse.SUPPRESS)
     add_backbone_args(command)
     add_lift_args(command)
@@ -124,9 +124,9 @@ from features import Features, build_features
 from photos import corner_cells, note_left_out, read_image
 from voc_coco import Sample, bounding_box, box_iou, have_area, read_coco20k, read_photos, read_voc
 
-LONGEST_NAME = 240  # bytes of a photo's name; systems allow 255, and its pictures' names are longer
+LONGEST_NAME = 240  # bytes of a photo's name: systems allow 255, and pictures add a suffix
 SMALL_GRAPH = 256  # cells up to which LAPACK is as fast as Lanczos
-MOST = 2**14  # cells of the largest graph: its N^2 weights in float32 take 1 GiB
+MOST = 2**14  # cells of a graph, whose N^2 weights in float32 then take 1 GiB
 
 
 class Source(NamedTuple):
@@ -134,7 +134,7 @@ class Source(NamedTuple):
 
     photo: Image.Image
     images: torch.Tensor    # [1, 3, H, W] in 0..1, maybe padded right and below
-    inner: tuple[int, int]  # width and height of the photo in the images, without padding
+    inner: tuple[int, int]  # width and height of the images without padding
 
 
 class Part(NamedTuple):
@@ -142,7 +142,7 @@ class Part(NamedTuple):
 
     heat: np.ndarray  # what was cut, [h, w]: the eigenvector, or the attention of CLS
     mask: np.ndarray  # the object's cells, [h, w]
-    seed: int         # the number of the cell that it grew from
+    seed: int         # number of the cell that it grew from, row by row
 
 
 class Found(NamedTuple):
@@ -164,12 +164,17 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
 
     Args:
         feats: [C, h, w].
-        binary: a weight is 1 where the cosine exceeds tau, else eps. Without it, a weight is the
-            cosine itself where that reaches tau, else eps, and never less than eps.
+        binary: weigh joined cells by 1, else by their cosine; eps is the weight of all others.
     Returns:
         float64 up to SMALL_GRAPH cells, else float32.
+    Raises:
+        ValueError: there are more than MOST cells.
     Source: TokenCut, section 3.2.
     """
+    count = feats[0].numel()
+    if count > MOST:
+        what = f"the graph of {count} cells is too large ({MOST} take 1 GiB)"
+        raise ValueError(f"{what}: pass a smaller --imsize or --lift_iter, or leave out --native")
     cells = F.normalize(feats.float().flatten(1).T, dim=1)         # [N, C]
     cosine = (cells @ cells.T).cpu().numpy()                       # [N, N]
     dtype: Any = np.float32
@@ -184,9 +189,9 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
 def second_eigenvector(graph: np.ndarray) -> np.ndarray:
     """The second smallest eigenvector v [N] of (D - A) v = lambda D v.
 
-    Graphs of up to SMALL_GRAPH cells go to LAPACK. In them cells often tie for the largest entry,
-    so that rounding chooses the object. The rounding of LAPACK depends on neither threads nor
-    machine, as far as we saw. Larger graphs go to Lanczos in float32.
+    Graphs of up to SMALL_GRAPH cells go to LAPACK: in them, cells often tie for the largest entry,
+    so that rounding chooses the object, and LAPACK's is the same everywhere, as far as we saw.
+    Larger graphs go to Lanczos in float32.
 
     Args:
         graph: A, [N, N]; it may be overwritten. D is the diagonal of its row sums.
@@ -200,24 +205,23 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
 
     degree = graph.sum(1, dtype=np.float64)
     if len(graph) <= SMALL_GRAPH:
-        # the second and third of the eigenvectors, as TokenCut asks for them; the second is wanted,
-        # and two cells have no third
+        # as TokenCut, ask for the second and third, which two cells do not have; take the second
         last = min(2, len(graph) - 1)
         _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, last])
         return vectors[:, 0]
 
-    # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda, and the eigenvectors D^1/2 v: what is wanted
-    # becomes the second largest; in place, as a copy may take another GiB
+    # D^-1/2 A D^-1/2 has the eigenvalues 1 - lambda and the eigenvectors D^1/2 v, so the second
+    # largest is wanted; in place, as a copy may take another GiB
     scale = (1 / np.sqrt(degree)).astype(np.float32)               # [N]
     graph *= scale[:, None]
     graph *= scale
 
-    # the largest eigenvalue is 1, and its unit eigenvector is known: taking away twice their outer
-    # product moves it to -1, and the second largest becomes the largest
-    first = np.sqrt(degree / degree.sum()).astype(np.float32)      # [N]
+    # the largest eigenvalue is 1, and its unit eigenvector u is known: subtracting 2 u u^T moves it
+    # to -1, so that the second largest becomes the largest
+    u = np.sqrt(degree / degree.sum()).astype(np.float32)          # [N]
 
     def product(x: np.ndarray) -> np.ndarray:
-        return graph @ x - 2 * (first @ x) * first
+        return graph @ x - 2 * (u @ x) * u
 
     operator = LinearOperator(graph.shape, product, dtype=np.float32)
     start = np.random.RandomState(0).standard_normal(len(graph)).astype(np.float32)
@@ -264,13 +268,11 @@ def cls_attention(extractor: ViTExtractor, images: torch.Tensor) -> torch.Tensor
 def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
     """The object in attention maps [heads, h, w].
 
-    It is the largest connected part of the cells that hold `mass` of one head's attention.
+    It is the largest connected part of the strongest cells, which hold `mass` of the attention.
 
     Source: LOST, section 4.
     """
     heat = attention[head].cpu().numpy()
-
-    # from the weakest cell on, leave out those that together hold the rest
     order = heat.argsort(axis=None)                                # [N], the weakest first
     held = heat.flat[order].cumsum()                               # by a cell and all weaker ones
     mask = np.zeros(heat.shape, dtype=bool)
@@ -280,9 +282,7 @@ def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     largest = labels == sizes.argmax()
-
-    # the strongest cell of that part; attention is never negative
-    seed = np.where(largest, heat, -1).argmax()
+    seed = np.where(largest, heat, -1).argmax()  # its strongest cell; attention is never negative
     return Part(heat, largest, int(seed))
 
 
@@ -290,48 +290,37 @@ def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
 
 
 def read_source(
-    sample: Sample, size: int | None, patch: int, mean: tuple[float, ...], cell: float
+    sample: Sample, size: int | None, patch: int, mean: tuple[float, ...]
 ) -> Source:
-    """The Source of a Sample.
+    """The Source of a Sample; ValueError or FileNotFoundError if it cannot be read.
 
     Args:
         size: side in pixels of the square that the photo is resized to; None leaves its own size,
             which is padded to multiples of the patch, right and below.
         mean: the colour of the padding. The backbone's is 0 when it is normalised.
-        cell: side in pixels of a cell of the map.
-    Raises:
-        ValueError, FileNotFoundError: the photo cannot be read, or is too large.
     """
+    if len(os.fsencode(sample.path.name)) > LONGEST_NAME:
+        what = f"{sample.path} is a name of more than {LONGEST_NAME} bytes"
+        raise ValueError(f"{what}: make it shorter")
     photo = read_image(sample.path, upright=sample.upright)
     scaled = photo
     if size:
         scaled = photo.resize((size, size), Image.Resampling.BILINEAR)
-    width, height = scaled.size
-    check_cells(width, height, cell, sample.path)
 
     # -n % patch is what n lacks to the next multiple
-    padded = torch.tensor(mean)[:, None, None].repeat(
-        1, height + -height % patch, width + -width % patch
-    )
-    padded[:, :height, :width] = to_tensor(scaled)
-    return Source(photo, padded[None], (width, height))
-
-
-def check_cells(width: int, height: int, cell: float, what: str | Path) -> None:
-    """Raise ValueError for an input whose map has more than MOST cells; `what` is its name."""
-    if (width / cell) * (height / cell) > MOST:
-        raise ValueError(
-            f"{what} is {width}x{height} pixels, more than {MOST} cells, whose graph takes 1 GiB: "
-            "pass a smaller --imsize or --lift_iter, or leave out --native"
-        )
+    width, height = scaled.size
+    padded_size = (height + -height % patch, width + -width % patch)
+    images = torch.tensor(mean)[:, None, None].repeat(1, *padded_size)
+    images[:, :height, :width] = to_tensor(scaled)
+    return Source(photo, images[None], (width, height))
 
 
 def discover(sample: Sample, source: Source, maps: Callable, cut: Callable) -> Found:
     """Search one Sample.
 
-    The entry of what is found holds `box` in pixels of the input, `photo_box` in pixels of the
-    photo, and `seed`. Where there is annotation, it also holds `objects`, how many could be found,
-    `iou`, the largest with any of them, and `correct`, whether that is 0.5 or more.
+    The entry holds `box` in pixels of the input, `photo_box` in pixels of the photo, and `seed`.
+    Where there is annotation, it also holds `objects`, how many of them have an area, `iou`, the
+    largest with any of those, and `correct`, whether that is 0.5 or more.
 
     Args:
         maps: any callable from images [1, 3, H, W] in 0..1 to maps [1, C, h, w].
@@ -384,38 +373,26 @@ def search(
     left_out = {}
     hits = 0
     known = 0
+    caught = Exception if skip else ()
     bar = progress(samples, unit="image")
     for sample in bar:
         file = f"{sample.name}.json"
-        found = None
-        try:
-            if len(os.fsencode(sample.path.name)) > LONGEST_NAME:
-                what = f"{sample.path} is a name of more than {LONGEST_NAME} bytes"
-                raise ValueError(f"{what}: make it shorter")
-            if results and results.has(file):
-                entry = read_entry(results.path(file), annotated=sample.boxes is not None)
-            else:
-                found = discover(sample, read(sample), maps, cut)
-                entry = found.entry
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            reason = str(error)
-            if is_out_of_memory(error):
-                reason = out_of_memory(error)
-            elif isinstance(error, RuntimeError):  # a bug
-                raise
-            if not skip:
-                raise
-            left_out[sample.name] = reason.removeprefix(f"{sample.path} is ")
-            continue
-
-        if found is None:
+        if results and results.has(file):
+            entry = read_entry(results.path(file))
             known += 1
         else:
+            try:
+                found = discover(sample, read(sample), maps, cut)
+            except caught as error:
+                left_out[sample.name] = why_skipped(error).removeprefix(f"{sample.path} is ")
+                continue
+            entry = found.entry
             if save:
                 save(found)
             if results:  # last: an image that has an entry has its map and pictures, too
                 with results.writing(file) as path:
                     path.write_text(json.dumps(entry))
+
         predictions[sample.name] = entry
         if "correct" in entry:
             hits += entry["correct"]
@@ -425,28 +402,13 @@ def search(
     return predictions, left_out
 
 
-def read_entry(path: Path, annotated: bool) -> dict[str, Any]:
-    """The entry of an image that was searched before, which holds nothing but numbers."""
+def read_entry(path: Path) -> dict[str, Any]:
+    """The entry of an image that was searched before."""
     try:
-        entry = json.loads(path.read_text())
-        numbers = [*entry["box"], *entry["photo_box"], entry["seed"]]
-        if annotated:
-            numbers += [entry["objects"], entry["iou"], entry["correct"]]
-        if len(numbers) not in (9, 12) or not np.isfinite(np.array(numbers, dtype=float)).all():
-            raise ValueError("something is missing")
-        return entry
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        return json.loads(path.read_text())
+    except ValueError as error:  # a power cut may leave an empty file
         what = f"{path} is damaged ({first_line(error)})"
         raise ValueError(f"{what}: remove it, or pass --overwrite") from error
-
-
-def write_predictions(path: Path, results: Results, predictions: dict[str, dict]) -> None:
-    """Write all entries to one file: a line of the settings, then a line for each image."""
-    settings_of_results = json.loads(results.path(SETTINGS).read_text())
-    text = json.dumps({"settings": settings_of_results}) + "\n"
-    for name, entry in predictions.items():
-        text += json.dumps({"name": name, **entry}) + "\n"
-    write_text(path, text)
 
 
 def corloc(predictions: dict[str, dict]) -> dict[str, Any]:
@@ -469,73 +431,42 @@ def corloc(predictions: dict[str, dict]) -> dict[str, Any]:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def enlarge_cells(
-    values: np.ndarray, photo: Image.Image, extent: tuple[float, float]
-) -> Image.Image:
-    """Cells as a picture of a photo's size.
+def draw(found: Found) -> dict[str, Image.Image]:
+    """Three pictures of what was found.
 
-    Args:
-        values: uint8, [h, w] or [h, w, 3].
-        extent: columns and rows of cells that the photo covers; the rest is padding.
+    "attn" is the photo under what was cut, dark to bright; "mask" the photo, dark outside of the
+    object; "pred" the photo with the box found in red, and annotated ones in green.
     """
-    rows, columns = values.shape[:2]
-    # rounding may put the extent a little beyond the last cell, which Pillow refuses
-    covered = (0, 0, min(extent[0], columns), min(extent[1], rows))
-    return Image.fromarray(values).resize(photo.size, Image.Resampling.NEAREST, box=covered)
+    photo, part = found.photo, found.part
+    rows, columns = part.heat.shape
+    # the cells that the photo covers; rounding may put them beyond the last one
+    covered = (0, 0, min(found.extent[0], columns), min(found.extent[1], rows))
+    nearest = Image.Resampling.NEAREST
 
-
-def draw_heat(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Image.Image:
-    """The photo under what was cut, dark to bright."""
     # the four corner cells of many ViTs are far from all others, and 2 % of a 14x14 grid: without
     # the outermost 3 % they would leave one colour to the rest
     low, high = np.percentile(part.heat, (3, 97))
     # a flat map has low = high, and np.interp wants them to rise
     scaled = np.interp(part.heat, (low, high + 1e-12), (0, 255)).astype(np.uint8)
     bgr = cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS)          # [h, w, 3]
-    colours = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    return Image.blend(photo, enlarge_cells(colours, photo, extent), 0.65)
+    colours = Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+    heat = Image.blend(photo, colours.resize(photo.size, nearest, box=covered), 0.65)
 
-
-def draw_mask(photo: Image.Image, part: Part, extent: tuple[float, float]) -> Image.Image:
-    """The photo, dark outside of the object."""
     dark = photo.point(lambda value: value // 4)
-    mask = enlarge_cells(part.mask.astype(np.uint8) * 255, photo, extent)
-    return Image.composite(photo, dark, mask)
+    cells = Image.fromarray(part.mask.astype(np.uint8) * 255)
+    mask = Image.composite(photo, dark, cells.resize(photo.size, nearest, box=covered))
 
-
-def draw_box(photo: Image.Image, box: list[float], annotated: np.ndarray | None) -> Image.Image:
-    """The photo with the box found in red, annotated ones in green."""
-    picture = photo.copy()
-    pen = ImageDraw.Draw(picture)
-    boxes = []
-    if annotated is not None:
-        for corners in annotated:
-            boxes.append((corners, "lime"))
-    boxes.append((box, "red"))  # last: over the others
-
-    width = max(2, min(photo.size) // 100)
+    boxes = [(found.entry["photo_box"], "red")]
+    if found.sample.boxes is not None:
+        boxes = [(box, "lime") for box in found.sample.boxes] + boxes  # red is drawn over green
+    boxed = photo.copy()
+    pen = ImageDraw.Draw(boxed)
+    line = max(2, min(photo.size) // 100)
     for (x0, y0, x1, y1), colour in boxes:
-        # Pillow draws the corner it is given, and a box ends before x1 and y1
-        last_x = max(x0, x1 - 1)
-        last_y = max(y0, y1 - 1)
-        pen.rectangle((x0, y0, last_x, last_y), outline=colour, width=width)
-    return picture
-
-
-def save_pictures(folder: str | Path, what: str, found: Found) -> None:
-    """Write NAME_attn.png, NAME_mask.png and NAME_pred.png for "all", else the one named."""
-    kinds: tuple[str, ...] = (what,)
-    if what == "all":
-        kinds = PICTURES
-    for kind in kinds:
-        if kind == "attn":
-            picture = draw_heat(found.photo, found.part, found.extent)
-        elif kind == "mask":
-            picture = draw_mask(found.photo, found.part, found.extent)
-        else:
-            picture = draw_box(found.photo, found.entry["photo_box"], found.sample.boxes)
-        with replacing(inside(folder, f"{found.sample.name}_{kind}.png")) as temporary:
-            picture.save(temporary)
+        # Pillow draws the last corner too, and a box ends before x1 and y1
+        corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
+        pen.rectangle(corners, outline=colour, width=line)
+    return {"attn": heat, "mask": mask, "pred": boxed}
 
 
 def corners_stand_apart(feats: torch.Tensor) -> bool:
@@ -555,10 +486,8 @@ def corners_stand_apart(feats: torch.Tensor) -> bool:
 # ---- command line -------------------------------------------------------------------------------
 
 
-def resolve(args: argparse.Namespace) -> None:
-    """Drop the flags that do nothing, with a note, and draw everything where photos are given."""
-    if args.image_path is not None and args.visualize is None:
-        args.visualize = "all"
+def drop_flags_without_effect(args: argparse.Namespace) -> None:
+    """Take NO_EFFECT's flags out of the Namespace, with a note for those that are given."""
     given = []
     for flag, default in NO_EFFECT.items():
         name = flag.removeprefix("--")
@@ -571,71 +500,55 @@ def resolve(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that are out of range or contradict each other."""
-    check_range(args, imsize=1, dinoseg_head=0)
-    if not 0 <= args.tau < 1:
-        raise ValueError(f"--tau {args.tau} is out of range: pass a cosine, 0 <= tau < 1")
-    if not 0 < args.eps < 1:
-        raise ValueError(f"--eps {args.eps} is out of range: pass 0 < eps < 1")
+    check_range(args, imsize=1, dinoseg_head=0, tau=0, eps=1e-12)
     if args.dinoseg and (args.lift_path or args.upsample or args.my_extractor):
         others = "--lift_path, --upsample and --my_extractor"
         raise ValueError(f"--dinoseg cuts the attention of a ViT itself: leave out {others}")
-    if args.no_hard and (args.image_path is not None or args.dataset == "COCO20k"):
-        raise ValueError("only VOC marks hard objects: leave out --no_hard")
-    if args.image_path is None and not args.dataroot:
-        raise ValueError("nothing to search: pass --dataroot FOLDER, or --image_path PHOTOS")
     check_one_process()
 
 
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if args.image_path is not None:
-        return read_photos(args.image_path)
+    """The Samples that --image_path, or --dataset, --dataroot and --set, ask for."""
     annotated = not args.no_evaluation
-    if args.dataset in VOC_YEARS:
+    samples = []
+    if args.image_path is not None:
+        samples = read_photos(args.image_path)
+    elif args.dataroot and args.dataset == "COCO20k":
+        samples = read_coco20k(args.dataroot, annotated)
+    elif args.dataroot:
         year = VOC_YEARS[args.dataset]
         samples = read_voc(args.dataroot, year, args.set, args.no_hard, annotated)
-    else:
-        samples = read_coco20k(args.dataroot, annotated)
     if not samples:
-        what = f"{args.dataset} in {args.dataroot} has no images"
-        raise ValueError(f"{what}: correct --dataroot or --set, or leave out --no_hard")
+        what = "pass --image_path PHOTOS, or --dataroot FOLDER and a --set with images"
+        raise ValueError(f"there is nothing to search: {what}")
     return samples
 
 
 def choose_cut(args: argparse.Namespace, features: Features) -> tuple[Callable, Callable]:
-    """What is cut and how: `maps` and `cut` of `discover`. ValueError if --dinoseg cannot be."""
+    """`maps` and `cut` of `discover`; ValueError if --dinoseg is not possible."""
     if not args.dinoseg:
         binary = not args.no_binary_graph
         return features, partial(tokencut, tau=args.tau, eps=args.eps, binary=binary)
 
     backbone: Any = features.backbone
-    head = args.dinoseg_head
     if getattr(backbone.model, "cls_token", None) is None:
         what = f"--dinoseg needs a backbone with a CLS token, {backbone.name} has none"
         raise ValueError(f"{what}: pass another --model_type, or leave out --dinoseg")
-    if head >= backbone.heads:
+    if args.dinoseg_head >= backbone.heads:
         heads = f"0 to {backbone.heads - 1}"
-        raise ValueError(f"--dinoseg_head {head} is out of range: pass one of the heads {heads}")
-    return partial(cls_attention, backbone), partial(dinoseg, head=head)
+        raise ValueError(f"--dinoseg_head {args.dinoseg_head} does not exist: pass one of {heads}")
+    return partial(cls_attention, backbone), partial(dinoseg, head=args.dinoseg_head)
 
 
 def choose_input(args: argparse.Namespace, features: Features) -> Callable[[Sample], Source]:
     """`read_source` with the options that the flags ask for."""
     if args.imagenet_norm:
         features.backbone.mean, features.backbone.std = IMAGENET
-    cell = features.backbone.stride / features.factor
     size = None
     if not args.native:
         size = args.imsize
         features.check_size(size, size)
-        check_cells(size, size, cell, f"--imsize {size}")  # told once, not of each photo
-    return partial(
-        read_source, size=size, patch=features.patch, mean=features.backbone.mean, cell=cell
-    )
+    return partial(read_source, size=size, patch=features.patch, mean=features.backbone.mean)
 
 
 def table(scores: dict[str, Any], predictions: dict[str, dict]) -> str:
@@ -669,16 +582,6 @@ def note_without_object(scores: dict[str, Any]) -> None:
     note(text)
 
 
-def note_corners(apart: list[str]) -> None:
-    """Tell of the photos whose corners stand apart, and what may help."""
-    if apart:
-        note(
-            f"in {len(apart)} of these photos the features of the corner cells stand apart from "
-            "all others, and what is found may be a corner or all but the corners: "
-            "try a higher --tau or, without LiFT, another --facet"
-        )
-
-
 def open_results(args: argparse.Namespace, facts: dict[str, Any]) -> Results | None:
     """The folder of predictions, unless --no-save_predictions."""
     if not args.save_predictions:
@@ -691,36 +594,52 @@ def open_results(args: argparse.Namespace, facts: dict[str, Any]) -> Results | N
         paths=("dataroot", "image_path", "save_feat_dir"),
         **facts,
     )
-    folder = Path(args.output_dir, "predictions")
     own = ("*.*.json",)  # as cat.jpg.json
     remedy = "pass --overwrite, or another --output_dir"
-    return Results(folder, decisive, args.overwrite, own, remedy)
+    return Results(Path(args.output_dir, "predictions"), decisive, args.overwrite, own, remedy)
+
+
+def save_found(args: argparse.Namespace, apart: list[str], found: Found) -> None:
+    """Write the map and the pictures of an image; note in `apart` if its corners stand apart."""
+    name = found.sample.name
+    if args.save_feat_dir:
+        with replacing(inside(args.save_feat_dir, f"{name}.npy")) as path:
+            np.save(path, found.feats.cpu().numpy())
+    if not args.visualize:
+        return
+    for kind, picture in draw(found).items():
+        if args.visualize in (kind, "all"):
+            with replacing(inside(args.output_dir, f"{name}_{kind}.png")) as path:
+                picture.save(path)
+    if not args.dinoseg and corners_stand_apart(found.feats):
+        apart.append(name)
+
+
+def write_predictions(path: Path, results: Results, predictions: dict[str, dict]) -> None:
+    """Write all entries to one file: a line of the settings, then a line for each image."""
+    lines = [{"settings": json.loads(results.path(SETTINGS).read_text())}]
+    lines += [{"name": name, **entry} for name, entry in predictions.items()]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main(args: argparse.Namespace) -> None:
     """Search every image; write predictions and pictures; print CorLoc or the boxes."""
-    resolve(args)
+    drop_flags_without_effect(args)
     check(args)
     samples = read_samples(args)
+    own_photos = args.image_path is not None
+    if own_photos and args.visualize is None:
+        args.visualize = "all"
     features = build_features(args)
     maps, cut = choose_cut(args, features)
     read = choose_input(args, features)
     facts = features.facts()
     results = open_results(args, facts)
+
     apart: list[str] = []  # names of photos whose corners stand apart
-
-    def save(found: Found) -> None:
-        if args.save_feat_dir:
-            with replacing(inside(args.save_feat_dir, f"{found.sample.name}.npy")) as path:
-                np.save(path, found.feats.cpu().numpy())
-        if args.visualize:
-            save_pictures(args.output_dir, args.visualize, found)
-            if not args.dinoseg and corners_stand_apart(found.feats):
-                apart.append(found.sample.name)
-
-    own_photos = args.image_path is not None
-    may_skip = own_photos and len(samples) > 1
-    predictions, left_out = search(samples, read, maps, cut, results, save, may_skip)
+    save = partial(save_found, args, apart)
+    skip = own_photos and len(samples) > 1
+    predictions, left_out = search(samples, read, maps, cut, results, save, skip)
     for name, reason in left_out.items():
         skipped(name, reason)
     if not predictions:
@@ -731,7 +650,12 @@ def main(args: argparse.Namespace) -> None:
     scores = corloc(predictions)
     print(table(scores, predictions))
     note_without_object(scores)
-    note_corners(apart)
+    if apart:
+        note(
+            f"in {len(apart)} of these photos the features of the corner cells stand apart from "
+            "all others, and what is found may be a corner or all but the corners: "
+            "try a higher --tau or, without LiFT, another --facet"
+        )
     if own_photos:
         note_left_out(args.image_path)
         scores["skipped"] = left_out

@@ -1,16 +1,14 @@
-"""The images that eval_tokencut.py searches: of PASCAL VOC, of COCO20k, or anybody's photos.
+"""The images that eval_tokencut.py searches, and what is compared with their annotation.
 
     samples = read_voc("VOC", "2012", "trainval")
     samples = read_coco20k("COCO20k")
     samples = read_photos("photos/")
 
-And what is compared with their annotation: the box of a mask, and its IoU with others.
-
 Notation: a box is x0, y0, x1, y1 in pixels.
 """
 
 import json
-import os
+from contextlib import suppress
 from os.path import abspath
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from command import note
 from files import first_line, inside, write_text
 from photos import list_images, naming_root, ours
 
@@ -32,11 +29,8 @@ class Sample(NamedTuple):
     upright: bool = False            # turn it as its EXIF says; annotations count pixels as stored
 
 
-# ---- PASCAL VOC ---------------------------------------------------------------------------------
-
-
 def first_folder(*candidates: Path) -> Path:
-    """The first path that is a folder. Raises FileNotFoundError if none is."""
+    """The first of some paths that is a folder; FileNotFoundError if none is."""
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -45,7 +39,7 @@ def first_folder(*candidates: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of a data set, with an error that names it."""
+    """The text of a file of a data set; ValueError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -53,37 +47,27 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{what}: restore it, or correct --dataroot or --set") from error
 
 
+# ---- PASCAL VOC ---------------------------------------------------------------------------------
+
+
 def is_hard(thing: ElementTree.Element) -> bool:
-    """Whether a VOC object is marked difficult or truncated; a file may leave that out."""
-    for key in ("difficult", "truncated"):
-        mark = thing.findtext(key)
-        if mark not in (None, "", "Unspecified") and float(mark) > 0:
-            return True
-    return False
+    """Whether a VOC object is marked difficult or truncated; files may leave that open."""
+    marks = [thing.findtext("difficult"), thing.findtext("truncated")]
+    return any(float(mark) > 0 for mark in marks if mark not in (None, "", "Unspecified"))
 
 
 def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
-    """The boxes [n, 4] of a VOC annotation file.
-
-    Args:
-        no_hard: leave out difficult and truncated objects.
-    Raises:
-        ValueError: the file is malformed.
-    """
+    """The boxes [n, 4] of a VOC annotation file, maybe without hard ones; ValueError if damaged."""
     boxes = []
     try:
         for thing in ElementTree.fromstring(read_text(path)).findall("object"):
             if no_hard and is_hard(thing):
                 continue
             box: Any = thing.find("bndbox")
-            corners = []
-            for key in ("xmin", "ymin", "xmax", "ymax"):
-                corners.append(int(float(box.findtext(key))))
-            boxes.append(corners)
+            keys = ("xmin", "ymin", "xmax", "ymax")
+            boxes.append([int(float(box.findtext(key))) for key in keys])
     # a tag that is missing gives None, hence AttributeError and TypeError
-    except (
-        ElementTree.ParseError, ArithmeticError, AttributeError, TypeError, ValueError
-    ) as error:  # fmt: skip
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         what = f"{path} is not a VOC annotation ({first_line(error)})"
         raise ValueError(f"{what}: restore or correct it") from error
 
@@ -100,7 +84,7 @@ def read_voc(
         no_hard: drop difficult and truncated objects, and images that have no others.
         annotated: read the annotation; without it, as for VOC's own test set, boxes are None.
     Raises:
-        FileNotFoundError, ValueError: a file is missing or malformed, or a name leaves the folder.
+        FileNotFoundError, ValueError: a file is missing or damaged, or a name leaves the folder.
     """
     root = Path(root)
     home = first_folder(
@@ -115,9 +99,8 @@ def read_voc(
         boxes = None
         if annotated:
             boxes = voc_boxes(inside(home / "Annotations", f"{name}.xml"), no_hard)
-            if no_hard and len(boxes) == 0:
-                continue
-        samples.append(Sample(f"{name}.jpg", path, boxes))
+        if not no_hard or boxes is None or len(boxes):
+            samples.append(Sample(f"{name}.jpg", path, boxes))
     return samples
 
 
@@ -125,7 +108,7 @@ def read_voc(
 
 
 def read_coco(path: Path) -> dict[str, Any]:
-    """The content of a COCO annotation file. Raises ValueError if it is malformed."""
+    """The content of a COCO annotation file; ValueError if it is malformed."""
     try:
         content = json.loads(read_text(path))
         coco_boxes(content)
@@ -137,32 +120,24 @@ def read_coco(path: Path) -> dict[str, Any]:
 
 def coco_boxes(content: dict[str, Any]) -> dict[str, np.ndarray]:
     """{file name: boxes [n, 4] of its objects} of COCO's annotations, without crowds."""
-    corners: dict[Any, list] = {}  # {image id: its boxes}
-    for image in content["images"]:
-        corners[image["id"]] = []
+    corners: dict[Any, list] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
-        is_crowd = annotation["iscrowd"]
-        if not is_crowd and annotation["image_id"] in corners:
+        if not annotation["iscrowd"] and annotation["image_id"] in corners:
             x, y, width, height = map(float, annotation["bbox"])
             corners[annotation["image_id"]].append([x, y, x + width, y + height])
 
     boxes = {}
     for image in content["images"]:
         whole_pixels = np.round(np.array(corners[image["id"]], dtype=float))
-        boxes[os.fspath(image["file_name"])] = whole_pixels.reshape(-1, 4)
+        boxes[image["file_name"]] = whole_pixels.reshape(-1, 4)
     return boxes
 
 
 def select(instances: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The part of a COCO annotation file that is about the images `names`.
-
-    Raises:
-        ValueError: one of them is not in it.
-    """
+    """The part of a COCO annotation file about the images `names`; ValueError if one is missing."""
     wanted = set(names)
     images = [image for image in instances["images"] if image["file_name"] in wanted]
-    found = {image["file_name"] for image in images}
-    missing = wanted - found
+    missing = wanted - {image["file_name"] for image in images}
     if missing:
         what = f"there is no {min(missing)} in the COCO annotations ({len(missing)} missing)"
         raise ValueError(f"{what}: take those of train2014")
@@ -172,47 +147,34 @@ def select(instances: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {**instances, "images": images, "annotations": annotations}
 
 
-def coco20k_index(root: Path) -> dict[str, Any]:
-    """The annotations of COCO20k, as a dict of images and annotations.
+def coco20k_annotations(root: Path) -> dict[str, Any]:
+    """The annotations of COCO20k: those images of COCO's own file that are in its list of names.
 
-    They are a selection from COCO's own file. That is large, so the selection is kept beside the
-    list of names, and made again only where that list has changed.
+    COCO's file is large, so the selection is kept beside the list, until that changes.
     """
     listed = root / "coco_20k_filenames.txt"
     kept = root / "instances_train2014_sel20k.json"
-    if kept.is_file() and not listed.is_file():
-        return read_coco(kept)
-
-    names = [Path(line).name for line in read_text(listed).split()]
+    selection = None
     if kept.is_file():
         selection = read_coco(kept)
-        selected = {image["file_name"] for image in selection["images"]}
-        if selected == set(names):
+        if not listed.is_file():
             return selection
 
+    names = [Path(line).name for line in read_text(listed).split()]
+    if selection and {image["file_name"] for image in selection["images"]} == set(names):
+        return selection
     selection = select(read_coco(root / "COCO/annotations/instances_train2014.json"), names)
-    try:
+    with suppress(OSError):  # in a folder that others own it is not kept
         write_text(kept, json.dumps(selection))
-    except OSError as error:  # a folder that others own: slower the next time, but no failure
-        note(f"the selection of COCO20k will be made again the next time: {error}")
     return selection
 
 
 def read_coco20k(root: str | Path, annotated: bool = True) -> list[Sample]:
-    """The Samples of COCO20k (Vo et al., 2020), in the order of its annotations.
-
-    Args:
-        annotated: whether the Samples get boxes; without it they are None.
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or malformed, or a name leaves the folder.
-    """
-    root = Path(root)
-    folder = first_folder(root / "COCO/images/train2014")
+    """The Samples of COCO20k (Vo et al., 2020); arguments and errors as for `read_voc`."""
+    folder = first_folder(Path(root, "COCO/images/train2014"))
     samples = []
-    for name, boxes in coco_boxes(coco20k_index(root)).items():
-        samples.append(Sample(name, inside(folder, name), boxes))
-    if not annotated:
-        samples = [sample._replace(boxes=None) for sample in samples]
+    for name, boxes in coco_boxes(coco20k_annotations(Path(root))).items():
+        samples.append(Sample(name, inside(folder, name), boxes if annotated else None))
     return samples
 
 
@@ -220,13 +182,9 @@ def read_coco20k(root: str | Path, annotated: bool = True) -> list[Sample]:
 
 
 def read_photos(path: str | Path) -> list[Sample]:
-    """Samples without annotation of a photo, a folder or a pattern.
+    """Samples of a photo, a folder or a pattern, named by their paths below `naming_root`.
 
-    A Sample is named by the path of its photo below `naming_root`. Pictures that an earlier run
-    wrote are not photos.
-
-    Raises:
-        ValueError: there are none.
+    Pictures that an earlier run wrote are left out.
     """
     root = abspath(naming_root(path))
     samples = []
@@ -234,8 +192,6 @@ def read_photos(path: str | Path) -> list[Sample]:
         if not ours(file):
             name = Path(abspath(file)).relative_to(root).as_posix()
             samples.append(Sample(name, file, upright=True))
-    if not samples:
-        raise ValueError(f"{path} has only pictures of an earlier run: pass photos")
     return samples
 
 
@@ -266,16 +222,13 @@ def have_area(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
     """Areas [...] of boxes [..., 4]; heights get 1e-7, as in YOLOv5's IoU, which LOST took."""
-    width = boxes[..., 2] - boxes[..., 0]
-    height = boxes[..., 3] - boxes[..., 1] + 1e-7
-    return width * height
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1] + 1e-7)
 
 
 def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """IoU [n] of a box [4] with boxes [n, 4]; 1e-7 more on the union, as in YOLOv5's."""
     left_top = np.maximum(box[:2], boxes[:, :2])
     right_bottom = np.minimum(box[2:], boxes[:, 2:])
-    sides = (right_bottom - left_top).clip(0)  # [n, 2], 0 where they do not overlap
-    overlap = sides.prod(axis=1)
+    overlap = (right_bottom - left_top).clip(0).prod(axis=1)       # [n]
     union = box_area(box) + box_area(boxes) - overlap + 1e-7
     return overlap / union

@@ -167,7 +167,7 @@ def colours(images):
     return F.avg_pool2d(images, 16)
 
 
-SQUARE = partial(read_source, size=224, patch=16, mean=(0.0, 0.0, 0.0), cell=16)
+SQUARE = partial(read_source, size=224, patch=16, mean=(0.0, 0.0, 0.0))
 NATIVE = partial(SQUARE, size=None)
 
 
@@ -254,6 +254,11 @@ def test_no_large_matrix_in_double_precision():
     assert affinity(blobs(16), 0.2).dtype == np.float64
     assert affinity(blobs(17), 0.2).dtype == np.float32
     assert affinity(blobs(17), 0.2, binary=False).dtype == np.float32
+
+
+def test_a_graph_that_memory_does_not_hold():
+    with pytest.raises(ValueError, match=r"graph of 16512 cells is too large .*: pass a smaller"):
+        tokencut(torch.zeros(3, 129, 128))
 
 
 def test_affinity_known_values():
@@ -536,13 +541,13 @@ def test_coco_selection_is_kept_beside_the_list_and_renewed(coco):
     assert boxes == [[[1, 2, 4, 6]]]  # another list: built again
 
 
-def test_coco_selection_in_a_folder_that_cannot_be_written(coco, monkeypatch, capsys):
+def test_coco_selection_in_a_folder_that_cannot_be_written(coco, monkeypatch):
     def refuse(path, text):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(voc_coco, "write_text", refuse)
     assert len(read_coco20k(coco)) == 3
-    assert "Permission denied" in capsys.readouterr().err
+    assert not (coco / "instances_train2014_sel20k.json").exists()
 
 
 def test_select_against_plain():
@@ -983,13 +988,10 @@ def test_visualize(run, tmp_path, what, kinds):
         assert picture.getpixel((48, 100)) in ((0, 255, 0), (255, 0, 0))
 
 
-def test_pictures_show_what_was_found(voc, tmp_path):
+def test_pictures_show_what_was_found(voc):
     sample = read_voc(voc, "2012", "trainval")[1]
     found = discover(sample, SQUARE(sample), colours, tokencut)
-    eval_tokencut.save_pictures(tmp_path, "all", found)
-    heat = Image.open(tmp_path / "wide.jpg_attn.png")
-    mask = Image.open(tmp_path / "wide.jpg_mask.png")
-    box = Image.open(tmp_path / "wide.jpg_pred.png")
+    heat, mask, box = eval_tokencut.draw(found).values()
     assert heat.size == mask.size == box.size == (448, 224)
 
     inside, outside = (80, 90), (300, 90)
@@ -1007,7 +1009,11 @@ def test_corner_cells_do_not_eat_the_range_of_colours():
     heat[:, 7:] = 1
     heat[[0, 0, -1, -1], [0, -1, 0, -1]] = 10
     part = eval_tokencut.Part(heat, heat > 5, 0)
-    picture = eval_tokencut.draw_heat(Image.new("RGB", (224, 224)), part, (14, 14))
+    found = eval_tokencut.Found(
+        Sample("a.png", Path("a.png")), Image.new("RGB", (224, 224)), torch.zeros(3, 14, 14), part,
+        extent=(14, 14), entry={"photo_box": [0, 0, 16, 16]},
+    )  # fmt: skip
+    picture = eval_tokencut.draw(found)["attn"]
     left = np.array(picture.getpixel((60, 100)), dtype=int)
     right = np.array(picture.getpixel((180, 100)), dtype=int)
     assert np.abs(left - right).max() > 80
@@ -1141,19 +1147,7 @@ def test_what_was_searched_before_is_told(cli, on_val, rule_backbone, tmp_path):
     assert ran.err == "note: 1 of 1 were searched before: pass --overwrite to repeat that\n"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        '{"box": [0.0',
-        "[]",
-        "{}",
-        '{"box": [0, 0, 1], "photo_box": [0, 0, 1, 1], "seed": 0}',
-        '{"box": [0, 0, 1, 1], "photo_box": [0, 0, 1, NaN], "seed": 0}',
-        '{"box": [0, 0, 1, 1], "photo_box": "everything", "seed": 0}',
-        '{"box": [0, 0, 1, 1], "photo_box": [0, 0, 1, 1], "seed": 0}',  # neither found nor not
-    ],
-)
+@pytest.mark.parametrize("content", ["", '{"box": [0.0'])
 def test_a_damaged_entry_is_named(run, cli, on_val, rule_backbone, tmp_path, content):
     run("--set", "val", "--imsize", 64)
     entry = tmp_path / "out/predictions/easy.jpg.json"
@@ -1210,7 +1204,7 @@ def test_photos_that_cannot_be_searched_are_skipped(cli, rule_backbone, tmp_path
     ran = cli("eval_tokencut", *flags, photos)
     assert ran.code == 0, ran.err
     too_large, damaged = ran.err.splitlines()
-    assert too_large.startswith("skipped: a.png: 100x64 pixels, more than 16 cells")
+    assert too_large.startswith("skipped: a.png: the graph of 28 cells is too large")
     assert damaged.startswith("skipped: c.png: not a readable image")
     results = ran.report()["results"]
     assert results["images"] == 1
@@ -1224,13 +1218,6 @@ def test_photos_that_cannot_be_searched_are_skipped(cli, rule_backbone, tmp_path
     ran = cli("eval_tokencut", *flags, photos)
     assert ran.code == 2
     assert ran.err.endswith("none of 2 photos could be searched: replace or remove them\n")
-
-    # where all are read at one size, its being too large is told once
-    one_size = [*rule_backbone, "--imsize", 80, "--output_dir", tmp_path / "square"]
-    ran = cli("eval_tokencut", *one_size, "--image_path", photos)
-    assert (ran.code, ran.out) == (2, "")
-    assert "--imsize 80 is 80x80 pixels, more than 16 cells" in ran.err
-    assert ran.err.count("\n") == 1
 
     # one photo says what is wrong with it, in one line
     ran = cli("eval_tokencut", *flags, photos / "c.png", "--output_dir", tmp_path / "one")
@@ -1378,21 +1365,18 @@ def test_predictions_that_do_not_say_what_made_them(cli, on_val, rule_backbone, 
         (["--dataset", "ImageNet"], "invalid choice: 'ImageNet'"),
         (["--dataset", "COCO20k"], "COCO/images/train2014: correct --dataroot"),
         (["--set", "test"], "test.txt cannot be read"),
-        (["--set", "none"], "has no images"),
-        (["--tau", "1.5"], "--tau 1.5 is out of range"),
-        (["--tau", "nan"], "--tau nan is out of range"),
-        (["--eps", "0"], "--eps 0.0 is out of range"),
+        (["--set", "none"], "there is nothing to search: pass"),
+        (["--tau", "nan"], "--tau nan is too small"),
+        (["--eps", "0"], "--eps 0.0 is too small"),
         (["--imsize", "0"], "--imsize 0 is too small: pass 1 or more"),
         (["--imsize", "100"], "multiple of the patch (16)"),
-        (["--imsize", "2064"], "more than 16384 cells"),
         (["--dinoseg_head", "-1"], "--dinoseg_head -1 is too small: pass 0 or more"),
         (
             ["--dinoseg", "--dinoseg_head", "3"],
-            "--dinoseg_head 3 is out of range: pass one of the heads 0 to 2",
+            "--dinoseg_head 3 does not exist: pass one of 0 to 2",
         ),
         (["--dinoseg", "--upsample", "bilinear"], "leave out --lift_path, --upsample and"),
         (["--dinoseg", "--my_extractor", "a:b"], "--upsample and --my_extractor"),
-        (["--no_hard", "--image_path", "."], "leave out --no_hard"),
         (["--image_path", "nowhere.jpg"], "no images at nowhere.jpg"),
         (["--image_path", ""], "the path of the photos is empty"),
         (["--image_path", "https://a.b/c.jpg"], "download the photo"),
@@ -1411,7 +1395,8 @@ def test_bad_flags(cli, on_val, rule_backbone, tmp_path, flags, message):
 def test_no_data_set_is_told(cli, rule_backbone, tmp_path):
     ran = cli("eval_tokencut", *rule_backbone, "--output_dir", tmp_path)
     assert ran.code == 2
-    assert ran.err.endswith("nothing to search: pass --dataroot FOLDER, or --image_path PHOTOS\n")
+    remedy = "pass --image_path PHOTOS, or --dataroot FOLDER and a --set with images"
+    assert ran.err.endswith(f"there is nothing to search: {remedy}\n")
 
 
 def test_files_are_checked_before_a_backbone_is_built(cli, on_val, tmp_path, monkeypatch):
