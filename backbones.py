@@ -448,7 +448,7 @@ def pick_device(device: str | torch.device | None, dtype: str = "float32") -> to
 
 
 def pick_device_or_fall_back(device: str | torch.device | None, dtype: str) -> torch.device:
-    """pick_device, but without a GPU cuda becomes auto, with a note: old code always asks for it."""
+    """pick_device, but without a GPU cuda becomes auto, with a note: earlier code asks for it."""
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         chosen = pick_device("auto", dtype)
         note(f"there is no GPU here for device={str(device)!r}, running on {chosen}")

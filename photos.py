@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torchvision.transforms.functional import to_pil_image
 
 from command import note
 
@@ -58,7 +57,7 @@ RAW = {
     ".pef", ".srw", ".3fr", ".iiq", ".raw", ".rwl", ".x3f",
 }  # fmt: skip
 
-# suffixes of other files that somebody may take for photos
+# suffixes of other files that may be taken for photos
 NOT_READ = HEIC | RAW | {
     ".jxl", ".jxr", ".wdp", ".ico", ".icns", ".pcx", ".psd", ".psb", ".xcf", ".svg", ".svgz",
     ".eps", ".exr", ".hdr", ".dds", ".dcm", ".fits", ".pdf", ".mp4", ".mov", ".m4v", ".avi",
@@ -66,6 +65,8 @@ NOT_READ = HEIC | RAW | {
 }  # fmt: skip
 
 MOVIE = ("a movie", "take its frames, as with ffmpeg -i MOVIE frames/%05d.png")
+WEB_PAGE = ("a web page", "download the photo itself")
+DRAWING = ("an SVG drawing, or other XML", "export it as PNG")
 HEIC_PHOTO = ("an HEIC photo", "pip install pillow-heif, or convert it to JPEG")
 
 # what files are that are not photos, by how they begin (at a byte), and what to do with them
@@ -82,10 +83,16 @@ SIGNS = (
     (0, b"\x93NUMPY", ("a NumPy array", "save it as PNG")),
     (0, b"PK\x03\x04", ("a zip archive", "unpack it")),
     (0, b"version https://git-lfs", ("a pointer of Git LFS", "run git lfs pull")),
+    (0, b"<!doctype html", WEB_PAGE),
+    (0, b"<html", WEB_PAGE),
+    (0, b"<svg", DRAWING),
+    (0, b"<?xml", DRAWING),
 )
 
 OURS = ("alternatives", "iterations", "pca", "attn", "mask", "pred")  # see `ours`
 LONGEST = 32  # times the shorter side: a picture of 5000x20 pixels is a strip, not a photo
+
+TOLD = mmap.mmap(-1, 1)  # a byte that worker processes share, so that a run has one such note
 
 # Pillow warns of large images, and refuses those of twice that size: the refusal is enough
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -103,12 +110,14 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
     Raises:
         FileNotFoundError, ValueError: in one line that names the file and what it is, for one that
             is missing, damaged, over-large or not a photo.
+        MemoryError: it does not fit into memory.
     """
     check_path(path)
-    if not Path(path).is_file():
-        what = "a folder, not an image," if Path(path).is_dir() else "no image"
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder, not an image," if path.is_dir() else "no image"
         raise FileNotFoundError(f"there is {what} at {path}: correct the path")
-    if Path(path).suffix.lower() in RAW:
+    if path.suffix.lower() in RAW:
         raise ValueError(f"{path} is a camera's raw file: export it as JPEG or TIFF")
     try:
         with open_image(path) as image:
@@ -117,40 +126,37 @@ def read_image(path: str | Path, upright: bool = True) -> Image.Image:
             pixels = rgb(image, path)
             pixels.info.clear()  # else as_photo would find EXIF's orientation, and turn it
             return pixels
-    except (Image.DecompressionBombError, MemoryError) as error:
-        what = f"{path} is too large to be read safely ({str(error) or 'out of memory'})"
-        raise ValueError(f"{what}: make it smaller") from error
+    except MemoryError as error:
+        raise MemoryError(f"{path} is too large") from error
     except Exception as error:  # damaged files raise nearly anything
-        kind, remedy = what_it_is(Path(path))
-        if not kind:
-            reason = str(error) or type(error).__name__
-            kind, remedy = f"not a readable image ({reason})", "replace or remove it"
+        kind, remedy = what_it_is(path, error)
         raise ValueError(f"{path} is {kind}: {remedy}") from error
 
 
 def check_path(path: str | Path) -> None:
     """Raise ValueError for an empty path, which would mean the current folder, and for a URL."""
+    wrong = ""
     if not str(path).strip():
-        raise ValueError("the path of the photos is empty (an unset variable?): pass a path")
-    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash
-        raise ValueError(f"{path} is a URL: download the photo, and pass the file")
+        wrong = "the path of the photos is empty (an unset variable?): pass a path"
+    elif re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash
+        wrong = f"{path} is a URL: download the photo, and pass the file"
+    if wrong:
+        raise ValueError(wrong)
 
 
-def what_it_is(path: Path) -> tuple[str, str]:
-    """What a file is that Pillow cannot read, and what to do: ("", "") for what nobody knows."""
+def what_it_is(path: Path, error: Exception) -> tuple[str, str]:
+    """What a file is that cannot be read as an image, and what to do."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large to be read safely ({error})", "make it smaller"
     with path.open("rb") as file:
         begin = file.read(512)
     if not begin:
         return "an empty file", "replace or remove it"
-    for at, sign, known in SIGNS:
-        if begin[at:].startswith(sign):
-            return known
     text = begin.lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "a web page", "download the photo itself"
-    if text.startswith((b"<svg", b"<?xml")):
-        return "an SVG drawing, or other XML", "export it as PNG"
-    return "", ""
+    for at, sign, known in SIGNS:
+        if begin[at:].startswith(sign) or text.startswith(sign):
+            return known
+    return f"not a readable image ({error or type(error).__name__})", "replace or remove it"
 
 
 def rgb(image: Image.Image, name: str | Path = "an image") -> Image.Image:
@@ -166,24 +172,25 @@ def rgb(image: Image.Image, name: str | Path = "an image") -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """Open a file with Pillow, or read by OpenCV what Pillow reads wrong or not at all.
 
     Of colours in 16 bits Pillow keeps the upper 8, which is right only if all 16 are used. TIFFs
     of several floats a pixel, or of 64 bits, it does not know.
     """
     image = None
-    try:
+    with suppress(UnidentifiedImageError):
         image = Image.open(path)
         deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         if not deep or image.mode not in ("RGB", "RGBA", "LA"):
             return image
-    except UnidentifiedImageError:
-        if Path(path).read_bytes()[:4] not in (b"II*\0", b"MM\0*"):
-            raise
-    import cv2
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in (b"II*\0", b"MM\0*")
+    pixels: Any = None
+    if image is not None or is_tiff:
+        import cv2
 
-    pixels: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         return Image.open(path)
     pixels = np.atleast_3d(pixels)  # [H, W, 1], or BGR, or BGRA
@@ -201,7 +208,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarray:
-    """Numbers of any range as uint8, by the rule at the top of this file."""
+    """Numbers of any range as uint8, by the rule at the top of this file, with a note."""
     known = values[np.isfinite(values)]
     if not known.size:
         return np.zeros(values.shape, np.uint8)
@@ -214,22 +221,14 @@ def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarr
     if low < 0 or high > white or (floating and 1 < high < white / 4):
         black, white = (float(value) for value in np.percentile(known, (0.1, 99.9)))
     if (black, white) != (0, 1):
-        range_of_file = f"{name} has values from {low:g} to {high:g}"
-        note_once(f"{range_of_file}, and {black:g} is read as black, {white:g} as white")
+        rule = f"{black:g} is read as black, {white:g} as white; other such files by the same rule"
+        if TOLD[0] == 0:
+            TOLD[0] = 1
+            note(f"{name} has values from {low:g} to {high:g}, and {rule}")
 
     values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
     shares = (values - black) / max(white - black, 1e-12)
     return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
-
-
-TOLD = mmap.mmap(-1, 1)  # a byte that worker processes share, so that a run has one such note
-
-
-def note_once(text: str) -> None:
-    """Tell the first such thing of a run; there may be thousands."""
-    if TOLD[0] == 0:
-        TOLD[0] = 1
-        note(f"{text}; other such files are read by the same rule")
 
 
 def as_photo(image: Any, upright: bool = True) -> Image.Image:
@@ -249,26 +248,20 @@ def as_photo(image: Any, upright: bool = True) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         return rgb(image)
     if isinstance(image, torch.Tensor):
-        return tensor_photo(image)
+        image = image.detach().cpu()
+        if image.is_floating_point():
+            image = image.float()
+            if image.min() >= 0 and image.max() <= 1:
+                image = image.mul(255).byte()
+        if image.ndim == 4 and len(image) == 1:
+            image = image[0]
+        image = image.movedim(0, -1)  # [H, W, 3]
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         given = f"{array.dtype} of shape {list(array.shape)}"
-        raise ValueError(f"an array of {given} is no photo: pass [H, W, 3] uint8")
-    return Image.fromarray(array)
-
-
-def tensor_photo(image: torch.Tensor) -> Image.Image:
-    """A tensor [3, H, W] or [1, 3, H, W], uint8 or in 0..1, as a PIL image; else ValueError."""
-    if image.ndim == 4 and len(image) == 1:
-        image = image[0]
-    if image.ndim != 3 or len(image) != 3:
-        raise ValueError(f"a tensor of shape {list(image.shape)} is no photo: pass [3, H, W]")
-    if image.is_floating_point():
-        low, high = image.min().item(), image.max().item()
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"a photo with values in {low:.3g}..{high:.3g}: pass 0..1, or uint8")
-        image = image.float()
-    return to_pil_image(image.cpu())
+        forms = "pass an array [H, W, 3] uint8, or a tensor [3, H, W], uint8 or in 0..1"
+        raise ValueError(f"values of {given} are not a photo: {forms}")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -290,7 +283,7 @@ def list_images(path: str | Path) -> list[Path]:
             images.append(file)
     if images:
         return sorted_naturally(images)
-    found = counted(Counter(map(looks_like_a_photo, files)))
+    found = left_out(files)
     if found:
         found = f", but {found}"
     elif not Path(path).exists() and not glob.has_magic(str(path)):
@@ -300,27 +293,39 @@ def list_images(path: str | Path) -> list[Path]:
 
 
 def files_at(path: str | Path) -> list[Path]:
-    """Whatever lies below a folder or matches a pattern, but for hidden files."""
-    if Path(path).is_dir():
-        found = walk(Path(path))
-    else:
-        found = [Path(name) for name in set(glob.glob(str(path), recursive=True))]
-    return [file for file in found if not file.name.startswith(".")]
+    """Whatever lies below a folder, through links too, or matches a pattern, but hidden files."""
+    files = []
+    if not Path(path).is_dir():
+        files = [Path(name) for name in set(glob.glob(str(path), recursive=True))]
+    seen = {Path(path).resolve()}  # two ways may lead to a folder, or one in a circle
+    for folder, below, names in os.walk(path, followlinks=True):
+        files += [Path(folder, name) for name in names]
+        enter = []
+        for name in sorted(below):
+            place = Path(folder, name).resolve()
+            if not name.startswith(".") and place not in seen:
+                seen.add(place)
+                enter.append(name)
+        below[:] = enter  # os.walk goes on with what is left here
+    return [file for file in files if not file.name.startswith(".")]
 
 
 def note_left_out(path: str | Path) -> None:
-    """Tell in one line which files look like photos and were left out by list_images, if any.
-
-    A script calls this at its end.
-    """
+    """At a script's end: tell in one line which files that may be photos list_images left out."""
     if Path(path).is_file():
         return
-    others = counted(Counter(map(looks_like_a_photo, files_at(path))))
+    others = left_out(files_at(path))
     if others:
         remedy = "convert them to JPEG (magick mogrify -format jpg FILES), or correct their suffix"
         if any(suffix in others for suffix in HEIC):
             remedy = f"pip install pillow-heif for HEIC, {remedy}"
         note(f"left out for their format: {others}: {remedy}")
+
+
+def left_out(files: list[Path]) -> str:
+    """How many files are not read but may be photos, by suffix: 3 .heic, 1 .jxl."""
+    counts = Counter(map(looks_like_a_photo, files))
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()) if suffix)
 
 
 def looks_like_a_photo(file: Path) -> str:
@@ -339,11 +344,6 @@ def looks_like_a_photo(file: Path) -> str:
     return ""
 
 
-def counted(suffixes: Counter[str]) -> str:
-    """Counts of suffixes as text: 3 .heic, 1 .jxl."""
-    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix)
-
-
 def sorted_naturally(names: Iterable[Name]) -> list[Name]:
     """Names or paths in order; numbers in them count as numbers, so 2.jpg comes before 10.jpg."""
 
@@ -360,39 +360,18 @@ def ours(path: str | Path) -> bool:
     return kind in OURS and Path(path).suffix == ".png" and Path(photo).suffix.lower() in IMAGES
 
 
-def walk(root: Path) -> list[Path]:
-    """All files below a folder, through links too; a folder that two ways lead to counts once."""
-    seen = {root.resolve()}
-    files = []
-    for folder, below, names in os.walk(root, followlinks=True):
-        files += [Path(folder, name) for name in names]
-        enter = []
-        for name in sorted(below):
-            place = Path(folder, name).resolve()
-            if not name.startswith(".") and place not in seen:
-                seen.add(place)
-                enter.append(name)
-        below[:] = enter  # os.walk goes on with what is left here
-    return files
-
-
 def naming_root(path: str | Path) -> Path:
-    """The folder below which the photos of a file, a folder or a pattern are named.
+    """The folder below which photos are named: the folder, that of a file or before a wildcard.
 
-    It is the folder itself, that of the file, or what precedes the first wildcard. It does not
-    depend on which photos are there: one that is added later must not get the name, and the
-    results, of another.
+    It does not depend on which photos are there: one that is added later must not get the name,
+    and the results, of another.
     """
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).is_file():
-        return Path(path).parent
-    folders = []
-    for part in Path(path).parent.parts:
-        if set(part) & set("*?["):
-            break
-        folders.append(part)
-    return Path(*folders)
+    folder = Path(path).parent
+    while glob.has_magic(str(folder)) and not Path(path).is_file():
+        folder = folder.parent
+    return folder
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -423,24 +402,18 @@ def fitted_size(
         ValueError: a side is less than one patch.
     """
     if isinstance(load_size, int | np.integer):
-        load_size = int(load_size)
         shorter = min(width, height)
-        longer = int(load_size * max(width, height) / shorter)
-        if width == height:
-            width, height = load_size, load_size
-        elif width == shorter:
-            width, height = load_size, longer
-        else:
-            width, height = longer, load_size
+        # int() of the quotient, as torchvision's Resize rounds
+        width = int(load_size * width / shorter)
+        height = int(load_size * height / shorter)
     elif load_size is not None:
         height, width = load_size
 
     if min(width, height) < patch:
         size = f"{width}x{height} pixels are less than one patch ({patch})"
-        raise ValueError(f"{size}: pass a larger --load_size")
-    if width % patch or height % patch:
-        width = int(width / patch + 0.5) * patch
-        height = int(height / patch + 0.5) * patch
+        raise ValueError(f"{size}: pass a larger load_size")
+    width = int(width / patch + 0.5) * patch
+    height = int(height / patch + 0.5) * patch
     return width, height
 
 
@@ -489,20 +462,14 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
     basis = basis * largest.sign()
 
     # the range of each colour spans every map's own percentiles: the finest must not decide alone
-    lows = []
-    highs = []
-    for unit in typical:
-        colours = ((unit - mean) @ basis).numpy()
-        low_and_high = np.percentile(colours, (1, 99), axis=0)  # [2, 3]
-        lows.append(low_and_high[0])
-        highs.append(low_and_high[1])
-    low = np.min(lows, axis=0)
-    high = np.max(highs, axis=0)
+    colours = [((unit - mean) @ basis).numpy() for unit in typical]
+    low = np.min([np.percentile(of_map, 1, axis=0) for of_map in colours], axis=0)    # [3]
+    high = np.max([np.percentile(of_map, 99, axis=0) for of_map in colours], axis=0)  # [3]
 
     pictures = []
     for feats, unit in zip(maps, cells):
-        colours = ((unit - mean) @ basis).numpy()
-        scaled = 255 * np.clip((colours - low) / np.maximum(high - low, 1e-9), 0, 1)
+        shares = (((unit - mean) @ basis).numpy() - low) / np.maximum(high - low, 1e-9)
+        scaled = 255 * np.clip(shares, 0, 1)
         pictures.append(scaled.round().astype(np.uint8).reshape(*feats.shape[1:], 3))
     return pictures
 
@@ -510,8 +477,7 @@ def pca_rgb(maps: list[torch.Tensor]) -> list[np.ndarray]:
 def is_typical(unit: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A mask [h*w] of the unit cells [h*w, C]: False for outlying cells in a corner.
 
-    A cell is outlying if its cosine to the mean cell is far below the median: by more than five
-    times the median absolute deviation.
+    They are far below the median cosine to the mean cell: by over five median deviations.
     """
     similarity = unit @ F.normalize(unit.mean(0), dim=0)  # [h*w]
     median = similarity.median()
@@ -525,13 +491,13 @@ def corner_cells(height: int, width: int) -> torch.Tensor:
 
     A corner is a fourteenth of each side, which is one cell for 224 pixels and a patch of 16.
     """
-    rows = torch.arange(height)
-    columns = torch.arange(width)
     high = max(1, round(height / 14))
     wide = max(1, round(width / 14))
-    at_top_or_bottom = (rows < high) | (rows >= height - high)
-    at_a_side = (columns < wide) | (columns >= width - wide)
-    return at_top_or_bottom[:, None] & at_a_side[None, :]
+    corners = torch.zeros(height, width, dtype=torch.bool)
+    for rows in (slice(0, high), slice(-high, None)):
+        corners[rows, :wide] = True
+        corners[rows, -wide:] = True
+    return corners
 
 
 def titled_sheet(panels: list[tuple[str, Image.Image]], height: int = 336) -> Image.Image:
