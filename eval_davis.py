@@ -6,8 +6,8 @@
     python eval_davis.py --frames my_video.mp4 --mask first.png --output_dir results
 
 The first command writes indexed PNGs to results/davis_vidseg_224_layer11/{video}/ and scores them.
-Interrupted, it keeps the videos that are done and begins the interrupted one anew. A run with other
-settings or weights is refused in that folder: it needs another --output_dir, or --overwrite.
+Interrupted, it keeps the videos that are done and begins the interrupted one anew. Other settings
+or weights need --overwrite or another --output_dir.
 
 The second command scores a folder of {video}/*.png and writes nothing into it. Both write
 global_results-val.csv and per-sequence_results-val.csv as davis2017-evaluation does, say where, and
@@ -19,8 +19,7 @@ is nothing to score. A video of --dataroot may also have the mask of its first f
 
 Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after Jabri et al., arXiv
 2006.14613). Each cell takes the labels of the most similar cells, within a window, of the first and
-the last frames. Scores are explained in davis_scores.py. Files are in natural order: 2.jpg comes
-before 10.jpg.
+the last frames. Numbers in file names count as numbers: 2.jpg comes before 10.jpg.
 
 --dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and
 ImageSets/2017/val.txt. Data sets without the level 480p, such as MOSE, are taken with --sequences.
@@ -35,16 +34,16 @@ import argparse
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from command import (
     Command,
-    Progress,
     add_backbone_args,
     add_lift_args,
     check_one_process,
@@ -142,7 +141,7 @@ NOT_IN_MASKS = (
 
 
 class Video(NamedTuple):
-    """A video, its files in order."""
+    """A video and its files, in order."""
 
     name: str
     frames: list[Path]  # none for scoring alone
@@ -155,28 +154,32 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
 
     Raises:
         FileNotFoundError: the list, a folder, a frame or an annotation is missing.
-        ValueError: the list is empty, or a name leads out of the data set.
+        ValueError: a name leads out of the data set.
     """
     root = Path(dataroot)
     if not names:
         val = root / "ImageSets/2017/val.txt"
-        remedy = "correct --dataroot, or name videos with --sequences"
-        if not val.is_file():
-            raise FileNotFoundError(f"there is no list of videos at {val}: {remedy}")
-        names = val.read_text(errors="replace").split()
+        names = val.read_text(errors="replace").split() if val.is_file() else []
         if not names:
-            raise ValueError(f"{val} is empty: {remedy}")
+            remedy = "correct --dataroot, or name videos with --sequences"
+            raise FileNotFoundError(f"there is no list of videos at {val}: {remedy}")
 
     videos = []
+    remedy = "correct --dataroot or --sequences"
     for name in dict.fromkeys(names):  # each once
-        masks = list_files(inside(part_of(root, "Annotations"), name), {".png"})
-        frames: list[Path] = []
-        is_own = False
-        if with_frames:
-            frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES)
-            check_names(frames)
-            check_pairs(frames, masks)
-            is_own = len(masks) < len(frames)
+        masks = list_files(inside(part_of(root, "Annotations"), name), {".png"}, remedy)
+        if not with_frames:
+            videos.append(Video(name, [], masks, False))
+            continue
+        frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES, remedy)
+        stems = [path.stem for path in frames]
+        annotated = [path.stem for path in masks]
+        is_own = annotated == stems[:1] and len(frames) > 1
+        missing = sorted_naturally(set(stems) ^ set(annotated))
+        if missing and not is_own:
+            part = "annotation" if missing[0] in stems else "frame"
+            what = f"{name} in {root} has no {part} {missing[0]}"
+            raise FileNotFoundError(f"{what}: restore it")
         videos.append(Video(name, frames, masks, is_own))
     return videos
 
@@ -190,64 +193,35 @@ def part_of(root: Path, part: str) -> Path:
 
 
 def list_files(
-    folder: Path,
-    suffixes: set[str],
-    remedy: str = "correct --dataroot or --sequences",
-    besides: Path = Path(),
+    folder: Path, suffixes: set[str], remedy: str, besides: Path = Path()
 ) -> list[Path]:
-    """The files of a folder with these suffixes but `besides`, in natural order.
+    """The files of a folder with these suffixes but `besides`, in order.
 
     Raises:
         FileNotFoundError: there is none.
     """
     files = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            hidden = path.name.startswith(".")
-            is_other = path.resolve() != besides.resolve()
-            if path.suffix.lower() in suffixes and is_other and not hidden:
-                files.append(path)
+    for path in folder.glob("*"):  # of a folder that is not there too: none
+        is_hidden = path.name.startswith(".")
+        is_other = path.resolve() != besides.resolve()
+        if path.suffix.lower() in suffixes and is_other and not is_hidden:
+            files.append(path)
     if not files:
         what = "pictures" if len(suffixes) > 1 else "masks (.png)"
         raise FileNotFoundError(f"there are no {what} in {folder}: {remedy}")
     return sorted_naturally(files)
 
 
-def check_names(frames: list[Path]) -> None:
-    """Raise ValueError for two frames whose masks would have one name."""
-    for frame, following in pairwise(frames):
-        if frame.stem == following.stem:
-            what = f"{frame} and {following.name} would have masks of one name"
-            raise ValueError(f"{what}: keep one of them")
-
-
-def check_pairs(frames: list[Path], masks: list[Path]) -> None:
-    """Raise FileNotFoundError unless every frame has a mask, or the first alone."""
-    stems = [path.stem for path in frames]
-    annotated = [path.stem for path in masks]
-    missing = sorted_naturally(set(stems) ^ set(annotated))
-    if missing and annotated != stems[:1]:
-        what = f"{frames[0].parent} has no frame {missing[0]}"
-        if missing[0] in stems:
-            what = f"{masks[0].parent} has no annotation {missing[0]}"
-        raise FileNotFoundError(f"{what}: restore it")
-
-
-def own_video(frames: Path, mask: Path, unpacked: Path) -> Video:
-    """The video of --frames and --mask.
-
-    Args:
-        unpacked: a folder into which the frames of a movie are written.
-    """
-    if frames.is_file():
-        folder = unpacked / frames.name
-        unpack(frames, folder)
-        return Video(frames.stem, list_files(folder, IMAGES), [mask], True)
-
+def own_video(path: Path, mask: Path, unpacked: Path) -> Video:
+    """The video of --frames and --mask; the frames of a movie are written into `unpacked`."""
+    folder = path
+    if path.is_file():
+        folder = unpacked
+        unpack(path, folder)
     remedy = "pass a folder of pictures, or a movie, as --frames"
-    files = list_files(frames, IMAGES, remedy, besides=mask)
-    check_names(files)
-    return Video(frames.absolute().name, files, [mask], True)
+    frames = list_files(folder, IMAGES, remedy, besides=mask)
+    name = path.stem if path.is_file() else path.absolute().name
+    return Video(name, frames, [mask], True)
 
 
 def unpack(movie: Path, folder: Path) -> None:
@@ -255,18 +229,16 @@ def unpack(movie: Path, folder: Path) -> None:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # one line of ours is enough
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     capture = cv2.VideoCapture(str(movie))
-    folder.mkdir()
     number = 0
-    while True:
-        there, picture = capture.read()  # BGR
-        if not there:
-            break
+    there, picture = capture.read()
+    while there:
         photo = Image.fromarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
         photo.save(folder / f"{number:05d}.jpg", quality=95, subsampling=0)
         number += 1
+        there, picture = capture.read()
     if number == 0:
-        remedy = "pass a folder of its frames"
-        raise ValueError(f"OpenCV cannot read --frames {movie} as a movie: {remedy}")
+        what = f"OpenCV cannot read --frames {movie} as a movie"
+        raise ValueError(f"{what}: pass a folder of its frames")
 
 
 # ---- frames -------------------------------------------------------------------------------------
@@ -277,9 +249,8 @@ def frame_size(
 ) -> tuple[int, int]:
     """Pixels (W, H) at which a frame of width x height pixels is read.
 
-    imsize x imsize, or with `short_side` DINO's rule. There the shorter side gets `short_side`, and
-    the longer one keeps the aspect ratio, cut to a multiple of 64 (of the patch where that does not
-    divide 64).
+    imsize x imsize, or with `short_side` DINO's rule: the longer side keeps the aspect ratio, cut
+    to a multiple of 64 (of the patch where that does not divide 64).
     """
     if not short_side:
         return imsize, imsize
@@ -332,9 +303,7 @@ def read_given(video: Video, binary: bool) -> Given:
     path = video.masks[0]
     labels = MaskReader(binary).objects(path)
     values, palette = read_mask(path)
-    unit = 1
-    if binary:
-        unit = int(values.max())  # 1, or 255 in DAVIS 2016
+    unit = int(values.max()) if binary else 1  # 1, or 255 in DAVIS 2016
     values = np.where(labels > 0, labels * np.uint8(unit), values)
     return Given(labels, values, unit, palette)
 
@@ -343,7 +312,7 @@ def one_hot(labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """Labels [H, W] uint8 -> soft segmentation [h, w, n] on the grid, by the nearest pixel.
 
     There is a channel for each of 0..max. An object that falls between the cells keeps its channel,
-    empty, and a line on stderr names it.
+    empty, and a note names it.
     """
     height, width = grid
     image = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
@@ -361,7 +330,7 @@ def propagate(
     features: Features,
     results: Results,
     pool: ThreadPoolExecutor,
-    bar: Progress,
+    advance: Callable[[], Any],
     imsize: int = 224,
     short_side: int | None = None,
     n_last_frames: int = 7,
@@ -373,6 +342,8 @@ def propagate(
     The context of a frame is the first frame and the `n_last_frames` before it. The threads of
     `pool` read the next frames and write masks meanwhile.
 
+    Args:
+        advance: called after each frame.
     Raises:
         ValueError, OSError: a frame cannot be read or has another size, or masks cannot be written.
     """
@@ -401,12 +372,12 @@ def propagate(
             values = hard * np.uint8(given.unit)
             name = mask_name(video, number)
             writing.append(pool.submit(write_mask, results, name, values, given.palette))
-            bar.update()
+            advance()
 
     for written in writing:
         written.result()  # raises what the thread raised
     write_mask(results, mask_name(video, 0), given.values, given.palette)
-    bar.update()
+    advance()
 
 
 def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, topk: int) -> Tensor:
@@ -433,6 +404,8 @@ def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, t
     label_count = first_segmentation.shape[2]
     out = cells.new_empty(height, width, label_count)
     side = block_side(height, width, radius, len(context), cells.device)
+    far_rows = too_far(height, radius, cells.device)    # [h, h]
+    far_columns = too_far(width, radius, cells.device)  # [w, w]
 
     for top, left in product(range(0, height, side), range(0, width, side)):
         target_rows = slice(top, min(top + side, height))
@@ -452,8 +425,8 @@ def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, t
         targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
         cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
         outside = outside_window(
-            target_rows, target_columns, source_rows, source_columns, radius, cells.device
-        )
+            far_rows[target_rows, source_rows], far_columns[target_columns, source_columns]
+        )                                                             # [a, b]
         # a view: the sources that are filled with -inf here are so in `cosine`
         by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b]
         by_frame.masked_fill_(outside[:, None], -math.inf)
@@ -491,30 +464,20 @@ def block_side(height: int, width: int, radius: int, frames: int, device: torch.
     return side
 
 
-def too_far(target: slice, source: slice, radius: int, device: torch.device) -> Tensor:
-    """Along one axis: is each source over `radius` cells from each target? [targets, sources]"""
-    targets = torch.arange(target.start, target.stop, device=device)
-    sources = torch.arange(source.start, source.stop, device=device)
-    distance = targets[:, None] - sources[None, :]
-    return distance.abs() > radius
+def too_far(count: int, radius: int, device: torch.device) -> Tensor:
+    """Which cells along one axis are more than `radius` apart: [count, count]."""
+    cells = torch.arange(count, device=device)
+    return (cells[:, None] - cells[None, :]).abs() > radius
 
 
-def outside_window(
-    target_rows: slice,
-    target_columns: slice,
-    source_rows: slice,
-    source_columns: slice,
-    radius: int,
-    device: torch.device,
-) -> Tensor:
-    """Whether each cell of a source block is outside the window of each of a target block: [a, b].
+def outside_window(rows: Tensor, columns: Tensor) -> Tensor:
+    """Whether each source is outside the window of each target, a square: [a, b].
 
-    The window is a square, so a source is outside if either coordinate is too far.
+    Args:
+        rows, columns: what is too far along each axis, [a_h, b_h] and [a_w, b_w].
     """
-    rows = too_far(target_rows, source_rows, radius, device)           # [a_h, b_h]
-    columns = too_far(target_columns, source_columns, radius, device)  # [a_w, b_w]
-    outside = rows[:, None, :, None] | columns[None, :, None, :]       # [a_h, a_w, b_h, b_w]
-    return outside.flatten(2).flatten(0, 1)                            # [a, b]
+    outside = rows[:, None, :, None] | columns[None, :, None, :]  # [a_h, a_w, b_h, b_w]
+    return outside.flatten(2).flatten(0, 1)
 
 
 def vote_of_few(cosine: Tensor, votes: Tensor, topk: int) -> Tensor:
@@ -593,16 +556,16 @@ def open_results(args: argparse.Namespace, features: Features) -> Results:
     Raises:
         ValueError: it was made with other settings.
     """
-    size = str(args.imsize)
+    size = args.imsize
     if args.short_side:
         size = f"short{args.short_side}"
     source = f"layer{features.backbone.layer}"
     if args.my_extractor:
         source = "my_extractor"  # it has no layers
     folder = Path(args.output_dir, f"davis_vidseg_{size}_{source}")
-    made_by = deciding(args, NOT_IN_MASKS, ("dataroot", "frames", "mask"), **features.facts())
+    decisive = deciding(args, NOT_IN_MASKS, ("dataroot", "frames", "mask"), **features.facts())
     remedy = "pass --overwrite or another --output_dir"
-    results = Results(folder, made_by, args.overwrite, own=("*.png", "*.jpg"), remedy=remedy)
+    results = Results(folder, decisive, args.overwrite, ("*.png", "*.jpg"), remedy)
     for name in CSVS:
         results.path(name).unlink(missing_ok=True)
     return results
@@ -629,22 +592,23 @@ def is_done(video: Video, given: Given, results: Results) -> bool:
     return np.array_equal(values, given.values)
 
 
-def write_overlays(
-    folder: Path, masks: Path, videos: list[Video], pool: ThreadPoolExecutor
-) -> None:
-    """Write the `picture` of every frame that has a mask as folder/{video}/{frame}.jpg."""
-
-    def write(frame: Path, mask: Path, path: Path) -> None:
+def write_overlay(frame: Path, mask: Path, path: Path) -> None:
+    """Write the `picture` of a frame, if its mask is there."""
+    if mask.is_file():  # other methods may leave out the first and the last
         with replacing(path) as temporary:
             picture(frame, mask).save(temporary, quality=90)
 
+
+def write_overlays(
+    folder: Path, masks: Path, videos: list[Video], pool: ThreadPoolExecutor
+) -> None:
+    """Write the pictures of all frames as folder/{video}/{frame}.jpg."""
     writing = []
     for video in videos:
         for frame in video.frames:
             mask = masks / video.name / f"{frame.stem}.png"
-            if mask.is_file():  # other methods may leave out the first and the last
-                path = folder / video.name / f"{frame.stem}.jpg"
-                writing.append(pool.submit(write, frame, mask, path))
+            path = folder / video.name / f"{frame.stem}.jpg"
+            writing.append(pool.submit(write_overlay, frame, mask, path))
     for written in progress(writing, unit="picture", desc="overlay"):
         written.result()
 
@@ -665,31 +629,25 @@ def picture(frame: Path, mask: Path) -> Image.Image:
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that cannot be meant."""
-    check_range(
-        args, imsize=1, short_side=1, n_last_frames=0, size_mask_neighborhood=0, topk=1, workers=1
-    )
-    check_one_process()
-    own = "--frames FOLDER --mask FIRST.png"
-    if not args.dataroot and not args.frames:
-        raise ValueError(f"there is no video: pass --dataroot DAVIS, or {own}")
-    if bool(args.frames) != bool(args.mask):
-        raise ValueError(f"--frames and --mask need each other: pass {own}")
-    if args.frames and (args.dataroot or args.sequences or args.score_only):
-        raise ValueError(f"--dataroot, --sequences and --score_only do not go with {own}")
-
-
 def videos_of(args: argparse.Namespace, unpacked: Path) -> list[Video]:
-    """The videos that the flags name; bad first masks are told before a backbone is built."""
+    """The videos that the flags name; ValueError for flags that contradict each other.
+
+    Args:
+        unpacked: an empty folder for the frames of a movie.
+    """
+    own = "--frames FOLDER --mask FIRST.png"
+    what = ""
+    if not args.dataroot and not args.frames:
+        what = f"there is no video: pass --dataroot DAVIS, or {own}"
+    elif bool(args.frames) != bool(args.mask):
+        what = f"--frames and --mask need each other: pass {own}"
+    elif args.frames and (args.dataroot or args.sequences or args.score_only):
+        what = f"--dataroot, --sequences and --score_only do not go with {own}: leave them out"
+    if what:
+        raise ValueError(what)
     if args.frames:
-        videos = [own_video(Path(args.frames), Path(args.mask), unpacked)]
-    else:
-        with_frames = not args.score_only or args.overlay
-        videos = find_videos(args.dataroot, args.sequences, with_frames)
-    for video in videos:
-        read_given(video, args.binary)
-    return videos
+        return [own_video(Path(args.frames), Path(args.mask), unpacked)]
+    return find_videos(args.dataroot, args.sequences, not args.score_only or args.overlay)
 
 
 def propagate_all(
@@ -707,18 +665,23 @@ def propagate_all(
                 bar.update(len(video.frames))
                 continue
             propagate(
-                video, given, features, results, pool, bar, args.imsize, args.short_side,
+                video, given, features, results, pool, bar.update, args.imsize, args.short_side,
                 args.n_last_frames, args.size_mask_neighborhood, args.topk,
             )  # fmt: skip
-    device = str(features.backbone.device)
-    return results.folder, settings(args, **{**features.facts(), "device": device})
+    facts = {**features.facts(), "device": str(features.backbone.device)}
+    return results.folder, settings(args, **facts)
 
 
 def main(args: argparse.Namespace) -> None:
     """Propagate (unless --score_only), score, print and write."""
-    check(args)
+    check_range(
+        args, imsize=1, short_side=1, n_last_frames=0, size_mask_neighborhood=0, topk=1, workers=1
+    )
+    check_one_process()
     with TemporaryDirectory() as unpacked, ThreadPoolExecutor(args.workers) as pool:
         videos = videos_of(args, Path(unpacked))
+        for video in videos:
+            read_given(video, args.binary)  # a bad one is told before a backbone is built
         if args.score_only:
             masks = Path(args.score_only)
             folder = Path(args.output_dir)  # the masks may be somebody else's
@@ -735,8 +698,8 @@ def main(args: argparse.Namespace) -> None:
             write_csv(folder, results)
             note(f"the scores are in {folder / CSVS[0]} and {CSVS[1]}")
         frames = sum(max(len(video.frames), len(video.masks)) for video in videos)
-        line = {"settings": used, "sequences": len(videos), "frames": frames, "results": results}
-        report(args, line)
+        counts = {"sequences": len(videos), "frames": frames}
+        report(args, {"settings": used, **counts, "results": results})
 
         own = [video for video in videos if video.is_own]
         write_overlays(folder / "overlay", masks, videos if args.overlay else own, pool)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from command import is_out_of_memory, out_of_memory, progress
+from command import progress, why_skipped
 from extractor import DenseExtractor
 from features import Features
 from files import replacing, save_tensors, write_bytes
@@ -45,19 +45,11 @@ class Job(NamedTuple):
     output: Path
     picture: Path | None
 
-    def files(self) -> list[Path]:
-        """What is to be written."""
-        if self.picture is None:
-            return [self.output]
-        return [self.output, self.picture]
-
-    def is_too_long(self) -> bool:
-        """Whether the photo's name is too long for a file with one more suffix."""
-        return any(len(os.fsencode(file.name)) > LONGEST_NAME for file in self.files())
-
     def is_done(self) -> bool:
         """Whether all its files are there."""
-        return not self.is_too_long() and all(file.is_file() for file in self.files())
+        # os.path's is False, too, for a name that is too long
+        has_picture = self.picture is None or os.path.isfile(self.picture)
+        return has_picture and os.path.isfile(self.output)
 
 
 # index of a photo, its pixels [3, H, W] uint8, and its own size (W, H); or, instead of pixels and
@@ -67,8 +59,6 @@ Item = tuple[int, Tensor | None, Any]
 
 class Photos(Dataset):
     """The photos of jobs, read and fitted: photos[i] is an Item.
-
-    It holds paths and numbers only, so that it is cheap to send to a loader's workers.
 
     Args:
         patch: sides become multiples of it.
@@ -85,27 +75,26 @@ class Photos(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         path = self.jobs[index].photo
+        if len(os.fsencode(self.jobs[index].output.name)) > LONGEST_NAME:
+            return index, None, "the name is too long for a file of features: shorten it"
         try:
-            if self.jobs[index].is_too_long():
-                raise ValueError("the name is too long for a file of features: shorten it")
             photo = read_image(path)
             if self.load_size and is_strip(*photo.size):
                 what = f"{photo.width}x{photo.height} pixels, a strip"
-                raise ValueError(f"{what}: cut it, or pass --load_size 0")
+                return index, None, f"{what}: cut it, or pass --load_size 0"
             pixels = pil_to_tensor(fit(photo, self.patch, self.load_size))
             return index, pixels, photo.size
-        except (ValueError, OSError, MemoryError) as error:
-            cause = error.__cause__ or error
-            if is_out_of_memory(cause):
-                return index, None, out_of_memory(cause)
+        except MemoryError as error:
+            return index, None, why_skipped(error)
+        except (ValueError, OSError) as error:
             return index, None, str(error).removeprefix(f"{path} is ")
 
 
 def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
     """Collect items into batches of one image size each; what cannot be read comes alone.
 
-    A batch is full with batch_size photos, or MOST_PIXELS. At most four full batches' worth of
-    photos waits for others of its size; then the largest batch goes as it is.
+    A batch is full with batch_size photos, or MOST_PIXELS. At most four full batches wait for
+    photos of their size; then the largest batch goes as it is.
     """
     waiting: dict[torch.Size, list[Item]] = {}
     for item in items:
@@ -167,24 +156,16 @@ def placement(
 
 
 def save(path: Path, feats: Tensor, facts: dict[str, Any]) -> None:
-    """Write one map [C, h, w] as path's suffix says, whole or not at all.
-
-    Args:
-        facts: what goes beside a map, as JSON can hold it.
-    """
+    """Write one map [C, h, w] as path's suffix says, with `facts` that JSON can hold."""
     if path.suffix == ".pth":
         tokens = map_to_tokens(feats[None])
         # a view would be saved with the memory of the whole batch: copy it
         save_tensors(path, tokens.clone(memory_format=torch.contiguous_format))
         return
     if path.suffix == ".npz":
-        arrays: Any = {}
-        for key, value in facts.items():
-            if key != "settings":
-                arrays[key] = np.asarray(value)
-        text = json.dumps(facts["settings"])
+        arrays: Any = {**facts, "settings": json.dumps(facts["settings"])}
         with replacing(path) as temporary:
-            np.savez(temporary, map=feats.numpy(), settings=text, **arrays)
+            np.savez(temporary, map=feats.numpy(), **arrays)
         return
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     # to memory first: its own writer turns a full disk into an error of its own kind
@@ -241,16 +222,13 @@ class Extraction:
                 writing.result()
 
     def compute(self, batch: list[Item]) -> Iterator[tuple[list[Item], list[Tensor]]]:
-        """The maps of a batch; where memory runs out, photo by photo.
-
-        A photo that cannot be read, or does not fit by itself, is skipped.
-        """
+        """The maps of a batch; photo by photo where memory runs out. What gives none is skipped."""
         index, first, reason = batch[0]
         if first is not None:
             try:
                 maps = self.maps([pixels for _, pixels, _ in batch])
             except (MemoryError, RuntimeError) as error:
-                reason = memory_error(error)
+                reason = why_skipped(error)
             else:
                 yield batch, maps
                 return
@@ -287,23 +265,17 @@ class Extraction:
                     with replacing(job.picture) as temporary:
                         draw(to_pil_image(pixels), shown).save(temporary)
             except (MemoryError, RuntimeError) as error:
-                self.skipped.append((job.photo, memory_error(error)))
+                self.skipped.append((job.photo, why_skipped(error)))
 
     def facts(self, job: Job, pixels: Any, size: tuple[int, int]) -> dict[str, Any]:
         """What is written beside the map of a photo of this size (W, H)."""
-        photo_size = (size[1], size[0])
+        width, height = size
         input_size = tuple(pixels.shape[1:])
+        place = placement(self.features.backbone, input_size, (height, width), self.grid)
         return {
             "grid": self.grid,
-            "image_size": photo_size,
+            "image_size": (height, width),
             "input_size": input_size,
-            **placement(self.features.backbone, input_size, photo_size, self.grid),
+            **place,
             "settings": {**self.settings, "image_path": [str(job.photo)]},
         }
-
-
-def memory_error(error: Exception) -> str:
-    """What to tell of an error for which memory ran out; any other is raised again."""
-    if not is_out_of_memory(error):
-        raise error
-    return out_of_memory(error)

@@ -8,17 +8,17 @@
     torchrun --nproc_per_node 4 lift_extractor.py --image_path 'photos/**/*.jpg' \\
         --output_path features/
 
-One photo and an --output_path that ends in .pth, .npz or .safetensors: that file. Otherwise
---output_path is a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A second
-run into the same folder keeps the files that are there and makes the others. Other settings, or
-photos of another folder, need --overwrite or a folder of their own. A photo that cannot be read, or
-does not fit into memory, is named at the end. --json FILE has the counts of photos that were
-written, kept and skipped, and all settings.
+For one photo, --output_path may be a file that ends in .pth, .npz or .safetensors. Otherwise it is
+a folder with one file a photo (cat.jpg.pth, in the photo's subfolder). A second run into the same
+folder keeps the files that are there and makes the others. Other settings, or photos of another
+folder, need --overwrite or another --output_path. Photos that cannot be read, or do not fit into
+memory, are named at the end. --json FILE has the counts of photos that were written, kept and
+skipped, and all settings.
 
 A .pth is a CPU tensor [1, t, C], row by row. .npz and .safetensors hold the map [C, h, w], its
-grid, the photo's size, where its cells lie in the photo (cell (i, j) is centred on pixel
-(first_x + j*step_x, first_y + i*step_y)) and the settings. A photo at 224 takes about 30 ms on one
-CPU core with vit_mini16 and LiFT.
+grid, the photo's size, the settings, and where its cells lie in the photo: cell (i, j) is centred
+on pixel (first_x + j*step_x, first_y + i*step_y). A photo at 224 takes about 30 ms on one CPU core
+with vit_mini16 and LiFT.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class ViTLiFTExtractor(nn.Module):
         channel, patch: the backbone's own where left out. With LiFT others are refused.
         stride: None is the patch.
         layer: None is the last.
-        silent: keep load_lift's notes back.
+        silent: print none of load_lift's notes.
         model, device, backbone_path, dtype: ViTExtractor's.
         requires_grad: let gradients reach the images, and LiFT's weights, which are then to be
             trained. The ViT stays frozen. v.lift.requires_grad_() later does the same for LiFT.
@@ -186,10 +186,7 @@ class ViTLiFTExtractor(nn.Module):
         return self.extractor.preprocess(image_path, load_size)
 
     def steps(self, images: Tensor, iterations: int) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] -> the ViT's map, and those after each step of LiFT.
-
-        Without a module it is the ViT's [B, C, h, w] alone.
-        """
+        """Normalised images [B, 3, H, W] -> the ViT's map, and that after each step of LiFT."""
         gradients = self.extractor.gradients or self.is_trained()
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             feats = self.extractor(images)
@@ -198,10 +195,7 @@ class ViTLiFTExtractor(nn.Module):
             return upsample(self.lift, images, feats, iterations, return_all=True)
 
     def forward(self, images: Tensor, iterations: int = 1) -> Tensor:
-        """Normalised images [B, 3, H, W] -> map [B, C, 2^n h, 2^n w] float32.
-
-        Without a module, the ViT's own [B, C, h, w].
-        """
+        """Normalised images [B, 3, H, W] -> map [B, C, 2^n h, 2^n w]; n is 0 without LiFT."""
         return self.steps(images, iterations)[-1]
 
     def extract_descriptors(self, batch: Tensor) -> Tensor:
@@ -255,25 +249,21 @@ def is_one_file(args: argparse.Namespace, photos: int) -> bool:
         ValueError: it can be neither.
     """
     output = Path(args.output_path)
-    if output.is_dir():
+    if output.is_dir() or args.output_path.endswith(("/", os.sep)):
         return False
-    named_as_folder = args.output_path.endswith(("/", os.sep))
-    if photos == 1 and output.suffix[1:] in FORMATS and not named_as_folder:
+    if photos == 1 and output.suffix[1:] in FORMATS:
         return True
-    if output.is_file():
-        what = f"{output} is a file, but {photos} photos need a folder"
-        raise ValueError(f"{what}: pass another --output_path")
-    if output.suffix and not named_as_folder and not output.exists():
+    if output.is_file() or output.suffix:
         formats = ", ".join(f".{name}" for name in FORMATS)
-        what = f"{output} ends in {output.suffix}, and features of one photo go to {formats}"
-        raise ValueError(f"{what}: pass such a file, or a folder with / at its end")
+        what = f"--output_path {output} is not a folder, nor one of {formats} for one photo"
+        raise ValueError(f"{what}: pass one of these, or end a folder's name with /")
     return False
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """All photos, each with the files that are to be written, whether done or not.
 
-    Pictures that an earlier run has drawn among the photos are no photos. Every process of a
+    Pictures that an earlier run has drawn among the photos are not photos. Every process of a
     torchrun computes the same list, and takes its part of it.
 
     Raises:
@@ -281,14 +271,12 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             of the photos.
     """
     photos = find_photos(args.image_path)
-    if args.picture and Path(args.picture).is_file():
-        for photo in list(photos):
-            if not photo.samefile(args.picture):
-                continue
-            # a run that drew it has written the features, too
-            if len(photos) == 1 or not Path(args.output_path).is_file():
-                what = f"--picture {args.picture} is one of the photos"
-                raise ValueError(f"{what}: pass another name")
+    if args.picture:
+        drawn = [photo for photo in photos if photo.resolve() == Path(args.picture).resolve()]
+        # a run that drew it has written the features, too
+        if drawn and (len(photos) == 1 or not Path(args.output_path).is_file()):
+            raise ValueError(f"--picture {args.picture} is one of the photos: pass another name")
+        for photo in drawn:
             del photos[photo]
 
     one_file = is_one_file(args, len(photos))
@@ -298,44 +286,19 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"{what}: let it end in one of {formats}")
 
     jobs = []
-    pictures = set()
     for photo, name in photos.items():
         output = Path(args.output_path)
+        picture = Path(args.picture) if args.picture else None
         if not one_file:
-            output = output / f"{name}.{args.format}"
-        picture = None
-        if args.picture and one_file:
-            picture = Path(args.picture)
-        elif args.picture:
-            picture = Path(args.picture) / f"{name}.png"
-            pictures.add(picture.resolve())
+            output /= f"{name}.{args.format}"
+            if picture:
+                picture /= f"{name}.png"
         jobs.append(Job(photo, output, picture))
-    if not pictures:
-        return jobs
+    pictures = {job.picture.resolve() for job in jobs if job.picture}
     return [job for job in jobs if job.photo.resolve() not in pictures]
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-def start_processes() -> None:
-    """Join the other processes of a torchrun, if it is one.
-
-    The first to finish waits for the slowest, as long as it takes.
-
-    Raises:
-        ValueError: torchrun's RANK and WORLD_SIZE are set, but not by torchrun.
-    """
-    check_torchrun()
-    if world_size() > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-
-
-def leave_processes() -> None:
-    """Wait for the other processes of a torchrun, which ends them all as soon as one fails."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def open_folder(args: argparse.Namespace, facts: dict[str, Any]) -> None:
@@ -349,32 +312,17 @@ def open_folder(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     if rank() == 0:
         remedy = "pass --overwrite, or another --output_path"
         Results(args.output_path, decisive, args.overwrite, own, remedy)
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
 
 
-def add_up(counts: dict[str, int]) -> dict[str, int]:
-    """The sums of the counts of all processes of a torchrun."""
-    if not dist.is_initialized():
-        return counts
+def finish(counts: dict[str, int]) -> dict[str, int]:
+    """Wait for the other processes of a torchrun, leave it, and return the sums of all counts."""
     totals = torch.tensor(list(counts.values()))
-    dist.all_reduce(totals)
+    if world_size() > 1:
+        dist.all_reduce(totals)
+        dist.destroy_process_group()
     return dict(zip(counts, totals.tolist()))
-
-
-def tell(
-    args: argparse.Namespace, counts: dict[str, int], grid: tuple[int, int], used: dict[str, Any]
-) -> None:
-    """Say what was done: to a person in a line, and with all settings for --json."""
-    for path in args.image_path:
-        note_left_out(path)
-    done = ", ".join(f"{count} {what}" for what, count in counts.items())
-    if Path(args.output_path).is_file():
-        done = f"features of a grid of {grid[0]}x{grid[1]} cells"
-    print(f"{args.output_path}: {done}")
-    # an unquoted pattern may be thousands of names
-    shown = {"image_path": args.image_path[:3], "image_paths": len(args.image_path)}
-    report(args, {**used, **shown, **counts})
 
 
 def main(args: argparse.Namespace) -> None:
@@ -385,7 +333,9 @@ def main(args: argparse.Namespace) -> None:
     all_jobs = find_jobs(args)
     if len(all_jobs) == 1:
         read_image(all_jobs[0].photo)  # a broken one is told before a backbone is built
-    start_processes()
+    check_torchrun()
+    if world_size() > 1:  # the first to finish waits for the slowest, as long as it takes
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     features = build_features(args)
     facts = features.facts()
     used = settings(args, **facts, device=str(features.backbone.device))
@@ -403,18 +353,22 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{broken[0][0]}: {broken[0][1]}")
     for photo, reason in broken:
         skipped(photo, reason)
-    counts = {
-        "written": len(left) - len(broken),
-        "kept": len(jobs) - len(left),
-        "skipped": len(broken),
-    }
-    counts = add_up(counts)  # one process may have met only broken photos, and has not failed
-    if rank() == 0:
-        tell(args, counts, extraction.grid, used)
-    leave_processes()
+    written = len(left) - len(broken)
+    kept = len(jobs) - len(left)
+    counts = finish({"written": written, "kept": kept, "skipped": len(broken)})
+    if rank() > 0:
+        return  # the first process reports
+
+    for path in args.image_path:
+        note_left_out(path)
+    done = ", ".join(f"{count} {what}" for what, count in counts.items())
+    if Path(args.output_path).is_file():
+        done = f"features of a grid of {extraction.grid[0]}x{extraction.grid[1]} cells"
+    print(f"{args.output_path}: {done}")
+    # an unquoted pattern may be thousands of names
+    shown = {"image_path": args.image_path[:3], "image_paths": len(args.image_path)}
+    report(args, {**used, **shown, **counts})
     if counts["skipped"] and not counts["written"]:
-        if rank() > 0:  # the first process says why
-            raise SystemExit(2)
         raise ValueError(f"none of {counts['skipped']} photos gave features: replace them")
 
 

@@ -800,14 +800,14 @@ BAD = {
     "unwritable": (["--output_path", "text.jpg/x/y.pth"], "cannot write text.jpg/x/y.pth"),
     "output is a file": (
         ["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"],
-        "pass another --output_path",
+        "text.jpg is not a folder, nor one of .pth, .npz, .safetensors for one photo",
     ),
     "no picture": (["--picture", "x.txt"], "does not name a picture: let it end in one of .png"),
     "picture over the photo": (
         ["--image_path", "tiny.png", "--picture", "./tiny.png"],
         "--picture ./tiny.png is one of the photos: pass another name",
     ),
-    "another suffix": (["--output_path", "x.pt"], "ends in .pt, and features of one photo go to"),
+    "another suffix": (["--output_path", "x.pt"], "x.pt is not a folder, nor one of .pth"),
     "empty path": (["--image_path", ""], "the path of the photos is empty"),
     "a URL": (["--image_path", "https://a.org/x.jpg"], "is a URL: download the photo"),
     "a movie": (["--image_path", "clip.mp4"], "is a movie: take its frames"),
