@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "attend": {
         "augment": True, "loss": "both", "epochs": 6, "batch_size": 8, "lr": 0.003,
-        "attend": 1, "match": 0.15, "match_end": 0.3, "downsample": "resize", "weight_decay": 0.01,
+        "attend": 1, "match": 0.15, "match_end": 0.5, "downsample": "resize", "weight_decay": 0.01,
         "schedule": "cosine", "warmup": 40, "views": 1,
     },
 }  # fmt: skip
@@ -329,7 +329,8 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
     if args.heads:
         parts.append(f"heads{args.heads}")
     if args.match:
-        parts.append(f"match{args.match}")
+        fades = "" if args.match_end == 1 else f"to{args.match_end}"
+        parts.append(f"match{args.match}{fades}")
     if args.downsample == "resize":
         parts.append("resize")
     if args.seed:

@@ -357,7 +357,7 @@ def test_settings_show_what_a_recipe_set(train, tmp_path):
     _, about, _ = read_run(tmp_path)
     for known in (results_of(ran)["settings"], about["settings"]):
         assert known["recipe"] == "attend" and known["loss"] == "both" and known["attend"] == 1
-        assert known["heads"] == 3 and known["match_end"] == 0.3 and known["batch_size"] == 4
+        assert known["heads"] == 3 and known["match_end"] == 0.5 and known["batch_size"] == 4
     assert (about["attend"], about["heads"], about["downsample"]) == (1, 3, "resize")
 
     # how its flags were set does not matter at --resume
@@ -929,6 +929,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
         (["--layer", 3, "--facet", "query", "--attend", 1], "_64_layer3_query_attend1"),
         (["--attend", 1, "--heads", 2], "_64_attend1_heads2"),
         (["--match", 0.5], "_64_match0.5"),
+        (["--match", 0.5, "--match_end", 0.2], "_64_match0.5to0.2"),
         (["--seed", 3], "_64_seed3"),
     ],
 )
