@@ -530,7 +530,7 @@ def test_a_batch_that_does_not_fit_is_tried_photo_by_photo(
     ran = cli("lift_extractor", *args, "--load_size", 0)
     assert ran.code == 0, ran.err
     assert counts(ran) == (3, 0, 2)
-    assert f"skipped: {photos}/large.png: out of memory (CUDA out of memory." in ran.err
+    assert f"skipped: {photos}/large.png: out of memory (it asked for 2.00 GiB)" in ran.err
     assert not (tmp_path / "out/large.png.pth").exists()
     assert (tmp_path / "out/b.png.pth").exists(), "one of a batch of two"
 
@@ -780,7 +780,7 @@ BAD = {
         "less than one patch (16): pass a larger --load_size",
     ),
     "empty folder": (["--image_path", "."], "there are no images at ."),
-    "model": (["--model_type", "vit_foo"], "unknown model vit_foo: pass one of dino_vits16"),
+    "model": (["--model_type", "vit_foo"], "unknown model vit_foo: pass dino_vits16"),
     "facet": (["--facet", "keys"], "invalid choice"),
     "layer": (["--layer", "12"], "layer 12 is out of range"),
     "stride": (["--stride", "5"], "stride 5 does not divide the patch"),
@@ -796,7 +796,7 @@ BAD = {
     "width": (["--lift_path", "wide.pth"], "384 channels"),
     "missing LiFT": (["--lift_path", "none.pth"], "there is no LiFT checkpoint at none.pth"),
     "missing weights": (["--backbone_path", "none.pth"], "there are no weights at none.pth"),
-    "device": (["--device", "cuda:77"], "pass --device cpu"),
+    "device": (["--device", "cuda:77"], "take another device (auto, cpu"),
     "unwritable": (["--output_path", "text.jpg/x/y.pth"], "cannot write text.jpg/x/y.pth"),
     "output is a file": (
         ["--image_path", "text.jpg", str(SAMPLE), "--output_path", "text.jpg"],
