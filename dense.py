@@ -21,9 +21,9 @@ from torchvision import transforms
 
 from backbones import DTYPES, IMAGENET, pick_device, pick_device_or_fall_back
 from files import first_line, weights_digest
-from photos import as_photo, fit, fitted_size
+from photos import LoadSize, as_photo, fit, fitted_size
 
-# ---- numbers and names that serve two habits ----------------------------------------------------
+# ---- a number and a name that compare with what people's code expects ---------------------------
 
 
 class Side(int):
@@ -34,8 +34,6 @@ class Side(int):
 
     def __new__(cls, value: Any) -> "Side":
         if isinstance(value, (tuple, list)):
-            if len(set(value)) != 1:
-                raise ValueError(f"{value} differs between the axes: pass one number")
             value = value[0]
         return super().__new__(cls, value)
 
@@ -85,25 +83,20 @@ class Device(str):
 class DenseExtractor(nn.Module):
     """A frozen network from normalised images [B, 3, H, W] to a map of descriptors [B, C, h, w].
 
-    Attributes: name; tag (the name that a LiFT module's backbone is compared with); model (the
-    network itself); layer and facet (None where it has none); patch and stride in pixels; channels
-    (C; None for the facet attn, where it grows with the image); heads and depth of a ViT, else 1;
-    mean and std, which may be set; digest (of the weights); device and dtype.
-
     Args:
         mean, std: of red, green and blue, by which images are normalised.
     """
 
     name: str
-    tag: str
+    tag: str  # the name that a LiFT module's backbone is compared with
     model: nn.Module
-    layer: int | None
+    layer: int | None  # None where it has none, as facet
     facet: str | None
-    patch: int
-    channels: int | None
+    patch: int  # pixels, as stride
+    channels: int | None  # C; None for the facet attn, where it grows with the image
     heads: int = 1
     depth: int = 1
-    digest: str
+    digest: str  # of the weights
     exact_size: bool = False
     mean_rgb: Tensor
     std_rgb: Tensor
@@ -113,7 +106,7 @@ class DenseExtractor(nn.Module):
         self.register_buffer("mean_rgb", rgb_column(mean), persistent=False)
         self.register_buffer("std_rgb", rgb_column(std), persistent=False)
 
-    # -- what code of other projects sets, too, sometimes before it calls __init__, which decides --
+    # -- what code of other projects also sets; before __init__ it has no effect --
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -148,9 +141,7 @@ class DenseExtractor(nn.Module):
     def device(self) -> Any:
         """Where the network is; it equals "cpu" as well as torch.device("cpu")."""
         device = self._weight().device
-        if torch.compiler.is_compiling():
-            return device
-        return Device(device)
+        return device if torch.compiler.is_compiling() else Device(device)
 
     @device.setter
     def device(self, value: Any) -> None:
@@ -170,15 +161,11 @@ class DenseExtractor(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images [..., 3, H, W] in 0..1 -> normalised, where they are."""
-        mean = self.mean_rgb.to(images.device)
-        std = self.std_rgb.to(images.device)
-        return (images - mean) / std
+        return (images - self.mean_rgb.to(images.device)) / self.std_rgb.to(images.device)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo `normalize`: [..., 3, H, W] -> the same in 0..1."""
-        mean = self.mean_rgb.to(images.device)
-        std = self.std_rgb.to(images.device)
-        return images * std + mean
+        return images * self.std_rgb.to(images.device) + self.mean_rgb.to(images.device)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The descriptor grid (h, w) of an image of H x W pixels: 1 + (side - p)//s each."""
@@ -186,24 +173,16 @@ class DenseExtractor(nn.Module):
         columns = 1 + (width - self.patch) // self._stride
         return rows, columns
 
-    def size(
-        self, width: int, height: int, load_size: int | tuple[int, int] | None = None
-    ) -> tuple[int, int]:
+    def size(self, width: int, height: int, load_size: LoadSize = None) -> tuple[int, int]:
         """The size (W, H) at which a photo is read (photos.fitted_size)."""
-        return fitted_size(width, height, self._multiple(), load_size)
+        return fitted_size(width, height, 1 if self.exact_size else self.patch, load_size)
 
-    def fit(
-        self, photo: Image.Image, load_size: int | tuple[int, int] | None = None
-    ) -> Image.Image:
+    def fit(self, photo: Image.Image, load_size: LoadSize = None) -> Image.Image:
         """Resize an RGB photo to `size`, once."""
-        return fit(photo, self._multiple(), load_size)
-
-    def _multiple(self) -> int:
-        """What the sides of a photo are rounded to multiples of."""
-        return 1 if self.exact_size else self.patch
+        return fit(photo, 1 if self.exact_size else self.patch, load_size)
 
     def preprocess(
-        self, image_path: Any, load_size: int | tuple[int, int] | None = None
+        self, image_path: Any, load_size: LoadSize = None
     ) -> tuple[Tensor, Image.Image]:
         """Read, fit and normalise one photo.
 
@@ -218,18 +197,21 @@ class DenseExtractor(nn.Module):
 
     def preprocess_pil(self, photo: Image.Image) -> Tensor:
         """Normalise a PIL image of any size as it is: [1, 3, H, W] on the CPU."""
-        pixels = transforms.functional.to_tensor(photo.convert("RGB"))
-        return ((pixels - self.mean_rgb.cpu()) / self.std_rgb.cpu())[None]
+        return self.normalize(transforms.functional.to_tensor(photo.convert("RGB")))[None]
 
     def check_images(self, images: Any) -> None:
         """Raise ValueError unless these are RGB images of at least one patch."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            what = f"the network takes a tensor [B, 3, H, W], not {describe(images)}"
-            raise ValueError(f"{what}: pass preprocess(photo)[0]")
-        height, width = images.shape[-2:]
-        if min(height, width) < self.patch:
-            what = f"an image of {height}x{width} pixels is less than one patch ({self.patch})"
-            raise ValueError(f"{what}: pass a larger one")
+        wrong = ""
+        if not isinstance(images, Tensor):
+            article = "an" if type(images).__name__[0] in "AEIOaeio" else "a"
+            wrong = f"not {article} {type(images).__name__}: pass preprocess(photo)[0]"
+        elif images.ndim != 4 or images.shape[1] != 3:
+            wrong = f"not a tensor of shape {list(images.shape)}: pass preprocess(photo)[0]"
+        elif min(images.shape[2:]) < self.patch:
+            size = f"{images.shape[2]}x{images.shape[3]} pixels"
+            wrong = f"and {size} are less than one patch ({self.patch}): pass a larger image"
+        if wrong:
+            raise ValueError(f"the network takes a tensor [B, 3, H, W], {wrong}")
 
     # -- what it is --
 
@@ -263,12 +245,12 @@ def as_numbers(column: Tensor) -> tuple[float, ...]:
 
 def checked_stride(stride: Any, patch: int | None) -> int:
     """A stride, given as a number or a pair; ValueError unless it divides the patch."""
-    stride = int(Side(stride))
-    if patch is not None and (stride < 1 or patch % stride):
-        divisors = ", ".join(str(n) for n in range(1, patch + 1) if patch % n == 0)
+    side = Side(stride)
+    if patch is not None and (side != stride or side < 1 or patch % side):
+        divisors = ", ".join(str(number) for number in range(1, patch + 1) if patch % number == 0)
         what = f"stride {stride} does not divide the patch ({patch})"
         raise ValueError(f"{what}: pass one of {divisors}")
-    return stride
+    return int(side)
 
 
 # ---- anybody's module ---------------------------------------------------------------------------
@@ -287,34 +269,28 @@ class MyExtractor(DenseExtractor):
     """
 
     def __init__(self, module: nn.Module, name: str, imsize: int, device: str, dtype: str):
-        mean = getattr(module, "mean", IMAGENET[0])
-        std = getattr(module, "std", IMAGENET[1])
-        super().__init__(mean, std)
+        super().__init__(getattr(module, "mean", IMAGENET[0]), getattr(module, "std", IMAGENET[1]))
         self.name = self.tag = name
         self.layer = self.facet = None
         place = pick_device(device, dtype)
-        self.digest = weights_digest(module)
-        self.model = module.to(place, DTYPES[dtype]).requires_grad_(False).eval()
-        self.to(place)
-
+        image = torch.zeros(1, 3, imsize, imsize, device=place, dtype=DTYPES[dtype])
         try:
+            self.digest = weights_digest(module)
+            self.model = module.to(place, DTYPES[dtype]).requires_grad_(False).eval()
             with torch.no_grad():
-                out = self.model(torch.zeros(1, 3, imsize, imsize).to(place, DTYPES[dtype]))
-            if not isinstance(out, Tensor) or out.ndim not in (3, 4):
-                raise TypeError(f"it gives {describe(out)}, not [B, C, h, w] or [B, T, C]")
-            if out.ndim == 3:
-                # tokens [1, T, C]; isqrt rounds down: a prefix is too short for one more row
-                rows = math.isqrt(out.shape[1])
-                self.channels = out.shape[2]
-            else:  # a map [1, C, h, w]
-                rows = out.shape[2]
-                self.channels = out.shape[1]
+                out = self.model(image)
+            if out.ndim == 4:
+                _, self.channels, rows, _ = out.shape
+            else:
+                _, tokens, self.channels = out.shape
+                rows = math.isqrt(tokens)  # rounds down: a prefix is too short for one more row
             self.patch = imsize // rows
-            self.stride = self.patch
-        except (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
-            what = f"{name} does not take images of {imsize} pixels ({first_line(error)})"
-            raise ValueError(f"{what}: pass a network that does") from error
-        self.eval()
+        except Exception as error:  # of somebody's code
+            what = f"{name} cannot be used on images of {imsize} pixels ({first_line(error)})"
+            form = "a torch.nn.Module from images [B, 3, H, W] to [B, C, h, w] or [B, T, C]"
+            raise ValueError(f"{what}: return {form}") from error
+        self.stride = self.patch
+        self.to(place).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -324,18 +300,5 @@ class MyExtractor(DenseExtractor):
         x = self.model(images.to(weight.device, weight.dtype))
         if x.ndim == 3:
             rows, columns = self.grid(*images.shape[-2:])
-            if x.shape[1] < rows * columns:
-                size = f"{images.shape[2]}x{images.shape[3]}"
-                what = f"{self.name} gives {x.shape[1]} tokens for an image of {size}"
-                raise ValueError(f"{what}: pass a size that it is made for")
             x = x[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         return x.float()
-
-
-def describe(out: Any) -> str:
-    """What something is, for a message: the shape of a tensor, else its type."""
-    if isinstance(out, Tensor):
-        return f"a tensor of shape {list(out.shape)}"
-    kind = type(out).__name__
-    article = "an" if kind[0] in "AEIOaeio" else "a"
-    return f"{article} {kind}"

@@ -70,14 +70,14 @@ from backbones import (
     resolve,
     use_full_float32,
 )
-from dense import DenseExtractor, MyExtractor, Side, checked_stride, describe
+from dense import DenseExtractor, MyExtractor, Side, checked_stride
 from photos import as_photo
 
 FOREIGN = ("register_tokens", "storage_tokens", "rope_embed")
 TOKENS = ("token", "token_norm")  # facets that are outputs of a block
 
 # what `from extractor import *` also brings in dino-vit-features: its users' code relies on it
-import math  # noqa: F401
+import math
 import types  # noqa: F401
 from typing import List, Tuple, Union  # noqa: F401, UP035
 
@@ -108,8 +108,8 @@ class ViTExtractor(DenseExtractor):
         layer: counted from 0; None is the last.
         dtype: precision inside; descriptors are float32.
         requires_grad: let gradients reach the images; the ViT stays frozen.
-        exact_size: read photos as dino-vit-features does. They are not turned as their EXIF says,
-            and their sides not rounded to multiples of the patch: what fills no patch is dropped.
+        exact_size: read photos as dino-vit-features does: not turned as their EXIF says, and their
+            sides not rounded to multiples of the patch.
     Raises:
         ValueError: something does not exist or does not fit.
     """
@@ -159,31 +159,35 @@ class ViTExtractor(DenseExtractor):
         # parts of Meta's own modules, which timm calls otherwise: they would silently be left out
         foreign = [name for name in FOREIGN if getattr(self.model, name, None) is not None]
         if not of_rgb_patches or not of_blocks or foreign:
-            what = f"{self.name} is not a plain ViT as timm builds it"
             parts = ", ".join(foreign) or "patches of RGB, then blocks with attention"
-            raise ValueError(f"{what} ({parts}): pass a ViT of timm, or weights as backbone_path")
+            what = f"{self.name} is not a plain ViT as timm builds it ({parts})"
+            raise ValueError(f"{what}: pass a ViT of timm, or weights as backbone_path")
 
         self.patch = projection.kernel_size[0]
         embed.patch_size = Side(self.patch)
-        if stride is None:
-            stride = self.patch
-        self.stride = stride
+        self.stride = self.patch if stride is None else stride
         self.depth = len(blocks)
-        self.layer = self._checked_layer(layer)
-        check_facet(facet)
-        self.facet = facet
-        attention_layer = blocks[self.layer].attn
-        self.heads = attention_layer.num_heads
-        self.channels = descriptor_channels(attention_layer, facet, projection.out_channels)
+        self.layer, self.facet = self._checked(self.depth - 1 if layer is None else layer, facet)
+        attn = blocks[self.layer].attn
+        self.heads = attn.num_heads
+        if facet == "attn":
+            self.channels = None
+        elif facet in TOKENS:
+            self.channels = projection.out_channels
+        else:
+            self.channels = attn.proj.in_features
 
-    def _checked_layer(self, layer: int | None) -> int:
-        """A layer that exists; None is the last one."""
-        if layer is None:
-            return self.depth - 1
+    def _checked(self, layer: int, facet: str) -> tuple[int, str]:
+        """A layer and a facet; ValueError unless they exist."""
+        wrong = ""
         if not 0 <= layer < self.depth:
             layers = f"{self.name} has layers 0 to {self.depth - 1}"
-            raise ValueError(f"layer {layer} is out of range: {layers}, pass one of these")
-        return layer
+            wrong = f"layer {layer} is out of range: {layers}, pass one of these"
+        elif facet not in FACETS:
+            wrong = f"unknown facet {facet}: pass one of {', '.join(FACETS)}"
+        if wrong:
+            raise ValueError(wrong)
+        return layer, facet
 
     # -- names of dino-vit-features --
 
@@ -243,11 +247,8 @@ class ViTExtractor(DenseExtractor):
         prefix = table[:, :prefix_rows]
         patches = table[:, prefix_rows:]
 
-        # the grid that the table was trained for; where the model does not tell it, a square one
-        native = getattr(self.model.patch_embed, "grid_size", None)
-        if native is None:
-            side = round(patches.shape[1] ** 0.5)
-            native = (side, side)
+        side = math.isqrt(patches.shape[1])  # a square where the model does not tell its grid
+        native = getattr(self.model.patch_embed, "grid_size", None) or (side, side)
         if tuple(grid) == tuple(native):
             return patches, prefix
         if self.positions == "dino":
@@ -260,7 +261,6 @@ class ViTExtractor(DenseExtractor):
         patch_embed: Any = self.model.patch_embed
         projection = patch_embed.proj
         # the projection's own weights at our stride: the model itself stays untouched
-        # [B, D, h, w]
         x = F.conv2d(images, projection.weight, projection.bias, stride=self._stride)
         x = x.flatten(2).transpose(1, 2)                                            # [B, t, D]
         if getattr(patch_embed, "norm", None) is not None:
@@ -288,10 +288,7 @@ class ViTExtractor(DenseExtractor):
         return [{"rope": rope} for _ in range(self.depth)]
 
     def _choose_attention(self, tokens: int) -> None:
-        """Switch fused attention off where plain products are faster.
-
-        On a CPU, torch's fused attention in bfloat16 takes twice their time for few tokens.
-        """
+        """No fused attention for few tokens in bfloat16 on a CPU: it takes twice the time there."""
         if torch.compiler.is_compiling():
             return
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
@@ -336,11 +333,10 @@ class ViTExtractor(DenseExtractor):
                 # the last block itself has to run only for its output
                 if number < last or outputs:
                     x = block(x, **rotary[number])
-                for facet in outputs:
-                    y = x
-                    if facet == "token_norm":
-                        y = self.model.norm(x)  # type: ignore[operator]
-                    found[number, facet] = y[:, None]
+                if "token" in outputs:
+                    found[number, "token"] = x[:, None]
+                if "token_norm" in outputs:
+                    found[number, "token_norm"] = self.model.norm(x)[:, None]  # type: ignore
         return [found[pair] for pair in wanted]
 
     def _wanted(self, layer: Any, facet: Any) -> tuple[list[tuple[int, str]], bool]:
@@ -350,25 +346,14 @@ class ViTExtractor(DenseExtractor):
         equal length are paired in order. None is the extractor's own.
         """
         several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
-        layers = as_list(layer)
-        facets = as_list(facet)
+        layers = as_list(self.layer if layer is None else layer)
+        facets = as_list(self.facet if facet is None else facet)
         if len(layers) == 1:
             layers = layers * len(facets)
         if len(facets) == 1:
             facets = facets * len(layers)
-        if len(layers) != len(facets) or not layers:
-            given = f"{len(layers)} layers and {len(facets)} facets"
-            raise ValueError(f"{given} do not pair: pass as many of both, or one of either")
-
-        pairs = []
-        for one_layer, one_facet in zip(layers, facets):
-            if one_layer is None:
-                one_layer = self.layer
-            if one_facet is None:
-                one_facet = self.facet
-            check_facet(one_facet)
-            pairs.append((self._checked_layer(one_layer), one_facet))
-        return pairs, several
+        pairs = zip(layers, facets, strict=True)
+        return [self._checked(*pair) for pair in pairs], several
 
     def forward(self, images: Tensor, layer: Any = None, facet: Any = None) -> Any:
         """Normalised images [B, 3, H, W] -> map [B, C, h, w] float32.
@@ -424,15 +409,14 @@ class ViTExtractor(DenseExtractor):
         Args:
             layer, facet: the extractor's own where left out; a list of either gives a list.
             bin: add the surroundings of every descriptor, 17 bins of C channels.
-            include_cls: put the CLS token first (t + 1).
+            include_cls: put the CLS token first (t + 1); not with `bin`.
         Raises:
             ValueError: the backbone does not have what is asked for.
         Source: Amir et al., section 3.
         """
-        if include_cls and (bin or getattr(self.model, "cls_token", None) is None):
-            what = "include_cls needs a backbone with a CLS token, and no bin"
-            raise ValueError(f"{what}: leave one of them out")
-
+        assert not (bin and include_cls), "bins of a CLS token do not exist"
+        if include_cls:
+            self._check_cls()
         pairs, several = self._wanted(layer, facet)
         descriptors = []
         for x in self._facets(batch, pairs):                       # [B, heads, T, d]
@@ -457,9 +441,7 @@ class ViTExtractor(DenseExtractor):
         Raises:
             ValueError: the backbone has no CLS token, or fewer than six heads.
         """
-        if self.heads < 6 or getattr(self.model, "cls_token", None) is None:
-            what = f"saliency needs a CLS token and 6 heads, {self.name} has {self.heads} heads"
-            raise ValueError(f"{what}: pass dino_vits8")
+        self._check_cls(heads=6)
         attn = self._facets(batch, [(self.depth - 1, "attn")])[0]            # [B, heads, T, T]
         of_cls = attn[:, [0, 2, 4, 5], 0, self._prefix_count() :]            # [B, 4, t]
         saliency = of_cls.float().mean(1)                                    # [B, t]
@@ -468,24 +450,23 @@ class ViTExtractor(DenseExtractor):
         span = (high - low).clamp(min=torch.finfo(saliency.dtype).tiny)      # a flat map gives 0
         return (saliency - low) / span
 
+    def _check_cls(self, heads: int = 1) -> None:
+        """Raise ValueError unless the backbone has a CLS token, and so many heads."""
+        if self.heads < heads or getattr(self.model, "cls_token", None) is None:
+            what = f"a CLS token and {heads} heads are needed, and {self.name} lacks one of them"
+            raise ValueError(f"{what}: pass dino_vits8")
+
 
 def interpolate_positions(
     patches: Tensor, native: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:
     """Positions [1, N, D] of the native grid -> [1, t, D] of another one, as DINO's own code does.
 
-    Bicubic, not antialiased, with the scale factor (n + 0.1)/sqrt(N) given as such. timm's
-    antialiased resampling differs by up to 2e-2.
+    Bicubic, not antialiased, with the scale factor (n + 0.1)/sqrt(N) given as such.
     """
     square = patches.transpose(1, 2).unflatten(2, native).float()              # [1, D, H0, W0]
     scale = ((grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1])
-    resized = F.interpolate(
-        square,
-        scale_factor=scale,
-        mode="bicubic",
-        align_corners=False,
-        recompute_scale_factor=False,
-    )
+    resized = F.interpolate(square, scale_factor=scale, mode="bicubic", align_corners=False)
     if tuple(resized.shape[2:]) != tuple(grid):  # at a few sizes the rule loses a row
         resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).to(patches.dtype)                # [1, t, D]
@@ -496,12 +477,6 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     return [value]
-
-
-def check_facet(facet: str) -> None:
-    """Raise ValueError for a facet that does not exist."""
-    if facet not in FACETS:
-        raise ValueError(f"unknown facet {facet}: pass one of {', '.join(FACETS)}")
 
 
 def attention_input(block: Any, x: Tensor) -> Tensor:
@@ -537,18 +512,6 @@ def project(attn: Any, x: Tensor, facet: str) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """[B, heads, T, d] -> tokens [B, T, C] float32, head_dim-major: channel = d * heads + head."""
     return x.permute(0, 2, 3, 1).flatten(2).float()
-
-
-def descriptor_channels(attn: Any, facet: str, dim: int) -> int | None:
-    """C of a facet of a ViT of `dim` channels; None for `attn`, where it grows with the tokens."""
-    if facet in TOKENS:
-        return dim
-    if facet == "attn":
-        return None
-    if attn.qkv is None:
-        name = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[facet]
-        return getattr(attn, name).out_features
-    return attn.qkv.out_features // 3
 
 
 def attention(attn: Any, x: Tensor, rope: Tensor | None = None) -> Tensor:
@@ -611,11 +574,8 @@ def log_bin(feats: Tensor, hierarchy: int = 2) -> Tensor:
 
 def my_extractor(args: argparse.Namespace) -> nn.Module:
     """Bare --my_extractor uses what this returns: write it. `args` are the flags."""
-    raise ValueError(
-        "my_extractor(args) in extractor.py is still empty: return there a module that takes "
-        "images [B, 3, H, W] to [B, C, h, w] or [B, h*w, C], or pass --my_extractor "
-        "module:function"
-    )
+    what = "my_extractor(args) in extractor.py is still empty"
+    raise ValueError(f"{what}: write it, or pass --my_extractor module:function")
 
 
 # ---- from flags ---------------------------------------------------------------------------------
@@ -634,21 +594,14 @@ def build_extractor(args: argparse.Namespace) -> DenseExtractor:
     extractor: DenseExtractor
     if args.my_extractor:
         module = call_function(args.my_extractor, args)
-        if not isinstance(module, nn.Module):
-            what = f"{args.my_extractor} returns {describe(module)}"
-            raise ValueError(f"{what}: return a torch.nn.Module from images to features")
         imsize = getattr(args, "imsize", 224)
         extractor = MyExtractor(module, args.my_extractor, imsize, args.device, args.dtype)
     else:
+        model = build_backbone(args.model_type, args.backbone_path, getattr(args, "ema", False))
         extractor = ViTExtractor(
-            args.model_type,
-            args.stride,
-            build_backbone(args.model_type, args.backbone_path, getattr(args, "ema", False)),
-            device,
-            layer=args.layer,
-            facet=args.facet,
-            dtype=args.dtype,
-        )
+            args.model_type, args.stride, model, device,
+            layer=args.layer, facet=args.facet, dtype=args.dtype,
+        )  # fmt: skip
     check_facts(extractor, args.channel, args.patch, "--")
     return extractor
 
@@ -671,9 +624,6 @@ def check_facts(
 def main(args: argparse.Namespace) -> None:
     """Write the descriptors [1, 1, t, C] of one image."""
     check_range(args, load_size=0)
-    if Path(args.output_path).suffix in (".npz", ".safetensors"):
-        what = f"--output_path {args.output_path}, but this script writes only .pth"
-        raise ValueError(f"{what}: let it end in .pth, or take lift_extractor.py")
     as_photo(args.image_path)  # a missing photo is told before a backbone is built
     extractor = build_extractor(args)
     extractor.exact_size = args.exact_size

