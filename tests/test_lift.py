@@ -164,6 +164,25 @@ def test_attention_equals_loops(radius, heads):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+def test_attention_is_the_same_in_training():
+    """There it is a product, for its backward; the gradients are those of the loops."""
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(2, 6, 3, 4, generator=generator)
+    change = torch.randn(2, 18, 6, 8, generator=generator)
+    found = []
+    for attend in (weigh_neighbours, plain_weighing):
+        leaf = change.clone().requires_grad_()
+        out = attend(feats, leaf, bilinear_weights(1), 1, 2)
+        out.square().sum().backward()
+        found.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+
+
+def plain_weighing(feats, change, bilinear, radius, heads):
+    """The loops above, with the arguments of weigh_neighbours."""
+    return plain_attend(feats, change, radius, heads)
+
+
 @torch.no_grad()
 def test_value_changes_the_coarse_features_first():
     """With heads: what is weighed is feats + value(feats), and the fuser sees feats as they are."""
