@@ -267,6 +267,7 @@ def few_frames(patch: int) -> tuple[Callable[[], Any], ...]:
     model = timm.create_model(f"vit_small_patch{patch}_224", num_classes=0)
     extractor = ViTExtractor(f"dino_vits{patch}", patch, model=deepcopy(model), device="cpu")
     lift = LiFT(extractor.channels, patch).eval().requires_grad_(False)
+    lift.fold()  # as load_lift does; the baselines do not use what it keeps
     fast_lift = deepcopy(lift).to(memory_format=torch.channels_last)
     images = torch.randn(eval_davis.BATCH, 3, 224, 224)
     side = 2 * 224 // patch

@@ -155,7 +155,7 @@ def plain_lift(lift: Any, images: Tensor, feats: Tensor, iterations: int = 1) ->
     """LiFT layer by layer, the images doubled between two applications.
 
     Args:
-        lift: a LiFT of patch 8 or 16, without `residual` and `attend`.
+        lift: a LiFT of patch 8 or 16, without `attend`.
         images: [B, 3, H, W].
         feats: [B, C, h, w].
     Returns:
@@ -264,6 +264,7 @@ def build(name: str, size: int, dtype: str) -> tuple[Any, ViTExtractor, LiFT]:
 
     ours = ViTExtractor(name, stride=None, model=native, device="cpu", dtype=dtype)
     lift = LiFT(ours.channels, ours.patch).eval().requires_grad_(False)
+    lift.fold()  # as load_lift does; the baselines do not use what it keeps
     return vit.requires_grad_(False), ours, lift
 
 
@@ -302,6 +303,7 @@ def setup_iterated(iterations: int, dtype: str) -> tuple[Callable[[], Tensor], .
     torch.manual_seed(0)
     patch = 16
     lift = LiFT(384, patch).eval().requires_grad_(False)
+    lift.fold()
     images = torch.randn(1, 3, 224, 224)
     feats = torch.randn(1, 384, 224 // patch, 224 // patch)
     precision = DTYPES[dtype]

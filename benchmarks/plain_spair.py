@@ -258,6 +258,7 @@ def setup(root: str | Path, size: int) -> tuple[Callable[[], Scores], ...]:
     vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0, img_size=size)
     extractor = ViTExtractor("dino_vits16", stride=16, model=vit, device="cpu")
     lift = LiFT(384, 16, pre_shape=False, post_shape=False).eval().requires_grad_(False)
+    lift.fold()  # as load_lift does; the baselines do not use what it keeps
     fast_lift = deepcopy(lift).to(memory_format=torch.channels_last)
 
     def of_reference(images):

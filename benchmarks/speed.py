@@ -37,11 +37,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from command import Command, check_range, note, report, skipped
 from files import first_line, write_text
 
-COLUMNS = (
-    "case", "reference s", "today s", "floor s", "ours s", "spread",
-    "reference/ours", "asked", "today/ours", "ours/floor", "memory ratio", "memory asked",
-)  # fmt: skip
-
 
 def parser() -> Command:
     """The command line."""
@@ -70,7 +65,7 @@ import plain_visualize
 import timm
 import torch
 import torch.nn.functional as F
-from case import Case, count_macs, load_average, processor, resident
+from case import Case, cell, count_macs, load_average, processor, resident, table
 
 from backbones import DTYPES
 
@@ -292,23 +287,10 @@ def machine(rates: dict[str, float]) -> dict[str, Any]:
     return facts
 
 
-def cell(value: Any) -> str:
-    """The text of a table cell: three significant digits of a float, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return str(value)
-
-
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The rows as a Markdown table, and the machine below it."""
-    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
-    for row in rows:
-        lines.append(" | ".join(cell(row[column]) for column in COLUMNS))
-    table = "".join(f"| {line} |\n" for line in lines)
     known = ", ".join(f"{name} {cell(value)}" for name, value in facts.items())
-    return f"{table}\n{known}\n"
+    return f"{table(rows)}\n{known}\n"
 
 
 def write_table(args: Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
@@ -359,7 +341,7 @@ def main(args: Namespace) -> None:
                 note(f"{case.name}: no memory ratio, {first_line(error)}")
         rows.append(row)
         write_table(args, rows, facts)
-        told = [f"{column} {cell(row[column])}" for column in COLUMNS if row[column] is not None]
+        told = [f"{column} {cell(value)}" for column, value in row.items() if value is not None]
         print("  ".join(told), file=sys.stderr, flush=True)
 
     print(markdown(rows, facts))

@@ -37,7 +37,7 @@ def features(device, dtype="float32", **variant):
     vit = ViTExtractor(
         "dino_vits16", 16, rule_vit("vit_small_patch16_224.dino"), device, dtype=dtype
     )
-    lift = LiFT(vit.width, vit.patch, **variant).eval()
+    lift = LiFT(vit.channels, vit.patch, **variant).eval()
     state = rule_state(lift)
     if "options" in state:
         state["options"] = lift.options

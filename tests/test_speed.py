@@ -45,7 +45,6 @@ def test_ratios_are_those_of_the_times(monkeypatch):
     monkeypatch.setattr(speed, "matrix_rate", lambda precision: 1e9)
     case = timed_case(partial(sleep, 0.2), partial(sleep, 0.05), partial(sleep, 0.1))
     row = speed.measure(case, 3)
-    assert set(row) == set(speed.COLUMNS)
     assert row["reference/ours"] == pytest.approx(4, rel=0.25)
     assert row["today/ours"] == pytest.approx(2, rel=0.25)
     assert row["asked"] == 2.0
