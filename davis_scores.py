@@ -266,9 +266,6 @@ def score_video(
 
     Returns:
         J and F [objects, 2, scored frames], and the objects that the first annotation lacks.
-    Raises:
-        ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
-            objects.
     """
     read_truth = MaskReader(binary)
     read_result = MaskReader(binary)
@@ -301,7 +298,7 @@ def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) 
     if labels.shape != truth.shape:
         height, width = labels.shape
         what = f"{width}x{height} pixels, its annotation {truth.shape[1]}x{truth.shape[0]} pixels"
-        what += ": resize it (nearest) to the annotation"
+        what += ": resize it to that of the annotation (nearest neighbour)"
     elif labels.max() > count:
         what = f"label {labels.max()}, and the first annotation none above {count}"
         what += ": use its labels, or pass --binary for one object that is not 0"
@@ -337,11 +334,12 @@ def evaluate(
         annotations: of every video, in the order of its frames.
     Returns:
         METRICS, which are means over all objects of all videos, and `per_object`, {name: [J, F]}.
-        Objects without a scored frame, those of videos of one or two, are NaN and left out.
-        `absent`, {video: labels}, names objects that the first annotation does not show. They
-        count, as in davis2017-evaluation; WITHOUT is the mean of the others.
+        Objects of videos of one or two frames have no scored frame: they are NaN, and left out of
+        the means. `absent`, {video: labels}, names objects that the first annotation does not show.
+        They count, as in davis2017-evaluation; WITHOUT is the mean of the others.
     Raises:
-        ValueError, FileNotFoundError: as `score_video`.
+        ValueError, FileNotFoundError: masks are missing, unreadable, of another size, or have more
+            objects.
     """
     folders = [masks / video for video in annotations]
     jobs = pool.map(partial(score_video, binary=binary), annotations.values(), folders)

@@ -22,9 +22,9 @@ Propagation is that of DINO's evaluation (Caron et al., arXiv 2104.14294, after 
 the last frames. Numbers in file names count as numbers: 2.jpg comes before 10.jpg.
 
 --dataroot holds Annotations/480p, JPEGImages/480p (--score_only does without) and
-ImageSets/2017/val.txt. Data sets without the level 480p, such as MOSE, are taken with --sequences.
-DAVIS 2016, whose masks are 0 and 255 with 255 for the object, needs --binary. On 2 cores a frame at
-224 takes 0.1 s with ViT-S/16 and LiFT, 0.5 s with ViT-S/8 and LiFT, and 1.5 ms to score.
+ImageSets/2017/val.txt. Data sets without that list, such as MOSE, need --sequences; the level 480p
+may be missing. DAVIS 2016, whose masks are 0 and 255 with 255 for the object, needs --binary. On 2
+cores a frame at 224 takes 0.1 s with ViT-S/16 and LiFT, 0.5 s with ViT-S/8 and LiFT.
 
 Notation: H W image pixels, h w the grid of features, C channels, n labels (background and objects),
 T context frames, p patch size.
@@ -73,19 +73,14 @@ def parser() -> Command:
     add("--imsize", type=int, default=224, help="pixels that frames are squashed to (default: 224)")
     add("--short_side", type=int, help="DINO's resizing instead: pixels of the shorter side")
     add("--n_last_frames", type=int, default=7, help="context besides the first (default: 7)")
-    add(
-        "--size_mask_neighborhood", type=int, default=12,
-        help="radius of the window, in cells; 0: everywhere (default: 12)",
-    )  # fmt: skip
+    radius = "radius of the window, in cells; 0: everywhere (default: 12)"
+    add("--size_mask_neighborhood", type=int, default=12, help=radius)
     add("--topk", type=int, default=5, help="context cells that vote (default: 5)")
 
     group = command.add_argument_group("results", "What is written.")
     add = group.add_argument
-    add(
-        "--output_dir", default="temp_davis_test",
-        help="folder for davis_vidseg_{imsize}_layer{layer}, or with --score_only for the scores "
-        "(default: temp_davis_test)",
-    )  # fmt: skip
+    folder = "folder for all that is written (default: temp_davis_test)"
+    add("--output_dir", default="temp_davis_test", help=folder)
     add("--score_only", metavar="DIR", help="propagate nothing, score DIR/{video}/*.png")
     add("--overlay", action="store_true", help="also write overlay/{video}/*.jpg")
     add("--overwrite", action="store_true", help="first remove the masks of an earlier run")
@@ -150,11 +145,10 @@ class Video(NamedTuple):
 
 
 def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool) -> list[Video]:
-    """The videos `names` of a data set, or those of its ImageSets/2017/val.txt.
+    """The videos `names` of a data set, or of its ImageSets/2017/val.txt.
 
     Raises:
-        FileNotFoundError: the list, a folder, a frame or an annotation is missing.
-        ValueError: a name leads out of the data set.
+        FileNotFoundError, ValueError: something is missing, or a name leads out of the data set.
     """
     root = Path(dataroot)
     if not names:
@@ -195,11 +189,7 @@ def part_of(root: Path, part: str) -> Path:
 def list_files(
     folder: Path, suffixes: set[str], remedy: str, besides: Path = Path()
 ) -> list[Path]:
-    """The files of a folder with these suffixes but `besides`, in order.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The files of a folder with these suffixes but `besides`, in order; an error if none."""
     files = []
     for path in folder.glob("*"):  # of a folder that is not there too: none
         is_hidden = path.name.startswith(".")
@@ -270,11 +260,9 @@ def read_frame(
     """A frame as a tensor [3, H, W] in 0..1.
 
     Args:
-        size: (W, H) of its annotation, in pixels.
+        size: (W, H) of its annotation; a frame of another size is a ValueError.
         input_size: (W, H) to which it is resized.
         by_cv2: bilinear by cv2, as DINO's protocol does it, instead of bicubic by PIL.
-    Raises:
-        ValueError: it is unreadable, or has another size than its annotation.
     """
     photo = read_image(path, upright=False)  # annotations count the pixels as stored
     if photo.size != size:
@@ -344,8 +332,6 @@ def propagate(
 
     Args:
         advance: called after each frame.
-    Raises:
-        ValueError, OSError: a frame cannot be read or has another size, or masks cannot be written.
     """
     height, width = given.labels.shape
     size = frame_size(width, height, imsize, short_side, features.patch)
@@ -424,9 +410,9 @@ def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, t
 
         targets = cells[target_rows, target_columns]                  # [a_h, a_w, C]
         cosine = targets.flatten(0, 1) @ sources.t()                  # [a, T*b]
-        outside = outside_window(
-            far_rows[target_rows, source_rows], far_columns[target_columns, source_columns]
-        )                                                             # [a, b]
+        rows = far_rows[target_rows, source_rows]                     # [a_h, b_h]
+        columns = far_columns[target_columns, source_columns]         # [a_w, b_w]
+        outside = outside_window(rows, columns)                       # [a, b]
         # a view: the sources that are filled with -inf here are so in `cosine`
         by_frame = cosine.unflatten(1, (len(context), -1))            # [a, T, b]
         by_frame.masked_fill_(outside[:, None], -math.inf)
@@ -440,13 +426,10 @@ def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, t
 
 
 def block_side(height: int, width: int, radius: int, frames: int, device: torch.device) -> int:
-    """The side of a block of targets in a grid of h x w cells, for a window of this radius.
+    """The side of a block of targets in a grid of h x w cells, with sources in T `frames`.
 
     On a CPU a small grid is one block, if the blocks would share nearly all of their sources. On a
     GPU blocks are as large as its memory allows, since each of them has its own launches.
-
-    Args:
-        frames: T, whose cells are the sources.
     """
     if device.type == "cpu":
         reach = TILE + 2 * radius  # of the sources of a block
@@ -471,23 +454,17 @@ def too_far(count: int, radius: int, device: torch.device) -> Tensor:
 
 
 def outside_window(rows: Tensor, columns: Tensor) -> Tensor:
-    """Whether each source is outside the window of each target, a square: [a, b].
-
-    Args:
-        rows, columns: what is too far along each axis, [a_h, b_h] and [a_w, b_w].
-    """
+    """What is too far along the rows [a_h, b_h] or the columns [a_w, b_w]: [a, b]."""
     outside = rows[:, None, :, None] | columns[None, :, None, :]  # [a_h, a_w, b_h, b_w]
     return outside.flatten(2).flatten(0, 1)
 
 
 def vote_of_few(cosine: Tensor, votes: Tensor, topk: int) -> Tensor:
-    """The mean vote of the most similar sources, weighted by exp(cosine / 0.1).
+    """The mean vote [a, n] of the most similar sources, weighted by exp(cosine / 0.1).
 
     Args:
         cosine: [a, N], -inf for what has no vote.
         votes: [N, n].
-    Returns:
-        [a, n].
     """
     values, indices = most_similar(cosine, topk)                      # [a, k]
     weights = (values / TEMPERATURE).softmax(dim=1)
@@ -530,8 +507,8 @@ def most_similar(cosine: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
     """Soft segmentation [n, h, w] -> labels [H, W] uint8 at `size` (W, H).
 
-    Enlarged p times bilinearly, each channel stretched to 0..1, the largest channel taken, and
-    resized by the nearest neighbour.
+    It is enlarged p times bilinearly, and each channel stretched to 0..1. The largest channel is
+    the label, resized by the nearest neighbour.
     """
     scale = float(patch)
     large = F.interpolate(segmentation[None], scale_factor=scale, mode="bilinear")[0]
@@ -551,11 +528,7 @@ def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarra
 
 
 def open_results(args: argparse.Namespace, features: Features) -> Results:
-    """The folder of the masks, without scores of an earlier run, which tell of other masks.
-
-    Raises:
-        ValueError: it was made with other settings.
-    """
+    """The folder of the masks, without scores of an earlier run, which tell of other masks."""
     size = args.imsize
     if args.short_side:
         size = f"short{args.short_side}"
@@ -577,7 +550,7 @@ def mask_name(video: Video, number: int) -> str:
 
 
 def write_mask(results: Results, name: str, values: np.ndarray, palette: list[int] | None) -> None:
-    """Write values [H, W] uint8 as an indexed PNG; OSError if the folder takes no files."""
+    """Write values [H, W] uint8 as an indexed PNG."""
     image = Image.fromarray(values)
     image.putpalette(palette or voc_palette())
     with results.writing(name) as path:
@@ -593,10 +566,19 @@ def is_done(video: Video, given: Given, results: Results) -> bool:
 
 
 def write_overlay(frame: Path, mask: Path, path: Path) -> None:
-    """Write the `picture` of a frame, if its mask is there."""
-    if mask.is_file():  # other methods may leave out the first and the last
-        with replacing(path) as temporary:
-            picture(frame, mask).save(temporary, quality=90)
+    """Write a frame with its objects tinted and outlined in white, if its mask is there."""
+    if not mask.is_file():  # other methods may leave out the first and the last
+        return
+    values, palette = read_mask(mask)
+    height, width = values.shape
+    palette = (palette or voc_palette()) + 768 * [0]  # a file may have fewer than 256 colours
+    colours = np.reshape(palette[:768], (256, 3)).astype(np.uint8)
+    photo = np.asarray(read_image(frame, upright=False).resize((width, height)))
+    tinted = photo // 2 + colours[values] // 2
+    shown = np.where(values[..., None] > 0, tinted, photo)
+    shown[boundary(values) > 0] = 255
+    with replacing(path) as temporary:
+        Image.fromarray(shown).save(temporary, quality=90)
 
 
 def write_overlays(
@@ -611,19 +593,6 @@ def write_overlays(
             writing.append(pool.submit(write_overlay, frame, mask, path))
     for written in progress(writing, unit="picture", desc="overlay"):
         written.result()
-
-
-def picture(frame: Path, mask: Path) -> Image.Image:
-    """A frame with its objects tinted and outlined in white."""
-    values, palette = read_mask(mask)
-    height, width = values.shape
-    palette = (palette or voc_palette()) + 768 * [0]  # a file may have fewer than 256 colours
-    colours = np.reshape(palette[:768], (256, 3)).astype(np.uint8)
-    photo = np.asarray(read_image(frame, upright=False).resize((width, height)))
-    tinted = photo // 2 + colours[values] // 2
-    shown = np.where(values[..., None] > 0, tinted, photo)
-    shown[boundary(values) > 0] = 255
-    return Image.fromarray(shown)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -701,11 +670,14 @@ def main(args: argparse.Namespace) -> None:
         counts = {"sequences": len(videos), "frames": frames}
         report(args, {"settings": used, **counts, "results": results})
 
-        own = [video for video in videos if video.is_own]
-        write_overlays(folder / "overlay", masks, videos if args.overlay else own, pool)
-        for video in own:
-            note(f"{video.name} has the mask of its first frame alone: there is nothing to score")
-            print(f"masks in {masks / video.name}, pictures in {folder / 'overlay' / video.name}")
+        drawn = [video for video in videos if video.is_own or args.overlay]
+        write_overlays(folder / "overlay", masks, drawn, pool)
+        for video in drawn:
+            if video.is_own:
+                what = f"{video.name} has the mask of its first frame alone"
+                note(f"{what}: there is nothing to score")
+                pictures = folder / "overlay" / video.name
+                print(f"masks in {masks / video.name}, pictures in {pictures}")
 
 
 if __name__ == "__main__":

@@ -223,11 +223,7 @@ class ViTLiFTExtractor(nn.Module):
 
 
 def find_photos(given: list[str]) -> dict[Path, Path]:
-    """Find the photos, each with its name below its root (photos.naming_root).
-
-    Raises:
-        ValueError: there are none, or two would get one output file.
-    """
+    """The photos, each with its name below its root; ValueError if two would get one file."""
     photos: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}
     for entry in given:
@@ -243,11 +239,7 @@ def find_photos(given: list[str]) -> dict[Path, Path]:
 
 
 def is_one_file(args: argparse.Namespace, photos: int) -> bool:
-    """Whether --output_path names the one file to write, and not a folder.
-
-    Raises:
-        ValueError: it can be neither.
-    """
+    """Whether --output_path is the one file to write, and not a folder; ValueError if neither."""
     output = Path(args.output_path)
     if output.is_dir() or args.output_path.endswith(("/", os.sep)):
         return False
@@ -265,10 +257,6 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
 
     Pictures that an earlier run has drawn among the photos are not photos. Every process of a
     torchrun computes the same list, and takes its part of it.
-
-    Raises:
-        ValueError: --output_path or --picture cannot be what is to be written, or --picture is one
-            of the photos.
     """
     photos = find_photos(args.image_path)
     if args.picture:

@@ -13,12 +13,12 @@ moves its tensors into shared memory and sends them by itself.
 import itertools
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -91,7 +91,8 @@ class Loader:
             items = (fetch(self.dataset, key, self.batches is not None) for key in keys)
         if self.pin_memory:
             # in a thread, as the copy takes a while
-            items = in_a_thread(each_tensor(item, Tensor.pin_memory) for item in items)
+            pinned = (each_tensor(item, Tensor.pin_memory) for item in items)
+            items = in_a_thread(pinned, self.stop)
         return items
 
     def from_workers(self, keys: Iterable[Any]) -> Iterator[Any]:
@@ -243,35 +244,21 @@ def each_tensor(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return item
 
 
-def in_a_thread(items: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
-    """The same items, made by a thread of their own, which is a few items ahead."""
-    coming: queue.Queue = queue.Queue()  # of pairs (item, error)
-    room = threading.Semaphore(ahead)
-    unwanted = threading.Event()
+def in_a_thread(items: Iterator[Any], stop: Callable[[], None]) -> Iterator[Any]:
+    """The same items, each made by a thread while the one before it is used.
 
-    def run() -> None:
+    Args:
+        stop: frees the thread from waiting for an item that nobody wants any more.
+    """
+    end = object()
+    complete = False
+    with ThreadPoolExecutor(1) as thread:
         try:
-            for item in items:
-                coming.put((item, None))
-                room.acquire()
-                if unwanted.is_set():
-                    return
-            coming.put((None, StopIteration()))
-        except BaseException as error:
-            coming.put((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = coming.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
-            room.release()
-            yield item
-    finally:
-        unwanted.set()
-        room.release()
-        thread.join(1)  # it may be waiting for a photo, from which the end of its worker frees it
+            coming = thread.submit(next, items, end)
+            while (item := coming.result()) is not end:
+                coming = thread.submit(next, items, end)
+                yield item
+            complete = True
+        finally:
+            if not complete:
+                stop()

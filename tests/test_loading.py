@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,19 +115,34 @@ def test_endless_batches_are_asked_for_as_needed():
 
 
 def test_a_thread_gives_the_same_items_and_errors():
-    assert list(in_a_thread(iter(range(50)))) == list(range(50))
+    stopped = []
+    thread_of = partial(in_a_thread, stop=lambda: stopped.append(True))
+    assert list(thread_of(iter(range(50)))) == list(range(50))
+    assert not stopped
 
     def items():
         yield 1
         raise ValueError("broken")
 
-    coming = in_a_thread(items())
+    coming = thread_of(items())
     assert next(coming) == 1
     with pytest.raises(ValueError, match="broken"):
         next(coming)
-    coming = in_a_thread(iter(range(50)))
+    coming = thread_of(iter(range(50)))
     next(coming)
     coming.close()  # returns, though the thread has more
+    assert len(stopped) == 2
+
+
+def test_a_thread_that_waits_for_a_worker_ends_with_it():
+    loader = Loader(Numbers(partial(time.sleep, 1000)), 2)
+    coming = in_a_thread(iter(loader), loader.stop)
+    began = time.monotonic()
+    for _ in range(4):
+        next(coming)
+    coming.close()  # the thread waits for item 5, or will
+    assert time.monotonic() - began < 20
+    assert loader.running == []
 
 
 def test_each_tensor():
@@ -195,7 +211,7 @@ def test_a_fault_in_a_worker_ends_the_loop_with_one_line(fault, threaded):
     items = iter(loader)
     pids = worker_pids(loader)
     if threaded:
-        items = in_a_thread(items)
+        items = in_a_thread(items, loader.stop)
     with pytest.raises(ValueError) as raised:
         for _ in items:
             pass
