@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -60,6 +61,9 @@ class Command(argparse.ArgumentParser):
         Memory that ran out is told in one line too. Other errors are bugs, and are raised.
         """
         args = self.parse_args(argv)
+        with suppress(ValueError):  # signals are for the main thread
+            # an exit like any other, so that temporary files go and worker processes end
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             if args.json and Path(args.json).is_dir():
                 raise ValueError(f"--json {args.json} is a folder: pass a file")

@@ -119,6 +119,31 @@ def test_interruption_has_its_own_status(capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+TERMINATED = """
+import sys, time
+from pathlib import Path
+from command import Command
+from files import replacing
+
+def main(args):
+    with replacing(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        print("now", flush=True)
+        time.sleep(60)
+
+Command("").run(main, [])
+"""
+
+
+def test_sigterm_leaves_no_temporary_file(tmp_path):
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path / "x.txt")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.terminate()
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranges():
     args = argparse.Namespace(imsize=8, limit=None)
     check_range(args, imsize=8, limit=1)
