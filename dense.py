@@ -139,7 +139,7 @@ class DenseExtractor(nn.Module):
 
     @property
     def device(self) -> Any:
-        """Where the network is; it equals "cpu" as well as torch.device("cpu")."""
+        """Where the network is: equal to "cpu" as well as to torch.device("cpu")."""
         device = self._weight().device
         return device if torch.compiler.is_compiling() else Device(device)
 

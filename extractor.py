@@ -198,10 +198,7 @@ class ViTExtractor(DenseExtractor):
 
     @staticmethod
     def patch_vit_resolution(model: nn.Module, stride: int | tuple[int, int]) -> nn.Module:
-        """Change the stride of a ViT's patch embedding, in place, and return the ViT.
-
-        A ViTExtractor has a stride of its own, and leaves the model as it is.
-        """
+        """Change the stride of a ViT in place, as no ViTExtractor does, and return the ViT."""
         projection: Any = model.patch_embed.proj  # type: ignore[union-attr]
         step = checked_stride(stride, projection.kernel_size[0])
         projection.stride = (step, step)
@@ -281,11 +278,11 @@ class ViTExtractor(DenseExtractor):
     def _rotary(self, grid: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Keyword arguments of each block: rotary positions where the model has them."""
         if getattr(self.model, "rope", None) is None:
-            return [{} for _ in range(self.depth)]
+            return [{}] * self.depth
         rope = self.model.rope.get_embed(shape=grid)  # type: ignore[union-attr,operator]
         if getattr(self.model, "rope_mixed", False):  # positions of its own for each block
-            return [{"rope": rope[number]} for number in range(self.depth)]
-        return [{"rope": rope} for _ in range(self.depth)]
+            return [{"rope": of_block} for of_block in rope]
+        return [{"rope": rope}] * self.depth
 
     def _choose_attention(self, tokens: int) -> None:
         """No fused attention for few tokens in bfloat16 on a CPU: it takes twice the time there."""
@@ -296,9 +293,7 @@ class ViTExtractor(DenseExtractor):
                 block.attn.fused_attn = tokens > 512
 
     def _facets(self, images: Tensor, wanted: list[tuple[int, str]]) -> list[Tensor]:
-        """Run the ViT once and collect the (layer, facet) pairs that are wanted.
-
-        Only what they need is computed: the pass ends where the last of them is complete.
+        """Run the ViT up to the last of the (layer, facet) pairs that are wanted.
 
         Returns:
             One tensor for each pair, over all T tokens: [B, heads, T, d] for query, key and value,
@@ -342,8 +337,7 @@ class ViTExtractor(DenseExtractor):
     def _wanted(self, layer: Any, facet: Any) -> tuple[list[tuple[int, str]], bool]:
         """The (layer, facet) pairs that are asked for, and whether the caller gave a list.
 
-        One facet goes with every layer of a list, and one layer with every facet. Two lists of
-        equal length are paired in order. None is the extractor's own.
+        One goes with every item of the other's list; two lists are paired in order.
         """
         several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
         layers = as_list(self.layer if layer is None else layer)
@@ -352,8 +346,7 @@ class ViTExtractor(DenseExtractor):
             layers = layers * len(facets)
         if len(facets) == 1:
             facets = facets * len(layers)
-        pairs = zip(layers, facets, strict=True)
-        return [self._checked(*pair) for pair in pairs], several
+        return [self._checked(*pair) for pair in zip(layers, facets, strict=True)], several
 
     def forward(self, images: Tensor, layer: Any = None, facet: Any = None) -> Any:
         """Normalised images [B, 3, H, W] -> map [B, C, h, w] float32.
@@ -445,10 +438,9 @@ class ViTExtractor(DenseExtractor):
         attn = self._facets(batch, [(self.depth - 1, "attn")])[0]            # [B, heads, T, T]
         of_cls = attn[:, [0, 2, 4, 5], 0, self._prefix_count() :]            # [B, 4, t]
         saliency = of_cls.float().mean(1)                                    # [B, t]
-        low = saliency.amin(1, keepdim=True)
-        high = saliency.amax(1, keepdim=True)
-        span = (high - low).clamp(min=torch.finfo(saliency.dtype).tiny)      # a flat map gives 0
-        return (saliency - low) / span
+        saliency = saliency - saliency.amin(1, keepdim=True)
+        highest = saliency.amax(1, keepdim=True)
+        return saliency / highest.clamp(min=torch.finfo(saliency.dtype).tiny)  # a flat map gives 0
 
     def _check_cls(self, heads: int = 1) -> None:
         """Raise ValueError unless the backbone has a CLS token, and so many heads."""
@@ -488,17 +480,10 @@ def attention_input(block: Any, x: Tensor) -> Tensor:
 
 
 def project(attn: Any, x: Tensor, facet: str) -> Tensor:
-    """One of query, key and value of an attention layer, before any norm of queries and keys.
-
-    Args:
-        x: tokens [B, T, D].
-    Returns:
-        [B, heads, T, d].
-    """
+    """Query, key or value of tokens [B, T, D], before any norm of these: [B, heads, T, d]."""
     index = ("query", "key", "value").index(facet)
     if attn.qkv is None:
-        layers = (attn.q_proj, attn.k_proj, attn.v_proj)
-        y = layers[index](x)
+        y = (attn.q_proj, attn.k_proj, attn.v_proj)[index](x)
     else:
         bias = attn.qkv.bias
         if getattr(attn, "q_bias", None) is not None:
@@ -554,10 +539,8 @@ def log_bin(feats: Tensor, hierarchy: int = 2) -> Tensor:
     for level in range(hierarchy):
         step = 3**level
         pooled = feats
-        if step > 1:
-            pooled = F.avg_pool2d(
-                feats, step, stride=1, padding=step // 2, count_include_pad=False
-            )
+        if level > 0:
+            pooled = F.avg_pool2d(feats, step, stride=1, padding=step // 2, count_include_pad=False)
         padded = F.pad(pooled, [step] * 4, mode="replicate")
         padded = padded.permute(0, 2, 3, 1)                 # [B, h + 2*step, w + 2*step, C]
         for top in (0, step, 2 * step):
@@ -609,11 +592,7 @@ def build_extractor(args: argparse.Namespace) -> DenseExtractor:
 def check_facts(
     extractor: DenseExtractor, channel: int | None, patch: int | None, dashes: str = ""
 ) -> None:
-    """Raise ValueError if channel or patch, where given, are not the extractor's.
-
-    Args:
-        dashes: before their names in the message, where they are flags.
-    """
+    """Raise ValueError if channel or patch are given (as flags, with dashes) and not its own."""
     facts = {"channel": (channel, extractor.channels), "patch": (patch, extractor.patch)}
     for name, (given, real) in facts.items():
         if given not in (None, real):

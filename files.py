@@ -112,7 +112,8 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
             return load_file(path)
         refuse_packed(path)
         # DINO's checkpoints carry their flags as a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        known: list[Any] = [argparse.Namespace, *as_foreign(path)]
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles, then raises anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -123,6 +124,30 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
     except Exception as error:  # damaged files raise nearly anything
         what = f"cannot read weights from {path} ({first_line(error)})"
         raise ValueError(f"{what}: {if_damaged}") from error
+
+
+class Foreign:
+    """Stands for whatever a checkpoint holds beside tensors: nothing of it is built or called."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def as_foreign(path: str | Path) -> list[tuple[type, str]]:
+    """Foreign for each name of a checkpoint that torch does not allow, such as numpy's scalars.
+
+    torch's own names are left out, as those of a pickled module, and builtins, as eval: files
+    that have them stay refused. So do those of torch's old format, which cannot be searched.
+    """
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(Foreign, name) for name in names if not name.startswith(("torch.", "builtins."))]
 
 
 def refuse_packed(path: str | Path) -> None:

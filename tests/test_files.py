@@ -6,7 +6,9 @@ import stat
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -95,6 +97,43 @@ def test_tensors_come_back(tmp_path):
     assert torch.equal(load_tensors(tmp_path / "x.pth", "", "")["a"], tensors["a"])
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*: look again"):
         load_tensors(tmp_path / "none.pth", "look again", "")
+
+
+class Settings:
+    """A class of somebody's training."""
+
+    def __init__(self):
+        self.lr = 0.1
+
+
+class Bomb:
+    def __init__(self, function, argument):
+        self.function, self.argument = function, argument
+
+    def __reduce__(self):
+        return self.function, (self.argument,)
+
+
+def test_classes_beside_tensors_are_never_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "model": {"a": torch.arange(3)},
+        "best": np.float64(0.5),
+        "path": tmp_path,
+        "config": Settings(),
+        "harmless here": Bomb(subprocess.getoutput, "touch executed"),
+    }
+    torch.save(content, "x.pth")
+    loaded = load_tensors("x.pth", "", "")
+    assert torch.equal(loaded["model"]["a"], content["model"]["a"])
+    assert {type(loaded[name]).__name__ for name in content if name != "model"} == {"Foreign"}
+
+    whole = torch.nn.Linear(2, 2)
+    for bomb in (Bomb(os.system, "touch executed"), Bomb(eval, "open('executed', 'w')"), whole):
+        torch.save({"model": bomb}, "x.pth")
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            load_tensors("x.pth", "", "")
+    assert not Path("executed").exists()
 
 
 def test_a_small_file_cannot_fill_the_memory(tmp_path):
