@@ -15,6 +15,7 @@ The files of this repository are read by their place, under private names: the c
 `extractor.py` or `lift.py` stays what it is.
 """
 
+# torch.hub offers every callable without an underscore: of other modules none is imported by name
 import contextlib
 import importlib.util
 import pathlib
@@ -41,11 +42,9 @@ _FILES = (
 
 
 def _read_files() -> dict[str, types.ModuleType]:
-    """Execute this repository's _FILES, whatever modules the caller has under their names.
-
-    `import command` in one of them must find ours. So while they are executed the public names in
-    sys.modules mean ours, and afterwards again what they meant to the caller.
-    """
+    """Execute this repository's _FILES, whatever modules the caller has under their names."""
+    # `import command` in one of them must find ours: while they are executed, the names in
+    # sys.modules mean our files, and afterwards what they meant to the caller
     callers = {name: sys.modules[name] for name in _FILES if name in sys.modules}
     modules = {}
     try:
@@ -64,11 +63,7 @@ def _read_files() -> dict[str, types.ModuleType]:
 
 
 def _lift_file(backbone: str) -> pathlib.Path:
-    """The LiFT checkpoint of a backbone in this repository, the better variant first.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The LiFT checkpoint of a backbone in this repository, the better variant first."""
     # the authors' files of supervised ViTs have no size in their names
     for name in (backbone, backbone.removesuffix("_224")):
         for variant in ("_attend", ""):
@@ -91,28 +86,21 @@ def _named_as_in_python() -> typing.Iterator[None]:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def _check_iterations(iterations: int) -> None:
-    """Raise ValueError for a negative number."""
-    if iterations < 0:
-        raise ValueError(f"iterations={iterations} is negative: pass 0 or more")
-
-
 def _check_values(images: torch.Tensor) -> None:
-    """Raise ValueError for images that are not in 0..1: normalised ones, or 0..255.
-
-    A hundredth too much on either side is taken, as rounding may give it. Compiled code does not
-    look, because a decision on values would break its graph.
-    """
+    """Raise ValueError for images that are not in 0..1, give or take a hundredth for rounding."""
+    # a decision by values would break the graph of compiled code
     if torch.compiler.is_compiling() or images.numel() == 0:
         return
-    if not images.is_floating_point():
-        raise ValueError(f"images of {images.dtype}: pass images / 255, in 0..1")
     low, high = torch.stack(images.detach().aminmax()).tolist()
+    outside = low < -0.01 or high > 1.01
+    if images.is_floating_point() and not outside:
+        return
+    what = f"images in {low:.3g}..{high:.3g}"
+    remedy = "pass images / 255, in 0..1"
     if low < -0.01:
+        what += " look normalised already"
         remedy = "pass them in 0..1, without normalisation: the model normalises them itself"
-        raise ValueError(f"images in {low:.3g}..{high:.3g} look normalised already: {remedy}")
-    if high > 1.01:
-        raise ValueError(f"images in {low:.3g}..{high:.3g}: pass images / 255, in 0..1")
+    raise ValueError(f"{what}: {remedy}")
 
 
 class _Model(torch.nn.Module):
@@ -123,7 +111,7 @@ class _Model(torch.nn.Module):
 
     Args:
         features: a Features of this repository, with LiFT.
-        options: `iterations`, `out_size` and `return_backbone` of a call that leaves them out.
+        options: `iterations`, `out_size` and `return_backbone`, where a call leaves them out.
     """
 
     def __init__(self, features: typing.Any, options: dict[str, typing.Any]):
@@ -134,7 +122,7 @@ class _Model(torch.nn.Module):
 
     @property
     def extractor(self) -> typing.Any:
-        """The backbone, a ViTExtractor."""
+        """The backbone: a ViTExtractor."""
         return self.features.backbone
 
     @property
@@ -152,33 +140,26 @@ class _Model(torch.nn.Module):
 
         Args:
             images: [B, 3, H, W] in 0..1, with sides that are multiples of the patch; or one photo
-                (a path, a PIL image, an array [H, W, 3] uint8), which becomes a batch of one at its
-                own size, rounded to such multiples: `preprocess` can make it smaller.
+                (a path, a PIL image, an array [H, W, 3] uint8), which becomes a batch of one, its
+                sides rounded to such multiples (to resize it, see `preprocess`).
             options: `iterations`, `out_size` and `return_backbone`, for this call only.
         Raises:
             ValueError: the images are not in 0..1 or off the patch grid, or an option is wrong.
         """
-        options = {**self.options, **options}
-        if torch.compiler.is_compiling():
-            return self._run(images, **options)
-        with _named_as_in_python():
-            return self._run(images, **options)
+        return self._run(images, **{**self.options, **options})
 
+    @_named_as_in_python()
     def _run(
-        self,
-        images: typing.Any,
-        iterations: int,
-        out_size: int | tuple[int, int] | None,
-        return_backbone: bool,
+        self, images: typing.Any, iterations: int, out_size: typing.Any, return_backbone: bool
     ) -> typing.Any:
         """`forward`, with every option given."""
-        _check_iterations(iterations)
         if not isinstance(images, torch.Tensor):
             images = self.preprocess(images)
         _check_values(images)
 
         features = self.features
         if iterations != features.upsampler.iterations:
+            # their classes, Lifted and Features, have no name here: see _read_files
             upsampler = type(features.upsampler)(self.lift, self.extractor, iterations)
             features = type(features)(self.extractor, upsampler)
         maps = features(images, return_all=True)
@@ -207,6 +188,7 @@ class _Model(torch.nn.Module):
 # ---- entry points -------------------------------------------------------------------------------
 
 
+@_named_as_in_python()
 def lift(
     backbone: str = "vit_mini16",
     lift_path: str | pathlib.Path | None = None,
@@ -221,16 +203,14 @@ def lift(
 ) -> torch.nn.Module:
     """A frozen ViT with LiFT: images [B, 3, H, W] in 0..1 -> features [B, C, 2^n h, 2^n w] float32.
 
-    The model normalises the images itself; it takes a path or a PIL image, too. `iterations`,
-    `out_size` and `return_backbone` can be given to a call too. On a GPU torch runs convolutions in
-    TF32 unless the caller says `torch.backends.cudnn.allow_tf32 = False`, as this repository's
-    scripts do.
+    The model normalises the images itself; it takes a path or a PIL image, too. A call can have its
+    own `iterations`, `out_size` and `return_backbone`. On a GPU torch runs convolutions in TF32,
+    unless you set `torch.backends.cudnn.allow_tf32 = False`, as this repository's scripts do.
 
     Args:
-        backbone: a name of the README, or a ViT of timm.
-        lift_path: a LiFT checkpoint; this repository's module for the backbone where left out.
-        backbone_path: the backbone's weights; those in this repository, or timm's download, where
-            left out.
+        backbone: a name from the README, or any ViT of timm.
+        lift_path: a LiFT checkpoint (default: this repository's module for the backbone).
+        backbone_path: the backbone's weights (default: this repository's, or timm's download).
         iterations: n, how often LiFT doubles the resolution.
         out_size: resize the result bilinearly to this size, an int or (H, W).
         return_backbone: return two tensors, these features and the backbone's own [B, C, h, w].
@@ -239,24 +219,23 @@ def lift(
     Raises:
         ValueError, FileNotFoundError: in one line, for what does not exist or fit together.
     """
-    _check_iterations(iterations)
     files = _read_files()
-    features = files["features"]
-    with _named_as_in_python():
-        file = files["lift"].read_lift(lift_path or _lift_file(backbone))
-        extractor = files["extractor"].ViTExtractor(
-            backbone, None, None, device, backbone_path, layer, facet, dtype
-        )
-        module = files["lift"].load_lift(file, extractor)
+    file = files["lift"].read_lift(lift_path or _lift_file(backbone))
+    extractor = files["extractor"].ViTExtractor(
+        backbone, None, None, device, backbone_path, layer, facet, dtype
+    )
+    module = files["lift"].load_lift(file, extractor)
+    upsampler = files["features"].Lifted(module, extractor, iterations)
+    features = files["features"].Features(extractor, upsampler)
     options = {
         "iterations": iterations,
         "out_size": out_size,
         "return_backbone": return_backbone,
     }
-    upsampler = features.Lifted(module, extractor, iterations)
-    return _Model(features.Features(extractor, upsampler), options)
+    return _Model(features, options)
 
 
+@_named_as_in_python()
 def lift_module(
     backbone: str = "vit_mini16",
     lift_path: str | pathlib.Path | None = None,
@@ -265,57 +244,32 @@ def lift_module(
     """LiFT alone, frozen: normalised images [B, 3, H, W], feats [B, C, h, w] -> [B, C, 2h, 2w].
 
     Args:
-        backbone: whose module to take where `lift_path` is left out.
+        backbone: whose module to take if there is no `lift_path`.
         lift_path: a LiFT checkpoint.
-        patch_size: p, where neither the file nor a JSON beside it tells it.
+        patch_size: p, used where neither the file nor a JSON beside it says it.
     Raises:
         ValueError, FileNotFoundError: in one line, for a file that is missing or no checkpoint.
     """
-    lift = _read_files()["lift"]
-    with _named_as_in_python():
-        return lift.load_lift(lift_path or _lift_file(backbone), patch_size=patch_size)
+    file = lift_path or _lift_file(backbone)
+    return _read_files()["lift"].load_lift(file, patch_size=patch_size)
 
 
-def lift_vit_mini16(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on vit_mini16, 16 pixels a patch, which lies in this repository."""
-    return lift("vit_mini16", **options)
+def _entry(backbone: str, words: str) -> typing.Callable[..., torch.nn.Module]:
+    """The entry point `lift` with one backbone, which `words` describe for torch.hub.help."""
+
+    def entry(**options: typing.Any) -> torch.nn.Module:
+        return lift(backbone, **options)
+
+    entry.__doc__ = f"`lift` with {words}."
+    return entry
 
 
-def lift_vit_tiny_patch16_224(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on the supervised ViT-Ti, 16 pixels a patch."""
-    return lift("vit_tiny_patch16_224", **options)
-
-
-def lift_dino_vits16(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on DINO's ViT-S, 16 pixels a patch."""
-    return lift("dino_vits16", **options)
-
-
-def lift_dino_vits8(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on DINO's ViT-S, 8 pixels a patch."""
-    return lift("dino_vits8", **options)
-
-
-def lift_dino_vitb16(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on DINO's ViT-B, 16 pixels a patch."""
-    return lift("dino_vitb16", **options)
-
-
-def lift_dino_vitb8(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on DINO's ViT-B, 8 pixels a patch."""
-    return lift("dino_vitb8", **options)
-
-
-def lift_vit_small_patch16(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on the supervised ViT-S, 16 pixels a patch."""
-    return lift("vit_small_patch16_224", **options)
-
-
-def lift_vit_base_patch16(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on the supervised ViT-B, 16 pixels a patch."""
-    return lift("vit_base_patch16_224", **options)
-
-
-def lift_vit_base_patch8(**options: typing.Any) -> torch.nn.Module:
-    """`lift` on the supervised ViT-B, 8 pixels a patch."""
-    return lift("vit_base_patch8_224", **options)
+lift_vit_mini16 = _entry("vit_mini16", "vit_mini16, 16 pixels a patch, which is in this repository")
+lift_vit_tiny_patch16_224 = _entry("vit_tiny_patch16_224", "the supervised ViT-Ti/16")
+lift_dino_vits16 = _entry("dino_vits16", "DINO's ViT-S/16")
+lift_dino_vits8 = _entry("dino_vits8", "DINO's ViT-S/8")
+lift_dino_vitb16 = _entry("dino_vitb16", "DINO's ViT-B/16")
+lift_dino_vitb8 = _entry("dino_vitb8", "DINO's ViT-B/8")
+lift_vit_small_patch16 = _entry("vit_small_patch16_224", "the supervised ViT-S/16")
+lift_vit_base_patch16 = _entry("vit_base_patch16_224", "the supervised ViT-B/16")
+lift_vit_base_patch8 = _entry("vit_base_patch8_224", "the supervised ViT-B/8")

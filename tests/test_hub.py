@@ -272,10 +272,9 @@ def test_the_entry_of_a_backbone_gives_what_lift_gives(files, features):
             r"pretrained/ has no LiFT for dino_vits16: train .* pass lift_path",
         ),
         ({"lift_path": "missing.pth"}, r"no LiFT checkpoint at missing.pth: correct lift_path"),
-        ({"backbone": "no_such_vit"}, r"unknown model no_such_vit: pass one of"),
+        ({"backbone": "no_such_vit"}, r"unknown model no_such_vit: pass "),
         ({"layer": 12}, r"layer 12 is out of range"),
         ({"dtype": "int8"}, r"unknown dtype int8: pass one of float32, bfloat16, float16"),
-        ({"iterations": -1}, r"iterations=-1 is negative: pass 0 or more"),
     ],
 )
 def test_what_does_not_exist_is_said_in_one_line(files, change, remedy):
@@ -321,7 +320,7 @@ def test_images_off_the_patch_grid(features):
 
 
 def test_a_negative_number_of_iterations_of_a_call(features):
-    with pytest.raises(ValueError, match=r"iterations=-1 is negative: pass 0 or more"):
+    with pytest.raises(ValueError, match=r"-1 iterations: pass 0 or more"):
         features(IMAGES, iterations=-1)
 
 
@@ -330,7 +329,7 @@ def test_a_negative_number_of_iterations_of_a_call(features):
     [
         ((IMAGES - 0.5) / 0.5, r"look normalised already: pass them in 0..1, without normalis"),
         (IMAGES * 255, r"images in 0.* pass images / 255"),
-        ((IMAGES * 255).to(torch.uint8), r"images of torch.uint8: pass images / 255"),
+        ((IMAGES * 255).to(torch.uint8), r"images in 0..25[45]: pass images / 255"),
     ],
     ids=["normalised", "0..255", "uint8"],
 )
