@@ -110,7 +110,7 @@ class DenseExtractor(nn.Module):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """The mean of red, green and blue that images are normalised by."""
+        """Of red, green and blue, by which images are normalised; as std."""
         return as_numbers(self.mean_rgb)
 
     @mean.setter
@@ -120,7 +120,7 @@ class DenseExtractor(nn.Module):
 
     @property
     def std(self) -> tuple[float, ...]:
-        """The standard deviation of red, green and blue that images are normalised by."""
+        """See mean."""
         return as_numbers(self.std_rgb)
 
     @std.setter

@@ -137,14 +137,13 @@ class Foreign:
 
 
 def as_foreign(path: str | Path) -> list[tuple[type, str]]:
-    """Foreign for each name of a checkpoint that torch does not allow, such as numpy's scalars.
+    """Foreign for each name in a checkpoint that torch does not allow, such as numpy's scalars.
 
-    torch's own names are left out, as those of a pickled module, and builtins, as eval: files
-    that have them stay refused. So do those of torch's old format, which cannot be searched.
+    Not for torch's own names (a pickled module's) and builtins (eval): those stay refused.
     """
     import torch
 
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # torch's old format, which cannot be searched
         return []
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [(Foreign, name) for name in names if not name.startswith(("torch.", "builtins."))]

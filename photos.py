@@ -70,7 +70,8 @@ WEB_PAGE = ("a web page", "download the photo itself")
 DRAWING = ("an SVG drawing, or other XML", "export it as PNG")
 HEIC_PHOTO = ("an HEIC photo", "pip install pillow-heif, or convert it to JPEG")
 
-# what files are that are not photos, by how they begin (at a byte), and what to do with them
+# what files are that are not photos, by how they begin (at a byte), and what to do with them;
+# those in small letters are text, which may begin with blanks and in capitals
 SIGNS = (
     (0, b"%PDF", ("a PDF document", "render its pages, as with pdftoppm -png")),
     (4, b"ftyphe", HEIC_PHOTO),
@@ -362,7 +363,7 @@ def ours(path: str | Path) -> bool:
 
 
 def naming_root(path: str | Path) -> Path:
-    """The folder below which photos are named: the folder, that of a file or before a wildcard.
+    """The folder below which photos are named: PATH itself, that of a file, or before a wildcard.
 
     It does not depend on which photos are there: one that is added later must not get the name,
     and the results, of another.
@@ -389,9 +390,7 @@ def is_strip(width: int, height: int) -> bool:
     return max(width, height) > LONGEST * min(width, height)
 
 
-def fitted_size(
-    width: int, height: int, patch: int, load_size: LoadSize = None
-) -> tuple[int, int]:
+def fitted_size(width: int, height: int, patch: int, load_size: LoadSize = None) -> tuple[int, int]:
     """The size (W, H) at which a photo of width x height pixels is read.
 
     First `load_size` sets the size. Then each side is rounded to the nearest multiple of the
