@@ -5,8 +5,8 @@
         --query 120,80 --query 9,210
     python eval_visualize_feats.py --dataroot photos/ --lift_path lift.pth --html page.html
 
-Draws sheets of 20 photos, chosen at random, or of --limit. A photo's sheets go into the same
-subfolder of OUTPUT_DIR that it has in DATAROOT:
+Draws sheets of 20 photos (--limit), chosen at random. A photo's sheets go into the same subfolder
+of OUTPUT_DIR that it has in DATAROOT:
 
     PHOTO_alternatives.png   the photo, backbone, that doubled bilinearly, backbone on the photo at
                              double size, LiFT or another --upsample
@@ -44,12 +44,11 @@ from command import (
     add_backbone_args,
     check_one_process,
     check_range,
-    is_out_of_memory,
-    out_of_memory,
     progress,
     report,
     settings,
     skipped,
+    why_skipped,
 )
 from files import replacing, write_text
 
@@ -138,7 +137,7 @@ COLOURS = COLOURS[:, 0, ::-1]  # OpenCV gives [256, 1, BGR]
 def compute_maps(
     features: Features, photo: Image.Image, size: tuple[int, int], upsampled: str = "LiFT"
 ) -> dict[str, Tensor]:
-    """The maps to compare of one photo, read at `size` (W, H).
+    """The maps of one photo, resized to `size` (W, H), that are compared.
 
     Args:
         upsampled: the title of what the upsampler gives.
@@ -181,7 +180,7 @@ def cell_at(
 
 
 def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
-    """Cosine of Q cells (row, column) of a map to all its cells, each min-max normalised.
+    """Cosines of Q cells (row, column) of a map to all its cells, min-max normalised for each.
 
     Where all cosines agree to within rounding, as on a flat map, the result is 0.
 
@@ -241,16 +240,10 @@ def colour(values: Tensor) -> Image.Image:
     return Image.fromarray(COLOURS[levels])
 
 
-def panel_size(photo: Image.Image, longer: int) -> tuple[int, int]:
-    """The size (W, H), with this longer side, that shows a photo in its own aspect."""
-    scale = longer / max(photo.size)
-    return max(1, round(scale * photo.width)), max(1, round(scale * photo.height))
-
-
 def enlarge(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A picture at `size` (W, H) with sharp cells of equal size."""
     # nearest neighbour makes cells of equal size for whole factors only: enlarge by the next whole
-    # factor, beyond `size`, and shrink that to `size` by averaging areas
+    # factor, beyond `size`, then shrink to `size` by averaging areas
     columns, rows = picture.size
     width = columns * math.ceil(size[0] / columns)
     height = rows * math.ceil(size[1] / rows)
@@ -272,19 +265,30 @@ def grid_title(title: str, grid: tuple[int, ...]) -> str:
     return f"{title}\n{grid[0]}x{grid[1]}"
 
 
-def similarity_rows(
+def pca_row(photo: Image.Image, maps: dict[str, Tensor], size: tuple[int, int]) -> list[Panel]:
+    """The photo, and the first three principal components of each map, in panels of `size`."""
+    row = [Panel("photo\nPCA as RGB", photo.resize(size))]
+    for title, rgb in zip(maps, pca_rgb(list(maps.values()))):
+        picture = enlarge(Image.fromarray(rgb), size)
+        row.append(Panel(grid_title(title, rgb.shape), picture))
+    return row
+
+
+def make_sheets(
     photo: Image.Image,
     maps: dict[str, Tensor],
     points: list[tuple[float, float]],
     size: tuple[int, int],
     marker: bool,
-) -> list[list[Panel]]:
-    """A row for each point (x, y): the photo, then the similarity in each map.
+    pca: bool,
+) -> dict[str, list[list[Panel]]]:
+    """The sheets of one photo, {name: rows of panels}, with a row for each point (x, y).
 
     Args:
-        maps: {title: [C, h, w]}.
+        maps: {title: [C, h, w]}, see compute_maps.
         size: of the panels, (W, H).
         marker: draw a ring around the point, and in a map around the centre of its cell.
+        pca: add the sheet of principal components.
     """
     # each row begins with the photo, and every map adds a panel to every row
     rows = []
@@ -303,50 +307,19 @@ def similarity_rows(
             if marker:
                 draw_ring(picture, (column + 0.5) / width, (row + 0.5) / height)
             panels.append(Panel(grid_title(title, (height, width)), picture))
-    return rows
 
-
-def pca_row(photo: Image.Image, maps: dict[str, Tensor], size: tuple[int, int]) -> list[Panel]:
-    """The photo, and the first three principal components of each map, in panels of `size`."""
-    row = [Panel("photo\nPCA as RGB", photo.resize(size))]
-    for title, rgb in zip(maps, pca_rgb(list(maps.values()))):
-        picture = enlarge(Image.fromarray(rgb), size)
-        row.append(Panel(grid_title(title, rgb.shape), picture))
-    return row
-
-
-def make_sheets(
-    photo: Image.Image,
-    maps: dict[str, Tensor],
-    points: list[tuple[float, float]],
-    size: tuple[int, int],
-    marker: bool,
-    pca: bool,
-) -> dict[str, list[list[Panel]]]:
-    """The sheets of one photo, {name: rows of panels}; arguments as similarity_rows."""
-    alternatives = []
-    iterations = []
-    for row in similarity_rows(photo, maps, points, size, marker):
-        shown, backbone, bilinear, large = row[:4]  # shown: the photo
-        upsampled = row[4:]                         # LiFT once, twice, ...
-        alternatives.append([shown, backbone, bilinear, large, *upsampled[:1]])
-        iterations.append([shown, backbone, *upsampled])
-
-    sheets = {"alternatives": alternatives}
+    # panels: photo, backbone, bilinear, photo at 2x, and LiFT once, twice, ...
+    sheets = {"alternatives": [panels[:5] for panels in rows]}
     with_upsampler = len(maps) > 3
     if with_upsampler:
-        sheets["iterations"] = iterations
+        sheets["iterations"] = [panels[:2] + panels[4:] for panels in rows]
     if pca:
         sheets["pca"] = [pca_row(photo, maps, size)]
     return sheets
 
 
 def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
-    """Rows of panels, whose pictures have one size, on white; columns are as wide as their titles.
-
-    Args:
-        fontsize: of the titles, in pixels.
-    """
+    """Rows of panels on white, whose pictures have one size, with titles of this size in pixels."""
     font = ImageFont.load_default(fontsize)
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     width, height = rows[0][0].picture.size
@@ -385,14 +358,12 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
 def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
     """A map [C, h, w] small enough for a page.
 
-    Kept are the coordinates of the L2-normalised cells along the K principal directions in which
-    the map is largest. The mean is not taken off, so that dot products of the coordinates are the
-    cosines, to about 0.01. Neighbouring cells are alike: each is kept as its difference to the one
-    at its left, and deflated.
+    Cells are L2-normalised, and given by their coordinates along the K principal directions. The
+    mean is not taken off, so that dot products of the coordinates are the cosines, to about 0.01.
 
     Returns:
         grid (h, w); corner (rows, columns), the size of what corner_cells takes for a corner;
-        codes, int8 [K, h, w], deflated and in base64.
+        codes, int8 [K, h, w], each the difference to its left neighbour, deflated and in base64.
     """
     height, width = feats.shape[1:]
     x = F.normalize(feats.cpu().flatten(1), dim=0)                             # [C, h*w]
@@ -403,6 +374,7 @@ def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
     if height * width > 64**2:  # coarser ones for the finest maps, which take most of the page
         steps = 64
     codes = (coordinates * steps).round().to(torch.int8).numpy()
+    # neighbours are alike, so their differences deflate well
     differences = np.diff(codes, axis=2, prepend=np.int8(0))                   # modulo 256
     packed = base64.b64encode(zlib.compress(differences.tobytes(), 9))
 
@@ -419,13 +391,13 @@ def page_entry(
     point: tuple[float, float],
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    """One photo of the page, for JSON: name, a JPEG of `size` (W, H), the first point, the maps.
+    """One photo of the page, for JSON: its name, a JPEG of `size` (W, H), the point and the maps.
 
-    The first four maps are always shown; of the rest, further iterations, one can be chosen.
+    The first four maps are always shown; of the others, further iterations, one at a time.
     """
     jpeg = io.BytesIO()
     photo.resize(size).save(jpeg, "JPEG", quality=90)
-    x, y = point  # in pixels; the page takes it in 0..1 of the photo
+    x, y = point  # in pixels; for the page in 0..1 of the photo
     compacted = [{"title": title, **compact(feats)} for title, feats in maps.items()]
     return {
         "name": name,
@@ -454,66 +426,36 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("pca", "html"):
         if getattr(args, flag) and args.facet == "attn" and not args.my_extractor:
             what = f"--{flag} cannot compare attn, whose channels are the cells of its own grid"
-            raise ValueError(f"{what}: pass another --facet or no --{flag}")
+            raise ValueError(f"{what}: pass another --facet, or leave --{flag} out")
     if args.html and Path(args.html).is_dir():
         raise ValueError(f"--html {args.html} is a folder: pass a file")
-    if args.html and args.json and Path(args.html).resolve() == Path(args.json).resolve():
-        raise ValueError(f"--html and --json are one file, {args.json}: pass two")
-
-
-def default_iterations(args: argparse.Namespace) -> int:
-    """How often features are upsampled where --lift_iter is left out."""
-    with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
-    return 4 if with_lift else 1
 
 
 def choose_photos(dataroot: str, limit: int, seed: int) -> list[Path]:
     """Draw `limit` photos (0: all) below `dataroot` at random, sorted.
 
-    Our own sheets are left out, for OUTPUT_DIR may lie in DATAROOT.
+    Our own sheets are left out, for OUTPUT_DIR may be in DATAROOT.
 
     Raises:
         ValueError: there is no photo.
     """
     found = [path for path in list_images(dataroot) if not ours(path)]
     if not found:
-        raise ValueError(f"only our own sheets are at {dataroot}: pass a folder of photos")
+        raise ValueError(f"{dataroot} has only our own sheets: pass a folder of photos")
     if 0 < limit < len(found):
         found = sorted(random.Random(seed).sample(found, limit))
     return found
 
 
-def check_points(
-    points: list[tuple[float, float]], photo: Image.Image
-) -> list[tuple[float, float]]:
-    """The points (x, y), or the centre if there is none. Raises ValueError for one outside."""
-    for x, y in points:
+def check_photo(args: argparse.Namespace, photo: Image.Image) -> None:
+    """Raise ValueError for a photo without the cell of a --query, and for a long strip."""
+    for x, y in args.query:
         if not (0 <= x < photo.width and 0 <= y < photo.height):
             limits = f"pass x from 0 to {photo.width - 1} and y from 0 to {photo.height - 1}"
             raise ValueError(f"--query {x:g},{y:g} is outside the photo: {limits}")
-    if points:
-        return points
-    return [(photo.width / 2, photo.height / 2)]
-
-
-def input_size(
-    features: Features, photo: Image.Image, imsize: int, keep_aspect: bool
-) -> tuple[int, int]:
-    """The size (W, H) at which the backbone sees a photo. Raises ValueError for a long strip."""
-    if not keep_aspect:
-        return features.backbone.size(photo.width, photo.height, (imsize, imsize))
-    if is_strip(photo.width, photo.height):
+    if args.keep_aspect and is_strip(photo.width, photo.height):
         what = f"{photo.width}x{photo.height} pixels are a strip"
-        raise ValueError(f"{what}: resize or cut it, or leave out --keep_aspect")
-    return features.backbone.size(photo.width, photo.height, imsize)
-
-
-def name_of(features: Features) -> str:
-    """Which features these are, for the page."""
-    backbone = features.backbone
-    if backbone.layer is None:
-        return backbone.name
-    return f"{backbone.name}, layer {backbone.layer}, {backbone.facet}"
+        raise ValueError(f"{what}: resize or crop it, or leave out --keep_aspect")
 
 
 def upsampler_title(args: argparse.Namespace) -> str:
@@ -525,58 +467,43 @@ def upsampler_title(args: argparse.Namespace) -> str:
     return args.upsample.split(":")[-1]
 
 
-class Drawn(NamedTuple):
-    """What there is to write of one photo."""
-
-    sheets: dict[str, list[list[Panel]]]  # by name, see make_sheets
-    entry: dict[str, Any]                 # of the page; empty without --html
-
-
-def draw_photo(args: argparse.Namespace, features: Features, path: Path, name: Path) -> Drawn:
-    """The sheets and the page's entry of one photo, which is `name` below DATAROOT.
+def draw_photo(
+    args: argparse.Namespace, features: Features, path: Path, name: Path
+) -> tuple[dict[str, list[list[Panel]]], dict[str, Any]]:
+    """The sheets (see make_sheets) and the page's entry of one photo, which is `name` in DATAROOT.
 
     Raises:
         ValueError, OSError: the photo, its size or its name does not allow it.
     """
     if len(os.fsencode(f"{name.name}_alternatives.png")) > 255:
-        raise ValueError("the name is too long for sheets of its own: shorten it")
+        raise ValueError("the name is too long for the names of its sheets: shorten it")
     photo = read_image(path)
-    points = check_points(args.query, photo)
-    size = input_size(features, photo, args.imsize, args.keep_aspect)
+    check_photo(args, photo)
+    points = args.query or [(photo.width / 2, photo.height / 2)]
+
+    backbone = features.backbone
+    load_size = args.imsize if args.keep_aspect else (args.imsize, args.imsize)
+    size = backbone.size(photo.width, photo.height, load_size)
     maps = compute_maps(features, photo, size, upsampler_title(args))
 
-    shown = panel_size(photo, max(PANEL, *size))
+    # panels show the photo in its own aspect
+    scale = max(PANEL, *size) / max(photo.size)
+    shown = (max(1, round(scale * photo.width)), max(1, round(scale * photo.height)))
     sheets = make_sheets(photo, maps, points, shown, not args.hide_marker, args.pca)
-    entry = {}
-    if args.html:
-        entry = page_entry(f"{name} ({name_of(features)})", photo, maps, points[0], shown)
-    return Drawn(sheets, entry)
-
-
-def write_sheets(args: argparse.Namespace, drawn: Drawn, name: Path) -> list[str]:
-    """Write the sheets of a photo into the subfolder of OUTPUT_DIR that it has in DATAROOT."""
-    files = []
-    for sheet, rows in drawn.sheets.items():
-        file = Path(args.output_dir) / name.with_name(f"{name.name}_{sheet}.png")
-        with replacing(file) as temporary:
-            draw_sheet(rows, args.fontsize).save(temporary)
-        files.append(str(file))
-    return files
-
-
-def why_skipped(error: Exception, path: Path) -> str:
-    """Why a photo was skipped, in one line. What is neither its fault nor memory's is raised."""
-    if isinstance(error, (ValueError, OSError)):
-        return str(error).removeprefix(f"{path} is ")
-    if not is_out_of_memory(error):
-        raise error
-    return out_of_memory(error)
+    if not args.html:
+        return sheets, {}
+    network = backbone.name
+    if backbone.layer is not None:
+        network += f", layer {backbone.layer}, {backbone.facet}"
+    return sheets, page_entry(f"{name} ({network})", photo, maps, points[0], shown)
 
 
 def main(args: argparse.Namespace) -> None:
     """Draw the sheets of every photo, and the page."""
     check_flags(args)
-    args.lift_iter = args.lift_iter or default_iterations(args)
+    if args.lift_iter is None:
+        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
+        args.lift_iter = 4 if with_lift else 1
     paths = choose_photos(args.dataroot, args.limit, args.seed)
     root = naming_root(args.dataroot)
     features = build_features(args)
@@ -588,12 +515,16 @@ def main(args: argparse.Namespace) -> None:
     for path in progress(paths, unit="photo"):
         name = path.relative_to(root)
         try:
-            drawn = draw_photo(args, features, path, name)
+            sheets, entry = draw_photo(args, features, path, name)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            reasons[str(path)] = why_skipped(error, path)
+            reasons[str(path)] = why_skipped(error).removeprefix(f"{path} is ")
             continue
-        files += write_sheets(args, drawn, name)
-        entries.append(drawn.entry)
+        for sheet, rows in sheets.items():
+            file = Path(args.output_dir) / name.with_name(f"{name.name}_{sheet}.png")
+            with replacing(file) as temporary:
+                draw_sheet(rows, args.fontsize).save(temporary)
+            files.append(str(file))
+        entries.append(entry)
 
     if not files:
         first, reason = next(iter(reasons.items()))  # it speaks for all
