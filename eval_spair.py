@@ -18,10 +18,8 @@ and the result is the mean over the categories. This is the protocol of the LiFT
 --match, --threshold and --average choose other conventions.
 
 100 pairs of each category are drawn, with replacement. --pairs_per_category 0 takes every pair
-once.
-
-Prints a table of pairs, keypoints and PCK. On one CPU core, ViT-S/16 with LiFT at 224 takes 0.13 s
-for an image, which is described once, and 2 ms for a pair. --bin takes 17 times the memory.
+once. Prints a table of pairs, keypoints and PCK. On one CPU core, ViT-S/16 with LiFT at 224 takes
+0.13 s for an image, which is described once, and 2 ms for a pair. --bin takes 17 times the memory.
 
 Sources: SPair-71k, Min et al., 2019 (arXiv 1908.10543); log-binned descriptors, Amir et al., 2021
 (arXiv 2112.05814).
@@ -35,7 +33,7 @@ import glob
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,12 +146,7 @@ class Match(NamedTuple):
 
 
 def read_pair(path: Path, images: Path) -> Pair:
-    """The Pair of an annotation file; `images` is the folder of the category's images.
-
-    Raises:
-        ValueError, FileNotFoundError: the file is not an annotation of SPair-71k, or one of its
-            images is missing or outside the folder.
-    """
+    """The Pair of an annotation file whose images are in the folder `images`; refuses bad ones."""
     try:
         entry = json.loads(path.read_text())
         # by way of float64: numpy warns of what is too large for float32, torch makes it infinite
@@ -193,7 +186,7 @@ def read_pairs(
         categories: None takes all.
         per_category: how many pairs are drawn; 0 takes every pair once.
     Raises:
-        FileNotFoundError, ValueError: a folder or a category's pairs are missing, or damaged.
+        FileNotFoundError, ValueError: a folder, a category or an image is missing, or damaged.
     """
     annotations = Path(root, "PairAnnotation", split)
     images = Path(root, "JPEGImages")
@@ -205,7 +198,7 @@ def read_pairs(
         categories = [folder.name for folder in images.iterdir() if folder.is_dir()]
 
     random = np.random.RandomState(seed)
-    pairs = []
+    pairs: list[Pair] = []
     for category in sorted(set(categories)):
         paths = sorted(annotations.glob(f"*[_:]{glob.escape(category)}.json"))
         if not paths:
@@ -213,7 +206,8 @@ def read_pairs(
             raise ValueError(f"{what}: choose others with --categories")
         if per_category > 0:
             paths = [paths[number] for number in random.choice(len(paths), per_category)]
-        pairs.extend(read_pair(path, images / category) for path in paths)
+        for path in paths:
+            pairs.append(read_pair(path, images / category))
     return pairs
 
 
@@ -247,7 +241,8 @@ def binned(features: Maps) -> Maps:
 
     def bins(images: Tensor) -> Tensor:
         feats = features(images)                                                  # [B, C, h, w]
-        return tokens_to_map(log_bin(feats), feats.shape[2:])                     # [B, 17*C, h, w]
+        height, width = feats.shape[2:]
+        return tokens_to_map(log_bin(feats), (height, width))                     # [B, 17*C, h, w]
 
     return bins
 
@@ -353,7 +348,10 @@ def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
     if len(images) <= capacity:
         return [pairs]
     block_size = capacity // 2
-    block_of = {image: number // block_size for number, image in enumerate(images)}
+    block_of = {}
+    for number, image in enumerate(images):
+        block_of[image] = number // block_size
+
     by_blocks = defaultdict(list)
     for pair in pairs:
         first, second = sorted((block_of[pair.source], block_of[pair.target]))
@@ -386,8 +384,9 @@ def match_pairs(
         batch_size: images per call of `features`; None: default_batch(size).
     """
     batch_size = batch_size or default_batch(size)
+    unique = {pair.path: pair for pair in pairs}  # a pair that was drawn twice is matched once
     by_category = defaultdict(list)
-    for pair in {pair.path: pair for pair in pairs}.values():  # one drawn twice is matched once
+    for pair in unique.values():
         by_category[pair.category].append(pair)
 
     # all images take as much memory as the first, which tells how many fit
@@ -397,6 +396,7 @@ def match_pairs(
     if first.norm is not None:
         bytes_each += first.norm.nbytes
     capacity = max(2, cache_mb * 2**20 // bytes_each)
+
     work = []
     for group in by_category.values():
         work.extend(chunks(group, capacity))
@@ -421,11 +421,9 @@ def match_pairs(
 
 
 def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
-    """Which keypoints [K] are predicted near enough to the annotated points.
+    """Which keypoints [K] are found within alpha times the longer side of the target's box.
 
-    Args:
-        alpha: the largest distance, as a share of the longer side of the target's box.
-        threshold: "lt" for distances below that, "le" if they may be equal.
+    With threshold "lt" the distance must be less than that; with "le" it may be equal.
     """
     distance = (match.predicted - match.target).norm(dim=1)
     limit = alpha * match.extent
@@ -434,28 +432,30 @@ def correct(match: Match, alpha: float, threshold: str = "lt") -> Tensor:
     return distance < limit
 
 
-def pck(matches: list[Match], alpha: float, threshold: str, per_image: bool) -> float:
-    """Percentage of correct keypoints; `per_image` takes the mean over the pairs' percentages."""
-    scores = []
-    for match in matches:
-        hits = correct(match, alpha, threshold).double()                          # [K]
+def pck(
+    matches: list[Match], alphas: Sequence[float], threshold: str, per_image: bool
+) -> dict[str, float]:
+    """Percentage of correct keypoints for each alpha; `per_image`: the mean of the pairs' own."""
+    scores = {}
+    for alpha in alphas:
+        hits = [correct(match, alpha, threshold).double() for match in matches]   # [K] each
         if per_image:
-            hits = hits.mean(dim=0, keepdim=True)                                 # [1]
-        scores.append(hits)
-    return 100 * torch.cat(scores).mean().item()
+            hits = [hit.mean(dim=0, keepdim=True) for hit in hits]                # [1] each
+        scores[f"pck@{alpha}"] = 100 * torch.cat(hits).mean().item()
+    return scores
 
 
 def evaluate(
     matches: list[Match],
-    alphas: tuple[float, ...] | list[float] = (0.1, 0.05, 0.01),
+    alphas: Sequence[float] = (0.1, 0.05, 0.01),
     threshold: str = "lt",
     average: str = "category",
 ) -> dict[str, dict[str, Any]]:
     """PCK of every category and their mean, in percent.
 
     Args:
-        average: what counts equally in the mean: "category", "keypoint" or "image". With "image",
-            which is a pair of images, so it does within a category too.
+        average: what counts equally in the mean: "category", "keypoint", or "image", which is a
+            pair, and counts equally within a category too.
     Returns:
         {category: {"pairs", "keypoints", "pck@0.1", ...}, ..., "mean": {"pck@0.1", ...}}
     """
@@ -467,18 +467,13 @@ def evaluate(
     results: dict[str, dict[str, Any]] = {}
     for category, group in by_category.items():
         keypoints = sum(len(match.source) for match in group)
-        row: dict[str, Any] = {"pairs": len(group), "keypoints": keypoints}
-        for alpha in alphas:
-            row[f"pck@{alpha}"] = pck(group, alpha, threshold, per_image)
-        results[category] = row
+        scores = pck(group, alphas, threshold, per_image)
+        results[category] = {"pairs": len(group), "keypoints": keypoints, **scores}
 
-    mean = {}
-    for alpha in alphas:
-        key = f"pck@{alpha}"
-        if average == "category":
+    mean = pck(matches, alphas, threshold, per_image)
+    if average == "category":
+        for key in mean:
             mean[key] = sum(row[key] for row in results.values()) / len(results)
-        else:
-            mean[key] = pck(matches, alpha, threshold, per_image)
     results["mean"] = mean
     return results
 
@@ -500,12 +495,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448) -> Image.Image:
     """Draw a Match: the source on the left, the target on the right, a legend below.
 
-    A keypoint has the same colour in both.
-
-    Args:
-        size: S, the side of the squares in which the points of the Match are.
-        alpha, threshold: what counts as correct (see `correct`).
-        side: of the two squares in the picture, in pixels.
+    A keypoint has the same colour in both. The two squares have `side` pixels, those in which the
+    points of the Match are `size`.
     """
     picture = Image.new("RGB", (2 * side, side + LEGEND), "white")
     for number, path in enumerate((match.pair.source, match.pair.target)):
@@ -542,9 +533,8 @@ def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448)
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that are out of range."""
-    check_range(
-        args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0, visualize=0, seed=0
-    )
+    check_range(args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0)
+    check_range(args, visualize=0, seed=0)
     if args.imsize > LARGEST:
         raise ValueError(f"--imsize {args.imsize} is too large: pass {LARGEST} or less")
     check_one_process()

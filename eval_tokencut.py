@@ -13,11 +13,9 @@ baseline of LOST.
 The cells of an image are a graph, joined where their descriptors have a cosine above tau. The
 second smallest eigenvector of its normalised cut splits it. The connected part around the
 eigenvector's largest entry is the object. An image counts as found if the box of that part has an
-IoU of 0.5 or more with any annotated box.
-
-CorLoc is the share of images found. As in the protocol, an image in which nothing can be found
-counts as not found: nothing is annotated, or only crowds, or only boxes without an area inside the
-image. A note names these images, and says what CorLoc is without them.
+IoU of 0.5 or more with any annotated box. CorLoc is the share of images found. As in the protocol,
+images without an object that could be found count as not found; a note names them, and says what
+CorLoc is without them.
 
 ROOT holds VOC2012/VOCdevkit or VOCdevkit. For COCO20k it holds coco_20k_filenames.txt and
 COCO/{annotations,images}. The paper takes tau 0.2 for VOC and 0.3 for COCO20k.
@@ -90,10 +88,7 @@ def parser() -> Command:
         "--save_predictions", type=truth, nargs="?", const=True, default=True, metavar="True|False",
         help="write predictions, and go on from those that are there (default: True)",
     )  # fmt: skip
-    add(
-        "--no-save_predictions", dest="save_predictions", action="store_false",
-        help="the same as --save_predictions False",
-    )  # fmt: skip
+    add("--no-save_predictions", dest="save_predictions", action="store_false", help="write none")
     add("--overwrite", action="store_true", help="remove the predictions of an earlier run first")
     add("--visualize", choices=("attn", "pred", "all"), help="draw what was cut, the box, or all")
     add("--save-feat-dir", help="folder for the map [C, h, w] of each image, as .npy")
@@ -160,15 +155,13 @@ class Found(NamedTuple):
 
 
 def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = True) -> np.ndarray:
-    """The graph of a map: the weights [N, N] of the edges between its cells.
+    """The graph of a map: the weights [N, N] of its edges; ValueError for more than MOST cells.
 
     Args:
         feats: [C, h, w].
         binary: weigh joined cells by 1, else by their cosine; eps is the weight of all others.
     Returns:
         float64 up to SMALL_GRAPH cells, else float32.
-    Raises:
-        ValueError: there are more than MOST cells.
     Source: TokenCut, section 3.2.
     """
     count = feats[0].numel()
@@ -205,7 +198,7 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
 
     degree = graph.sum(1, dtype=np.float64)
     if len(graph) <= SMALL_GRAPH:
-        # as TokenCut, ask for the second and third, which two cells do not have; take the second
+        # asks for the second and third, as TokenCut does; two cells have no third
         last = min(2, len(graph) - 1)
         _, vectors = eigh(np.diag(degree) - graph, np.diag(degree), subset_by_index=[1, last])
         return vectors[:, 0]
@@ -230,10 +223,7 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
 
 
 def tokencut(feats: torch.Tensor, tau: float = 0.2, eps: float = 1e-5, binary: bool = True) -> Part:
-    """The object in a map [C, h, w]; its heat is the eigenvector, largest at the seed.
-
-    Source: TokenCut, section 3.2.
-    """
+    """The object in a map [C, h, w]; its heat is the eigenvector, largest at the seed."""
     v = second_eigenvector(affinity(feats, tau, eps, binary))
 
     # the first of the largest entries wins; in float32, entries that differ by no more than
@@ -266,9 +256,7 @@ def cls_attention(extractor: ViTExtractor, images: torch.Tensor) -> torch.Tensor
 
 
 def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
-    """The object in attention maps [heads, h, w].
-
-    It is the largest connected part of the strongest cells, which hold `mass` of the attention.
+    """The largest connected part of the cells that hold `mass` of a head's attention [heads, h, w].
 
     Source: LOST, section 4.
     """
@@ -289,9 +277,7 @@ def dinoseg(attention: torch.Tensor, head: int, mass: float = 0.6) -> Part:
 # ---- searching ----------------------------------------------------------------------------------
 
 
-def read_source(
-    sample: Sample, size: int | None, patch: int, mean: tuple[float, ...]
-) -> Source:
+def read_source(sample: Sample, size: int | None, patch: int, mean: tuple[float, ...]) -> Source:
     """The Source of a Sample; ValueError or FileNotFoundError if it cannot be read.
 
     Args:
@@ -338,9 +324,7 @@ def discover(sample: Sample, source: Source, maps: Callable, cut: Callable) -> F
     part = cut(feats)
 
     box = bounding_box(part.mask, (cell_width, cell_height), inner)
-    scale_x = inner[0] / photo.width
-    scale_y = inner[1] / photo.height
-    scale = np.array([scale_x, scale_y, scale_x, scale_y])  # input pixels in one of the photo
+    scale = np.tile(np.divide(inner, photo.size), 2)  # input pixels in one of the photo: x, y, x, y
     entry = {"box": box.tolist(), "photo_box": (box / scale).tolist(), "seed": part.seed}
     if sample.boxes is not None:
         objects = sample.boxes[have_area(sample.boxes, *photo.size)]
@@ -361,9 +345,8 @@ def search(
     """Search all Samples.
 
     Args:
-        read: `read_source` with its options.
-        maps, cut: see `discover`.
-        results: the folder that keeps what was found; a Sample that is in there is not searched.
+        read, maps, cut: `read_source` with its options, and see `discover`.
+        results: keeps what was found; a Sample that is in there is not searched again.
         save: called with each Found, before that is kept.
         skip: leave out photos that cannot be searched, instead of raising.
     Returns:
@@ -373,7 +356,7 @@ def search(
     left_out = {}
     hits = 0
     known = 0
-    caught = Exception if skip else ()
+    caught = Exception if skip else ()  # what does not end the run
     bar = progress(samples, unit="image")
     for sample in bar:
         file = f"{sample.name}.json"
@@ -403,7 +386,7 @@ def search(
 
 
 def read_entry(path: Path) -> dict[str, Any]:
-    """The entry of an image that was searched before."""
+    """The entry of an image that was searched before; ValueError if the file is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # a power cut may leave an empty file
@@ -525,7 +508,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
 
 
 def choose_cut(args: argparse.Namespace, features: Features) -> tuple[Callable, Callable]:
-    """`maps` and `cut` of `discover`; ValueError if --dinoseg is not possible."""
+    """The `maps` and `cut` of `discover`; ValueError where --dinoseg is not possible."""
     if not args.dinoseg:
         binary = not args.no_binary_graph
         return features, partial(tokencut, tau=args.tau, eps=args.eps, binary=binary)

@@ -52,8 +52,11 @@ def read_text(path: Path) -> str:
 
 def is_hard(thing: ElementTree.Element) -> bool:
     """Whether a VOC object is marked difficult or truncated; files may leave that open."""
-    marks = [thing.findtext("difficult"), thing.findtext("truncated")]
-    return any(float(mark) > 0 for mark in marks if mark not in (None, "", "Unspecified"))
+    for key in ("difficult", "truncated"):
+        mark = thing.findtext(key)
+        if mark not in (None, "", "Unspecified") and float(mark) > 0:
+            return True
+    return False
 
 
 def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
@@ -120,7 +123,9 @@ def read_coco(path: Path) -> dict[str, Any]:
 
 def coco_boxes(content: dict[str, Any]) -> dict[str, np.ndarray]:
     """{file name: boxes [n, 4] of its objects} of COCO's annotations, without crowds."""
-    corners: dict[Any, list] = {image["id"]: [] for image in content["images"]}
+    corners: dict[Any, list] = {}  # {image id: its boxes}
+    for image in content["images"]:
+        corners[image["id"]] = []
     for annotation in content["annotations"]:
         if not annotation["iscrowd"] and annotation["image_id"] in corners:
             x, y, width, height = map(float, annotation["bbox"])
