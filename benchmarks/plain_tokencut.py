@@ -1,6 +1,6 @@
 """TokenCut, DINO-seg and the COCO20k selection as their releases do them.
 
-This is what eval_tokencut.py must equal. The graph is a dense float64 matrix, LAPACK solves the
+This is what eval_tokencut.py and voc_coco.py must equal. The graph is a dense float64 matrix, LAPACK solves the
 generalised eigenproblem, the object is grown cell by cell, and the annotations of each image are
 looked for in the whole list. `python benchmarks/speed.py tokencut` times them side by side.
 
@@ -19,6 +19,7 @@ from scipy.ndimage import label
 from scipy.sparse.linalg import eigsh
 
 import eval_tokencut
+import voc_coco
 
 
 def plain_eigenvector(feats, tau, eps=1e-5, binary=True):
@@ -238,7 +239,7 @@ def select_setup():
     names = [image["file_name"] for image in instances["images"][::4]]
     return (
         partial(plain_select, instances, names),
-        partial(eval_tokencut.select, instances, names),
+        partial(voc_coco.select, instances, names),
         partial(todays_select, instances, names),
     )
 
