@@ -235,19 +235,18 @@ def contour(mask: np.ndarray, truth: np.ndarray, near: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def crop(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The part of two label maps that holds all objects and boundaries; the rest adds nothing."""
+def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple[float, float]]:
+    """(J, F) of each of the objects 1..count in two label maps [H, W] uint8 of one size."""
+    near = disk(truth.shape)
+
+    # only the part that holds all objects and boundaries: the rest adds nothing
     anything = labels | truth  # not 0 where either has an object
     x, y, width, height = cv2.boundingRect(anything)
     rows = slice(max(y - 1, 0), y + height + 1)
     columns = slice(max(x - 1, 0), x + width + 1)
-    return labels[rows, columns], truth[rows, columns]
+    labels = labels[rows, columns]
+    truth = truth[rows, columns]
 
-
-def score_frame(labels: np.ndarray, truth: np.ndarray, count: int) -> list[tuple[float, float]]:
-    """(J, F) of each of the objects 1..count in two label maps [H, W] uint8 of one size."""
-    near = disk(truth.shape)
-    labels, truth = crop(labels, truth)
     scores = []
     for number in range(1, count + 1):
         mask = labels == number
@@ -297,8 +296,9 @@ def check_result(path: Path, labels: np.ndarray, truth: np.ndarray, count: int) 
     what = ""
     if labels.shape != truth.shape:
         height, width = labels.shape
-        what = f"{width}x{height} pixels, its annotation {truth.shape[1]}x{truth.shape[0]} pixels"
-        what += ": resize it to that of the annotation (nearest neighbour)"
+        true_height, true_width = truth.shape
+        what = f"{width}x{height} pixels, its annotation {true_width}x{true_height} pixels"
+        what += ": resize it (nearest neighbour) to the annotation"
     elif labels.max() > count:
         what = f"label {labels.max()}, and the first annotation none above {count}"
         what += ": use its labels, or pass --binary for one object that is not 0"
@@ -368,14 +368,14 @@ def evaluate(
     if absent:
         labels = "; ".join(f"{video}: {as_ranges(numbers)}" for video, numbers in absent.items())
         what = "labels that the first mask does not show count, as in davis2017-evaluation"
-        mean = three(without) or "-"
+        mean = rounded(without) or "-"
         note(f"{what} ({labels}); without them J&F-Mean is {mean} (--binary: all are one object)")
     results = dict(zip(METRICS, [j_and_f(means), *means]))
     return {**results, "per_object": per_object, "absent": absent, WITHOUT: without}
 
 
 def mean_of_scored(rows: list[Any]) -> list[float]:
-    """The column means of rows of six numbers, but of those that are NaN; NaN if all are."""
+    """The column means of rows of six numbers; rows of NaN are left out, NaN if all are."""
     scored = [row for row in rows if not math.isnan(row[0])]
     if not scored:
         return 6 * [math.nan]
@@ -387,7 +387,7 @@ def j_and_f(means: list[float]) -> float:
     return (means[0] + means[3]) / 2
 
 
-def three(value: float) -> str:
+def rounded(value: float) -> str:
     """Three decimals, as in the CSV files of davis2017-evaluation; nothing for NaN."""
     if math.isnan(value):
         return ""
@@ -396,10 +396,10 @@ def three(value: float) -> str:
 
 def write_csv(folder: Path, results: dict[str, Any]) -> None:
     """Write the two CSV files of davis2017-evaluation: the global results, and those per object."""
-    overall = [list(METRICS), [three(results[metric]) for metric in METRICS]]
+    overall = [list(METRICS), [rounded(results[metric]) for metric in METRICS]]
     each = [["Sequence", "J-Mean", "F-Mean"]]
     for name, (region, edge) in results["per_object"].items():
-        each.append([name, three(region), three(edge)])
+        each.append([name, rounded(region), rounded(edge)])
     for name, rows in zip(CSVS, (overall, each)):
         with replacing(folder / name) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
@@ -410,7 +410,7 @@ def table(results: dict[str, Any]) -> str:
     width = max(len(name) for name in (*results["per_object"], *METRICS))
     lines = [f"{'':{width}}       J       F"]
     for name, (region, edge) in results["per_object"].items():
-        lines.append(f"{name:{width}} {three(region) or '-':>7} {three(edge) or '-':>7}")
+        lines.append(f"{name:{width}} {rounded(region) or '-':>7} {rounded(edge) or '-':>7}")
     for metric in METRICS:
-        lines.append(f"{metric:{width}} {three(results[metric]) or '-':>7}")
+        lines.append(f"{metric:{width}} {rounded(results[metric]) or '-':>7}")
     return "\n".join(lines)

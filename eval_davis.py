@@ -141,7 +141,7 @@ class Video(NamedTuple):
     name: str
     frames: list[Path]  # none for scoring alone
     masks: list[Path]   # its annotations: of every frame, or of the first alone
-    is_own: bool        # of the first alone: there is nothing to score
+    first_only: bool    # of the first alone: there is nothing to score
 
 
 def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool) -> list[Video]:
@@ -153,7 +153,8 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
     root = Path(dataroot)
     if not names:
         val = root / "ImageSets/2017/val.txt"
-        names = val.read_text(errors="replace").split() if val.is_file() else []
+        if val.is_file():
+            names = val.read_text(errors="replace").split()
         if not names:
             remedy = "correct --dataroot, or name videos with --sequences"
             raise FileNotFoundError(f"there is no list of videos at {val}: {remedy}")
@@ -168,13 +169,14 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
         frames = list_files(inside(part_of(root, "JPEGImages"), name), IMAGES, remedy)
         stems = [path.stem for path in frames]
         annotated = [path.stem for path in masks]
-        is_own = annotated == stems[:1] and len(frames) > 1
+        first_only = annotated == stems[:1] and len(frames) > 1
         missing = sorted_naturally(set(stems) ^ set(annotated))
-        if missing and not is_own:
-            part = "annotation" if missing[0] in stems else "frame"
-            what = f"{name} in {root} has no {part} {missing[0]}"
+        if missing and not first_only:
+            what = f"{name} in {root} has no frame {missing[0]}"
+            if missing[0] in stems:
+                what = f"{name} in {root} has no annotation {missing[0]}"
             raise FileNotFoundError(f"{what}: restore it")
-        videos.append(Video(name, frames, masks, is_own))
+        videos.append(Video(name, frames, masks, first_only))
     return videos
 
 
@@ -204,14 +206,12 @@ def list_files(
 
 def own_video(path: Path, mask: Path, unpacked: Path) -> Video:
     """The video of --frames and --mask; the frames of a movie are written into `unpacked`."""
-    folder = path
     if path.is_file():
-        folder = unpacked
-        unpack(path, folder)
+        unpack(path, unpacked)
+        return Video(path.stem, sorted_naturally(unpacked.iterdir()), [mask], True)
     remedy = "pass a folder of pictures, or a movie, as --frames"
-    frames = list_files(folder, IMAGES, remedy, besides=mask)
-    name = path.stem if path.is_file() else path.absolute().name
-    return Video(name, frames, [mask], True)
+    frames = list_files(path, IMAGES, remedy, besides=mask)
+    return Video(path.absolute().name, frames, [mask], True)
 
 
 def unpack(movie: Path, folder: Path) -> None:
@@ -291,7 +291,9 @@ def read_given(video: Video, binary: bool) -> Given:
     path = video.masks[0]
     labels = MaskReader(binary).objects(path)
     values, palette = read_mask(path)
-    unit = int(values.max()) if binary else 1  # 1, or 255 in DAVIS 2016
+    unit = 1
+    if binary:
+        unit = int(values.max())  # 1, or 255 in DAVIS 2016
     values = np.where(labels > 0, labels * np.uint8(unit), values)
     return Given(labels, values, unit, palette)
 
@@ -660,7 +662,7 @@ def main(args: argparse.Namespace) -> None:
             folder = masks
 
         results = None
-        scored = {video.name: video.masks for video in videos if not video.is_own}
+        scored = {video.name: video.masks for video in videos if not video.first_only}
         if scored:
             results = evaluate(masks, scored, pool, args.binary)
             print(table(results))
@@ -670,10 +672,10 @@ def main(args: argparse.Namespace) -> None:
         counts = {"sequences": len(videos), "frames": frames}
         report(args, {"settings": used, **counts, "results": results})
 
-        drawn = [video for video in videos if video.is_own or args.overlay]
+        drawn = [video for video in videos if video.first_only or args.overlay]
         write_overlays(folder / "overlay", masks, drawn, pool)
         for video in drawn:
-            if video.is_own:
+            if video.first_only:
                 what = f"{video.name} has the mask of its first frame alone"
                 note(f"{what}: there is nothing to score")
                 pictures = folder / "overlay" / video.name

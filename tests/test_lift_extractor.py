@@ -498,7 +498,7 @@ def test_a_photo_without_features_alone_is_an_error(cli, tmp_path, rule_backbone
         ran = cli("lift_extractor", *args, "--output_path", out)
         assert ran.code == 2
         assert ran.err.endswith(
-            f"{path}: 15x15 pixels are less than one patch (16): pass a larger --load_size\n"
+            f"{path}: 15x15 pixels are less than one patch (16): pass a larger load_size\n"
         )
 
 
@@ -777,7 +777,7 @@ BAD = {
     "truncated": (["--image_path", "cut.jpg"], "cut.jpg is not a readable image"),
     "tiny photo": (
         ["--image_path", "tiny.png", "--load_size", "0"],
-        "less than one patch (16): pass a larger --load_size",
+        "less than one patch (16): pass a larger load_size",
     ),
     "empty folder": (["--image_path", "."], "there are no images at ."),
     "model": (["--model_type", "vit_foo"], "unknown model vit_foo: pass dino_vits16"),
