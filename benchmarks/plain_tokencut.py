@@ -1,8 +1,9 @@
 """TokenCut, DINO-seg and the COCO20k selection as their releases do them.
 
-This is what eval_tokencut.py and voc_coco.py must equal. The graph is a dense float64 matrix, LAPACK solves the
-generalised eigenproblem, the object is grown cell by cell, and the annotations of each image are
-looked for in the whole list. `python benchmarks/speed.py tokencut` times them side by side.
+This is what eval_tokencut.py and voc_coco.py must equal. The graph is a dense float64 matrix,
+LAPACK solves the generalised eigenproblem, the object is grown cell by cell, and the annotations of
+each image are looked for in the whole list. `python benchmarks/speed.py tokencut` times them side
+by side.
 
 Notation: C channels, h w the grid of a map, N = h*w cells.
 """
