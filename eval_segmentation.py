@@ -30,7 +30,9 @@ Notation: B batch, C channels, K classes, h w the grid of the features, H W of t
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,28 +116,26 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.functional import to_pil_image
 
-from features import build_features
+from features import Features, build_features
 from loading import Loader
-from photos import spread
+from photos import spread, titled_sheet
 from segmentation_data import (
     IGNORED,
     DataSet,
     Key,
     Photos,
     Sample,
+    as_classes,
     choose_data,
     read_mask,
     read_photos,
 )
 
-Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in 0..1 -> features [B, C, h, w]
-
-
 # ---- features, computed once --------------------------------------------------------------------
 
 
 def plan(photos: int, epochs: int, batch_size: int, seed: int) -> list[list[Key]]:
-    """The keys of every step: each epoch in another order, and half of the batches flipped."""
+    """The keys of every step: each epoch has its own order, and half of the batches are flipped."""
     generator = torch.Generator().manual_seed(seed)
     steps = []
     for _ in range(epochs):
@@ -148,7 +148,7 @@ def plan(photos: int, epochs: int, batch_size: int, seed: int) -> list[list[Key]
 
 
 def to_compute(steps: list[list[Key]], capacity: int) -> list[list[Key]]:
-    """The keys whose features each step lacks, if the first `capacity` that come are kept."""
+    """The keys whose features each step has to compute, if the first `capacity` are kept."""
     kept: set[Key] = set()
     lacking = []
     for step in steps:
@@ -160,10 +160,7 @@ def to_compute(steps: list[list[Key]], capacity: int) -> list[list[Key]]:
 
 @torch.no_grad()
 def half_features(features: Features, images: Tensor) -> Tensor:
-    """The features [B, C, h, w] of images in half precision.
-
-    All features are rounded, so that those that are kept and the others are the same.
-    """
+    """The features [B, C, h, w] of images, all in half precision, whether they are kept or not."""
     return features(images).half()
 
 
@@ -172,21 +169,15 @@ class Batches:
 
     An iteration gives (features [B, C, h, w] in half precision, classes [B, H, W]) in main memory.
 
-    Attributes: channels (C).
-
     Args:
         steps: see `plan`.
         cache_gb: how many GiB are kept; what does not fit is computed again whenever it is needed.
     """
 
     def __init__(
-        self,
-        features: Features,
-        photos: Photos,
-        steps: list[list[Key]],
-        cache_gb: float,
+        self, features: Features, photos: Photos, steps: list[list[Key]], cache_gb: float,
         workers: int,
-    ):
+    ):  # fmt: skip
         self.features = features
         self.photos = photos
         self.steps = steps
@@ -198,7 +189,7 @@ class Batches:
         self.channels = feats.shape[1]
         self.capacity = int(cache_gb * 2**30 / (feats.nbytes + classes.nbytes))
 
-        needed = len({key for step in steps for key in step})
+        needed = len(set(chain.from_iterable(steps)))
         if needed > self.capacity:
             what = f"--cache_gb {cache_gb:g} keeps the features of {self.capacity} photos of"
             note(f"{what} {needed} (with flipped ones); the others are computed in every epoch")
@@ -281,7 +272,7 @@ def train_probe(
 
 
 def get_probe(
-    args: argparse.Namespace, features: Any, data: DataSet, results: Results | None
+    args: argparse.Namespace, features: Features, data: DataSet, results: Results | None
 ) -> nn.Conv2d:
     """The probe that an earlier run has left in --output_dir, or else a new one, which is kept."""
     device = features.backbone.device
@@ -356,25 +347,23 @@ def score_maps(folder: Path, photos: Photos, classes: int) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: one is missing, of another size, or has another label.
     """
+    table = np.arange(classes, dtype=np.int16)  # the class of every label
     total: Any = 0
     for number in progress(range(len(photos)), unit="map", desc="scoring"):
         name = photos.samples[number].name
         path = folder / f"{name}.png"
         if not path.is_file():
             path = folder / f"{Path(name).name}.png"
-        predicted = torch.from_numpy(read_mask(path))
+        labels = read_mask(path)
         truth = photos.full_classes(number)
-        if predicted.shape != truth.shape:
+        if labels.shape != truth.shape:
             truth = photos.small(truth)
-        if predicted.shape != truth.shape:
-            height, width = predicted.shape
+        if labels.shape != truth.shape:
+            height, width = labels.shape
             what = f"{path} is {width}x{height}"
             raise ValueError(f"{what}: make it as large as {photos.samples[number].mask}")
-
-        wrong = predicted[(truth != IGNORED) & ((predicted < 0) | (predicted >= classes))]
-        if len(wrong):
-            what = f"{path} has label {wrong[0]} where the truth counts"
-            raise ValueError(f"{what}: store classes 0 to {classes - 1}, as in the table's order")
+        labels[truth.numpy() == IGNORED] = 0  # there any label will do
+        predicted = as_classes(labels, table, path)
         total = total + confusion(truth, predicted, classes)
     return total
 
@@ -423,22 +412,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def note_absent(results: dict[str, Any]) -> None:
-    """Tell which classes have no pixel in the truth, and what that does to the mean."""
-    absent = [row["class"] for row in results["classes"] if row["share"] == 0]
-    if absent:
-        what = f"no pixel is labelled {', '.join(absent)}"
-        note(f"{what}: such a class counts 0 where it is predicted, and is left out where it isn't")
-
-
 # ---- pictures -----------------------------------------------------------------------------------
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """A colour for each class, and black for IGNORED at the end. [K + 1, 3]
-
-    Hues a golden section apart, of three lightnesses in turn: neighbours differ well.
-    """
+    """A colour for each class, and black for IGNORED at the end. [K + 1, 3]"""
+    # hues a golden section apart, of three lightnesses in turn: neighbours differ well
     colours = []
     for number in range(classes):
         hue = 360 * (number * 0.618 % 1)
@@ -450,30 +429,24 @@ def class_colours(classes: int) -> np.ndarray:
 def draw(image: Tensor, truth: np.ndarray, predicted: np.ndarray, names: list[str]) -> Image.Image:
     """A photo [3, H, W], its classes [H, W] and those predicted side by side, and a legend."""
     colours = class_colours(len(names))
-    height, width = truth.shape
-    scale = max(1, round(360 / height))
-    sheet = Image.new("RGB", (3 * scale * width + 16, scale * height), "white")
-    panels = [to_pil_image(image)]
-    for classes in (truth, predicted):
-        panels.append(Image.fromarray(colours[classes]))
-    for number, panel in enumerate(panels):
-        method = Image.Resampling.NEAREST if number else Image.Resampling.LANCZOS
-        panel = panel.resize((scale * width, scale * height), method)
-        sheet.paste(panel, (number * (scale * width + 8), 0))
+    labels = Image.fromarray(colours[truth])
+    prediction = Image.fromarray(colours[predicted])
+    panels = [("photo", to_pil_image(image)), ("labels", labels), ("prediction", prediction)]
+    height = len(truth) * max(1, round(360 / len(truth)))  # whole pixels for each label
+    sheet = titled_sheet(panels, height)
 
-    # the classes that occur, in rows of as many as fit; void is -1, and so the last of the names
-    names = [*names, "(void)"]
+    # the classes that occur, in rows of as many as fit
+    names = [*names, "(void)"]  # the last, for its number is -1
     present = np.union1d(truth, predicted).tolist()
-    column = 150
-    columns = max(1, sheet.width // column)
-    rows = -(-len(present) // columns)
-    picture = Image.new("RGB", (sheet.width, sheet.height + 24 * rows + 8), "white")
-    picture.paste(sheet, (0, 0))
+    columns = max(1, sheet.width // 150)
+    rows = math.ceil(len(present) / columns)
+    picture = Image.new("RGB", (sheet.width, sheet.height + 24 * rows), "white")
+    picture.paste(sheet)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(14)
     for place, number in enumerate(present):
-        left = 8 + column * (place % columns)
-        top = sheet.height + 8 + 24 * (place // columns)
+        left = 8 + 150 * (place % columns)
+        top = sheet.height + 24 * (place // columns)
         pen.rectangle([left, top, left + 16, top + 16], fill=tuple(colours[number].tolist()))
         pen.text((left + 22, top + 8), names[number], "black", font, anchor="lm")
     return picture
@@ -492,17 +465,6 @@ def save_pictures(photos: Photos, names: list[str], count: int, results: Results
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that are out of range or contradict each other."""
-    check_range(
-        args, imsize=1, classes=2, epochs=1, batch_size=1, lr=0, weight_decay=0, seed=0,
-        cache_gb=0, workers=0, visualize=0,
-    )  # fmt: skip
-    if args.visualize and not args.output_dir:
-        raise ValueError("--visualize needs a folder for its pictures: pass --output_dir")
-    check_one_process()
-
-
 def find_photos(args: argparse.Namespace, data: DataSet, split: str) -> Photos:
     """The Photos of a split, at the size that --size or --imsize says."""
     size = (args.imsize, args.imsize)
@@ -513,7 +475,13 @@ def find_photos(args: argparse.Namespace, data: DataSet, split: str) -> Photos:
 
 def main(args: argparse.Namespace) -> None:
     """Train the probe, score it, and print the table; or score the label maps of --score_only."""
-    check(args)
+    check_one_process()
+    check_range(
+        args, imsize=1, classes=2, epochs=1, batch_size=1, lr=0, weight_decay=0, seed=0,
+        cache_gb=0, workers=0, visualize=0,
+    )  # fmt: skip
+    if args.visualize and not args.output_dir:
+        raise ValueError("--visualize needs a folder for its pictures: pass --output_dir")
     data = choose_data(args.dataset, Path(args.dataroot), args.classes, args.ignore)
     photos = find_photos(args, data, args.split or data.test)
     facts: dict[str, Any] = {}
@@ -537,7 +505,10 @@ def main(args: argparse.Namespace) -> None:
 
     found = scores(total, data.classes)
     print(table(found))
-    note_absent(found)
+    absent = [row["class"] for row in found["classes"] if row["share"] == 0]
+    if absent:
+        what = f"no pixel is labelled {', '.join(absent)}"
+        note(f"{what}: in the mean it counts 0 if it is predicted, and is left out if it is not")
     report(args, {"settings": settings(args, **facts), "photos": len(photos), "results": found})
 
 

@@ -7,8 +7,10 @@
 Layouts of a data set's folder, ROOT:
 
     camvid      ROOT/train, ROOT/trainannot, and so on: SegNet's copy, where 11 is void
-    voc         ROOT or ROOT/VOCdevkit/VOC2012: JPEGImages, SegmentationClass, ImageSets
-    ade20k      ROOT: images/training, annotations/training, and so on; 0 is void
+    voc         ROOT or ROOT/VOCdevkit/VOC2012: JPEGImages, SegmentationClass, ImageSets; the masks
+                of trainaug are in SegmentationClassAug
+    ade20k      ROOT: images/training, annotations/training, and so on, of the scene parsing
+                benchmark with 150 classes; 0 is void
     cityscapes  ROOT: leftImg8bit/train/CITY, and gtFine/train/CITY with ..._gtFine_labelIds.png
     folder      ROOT/SPLIT/images and ROOT/SPLIT/masks, or ROOT/images/SPLIT and ROOT/masks/SPLIT
 
@@ -48,26 +50,23 @@ class Sample(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """The classes and splits of a data set, and the function that finds a split's Samples.
+    """The classes and splits of a data set, and where its files are."""
 
-    `labels` holds what files have for class 0, for class 1, and so on; `void` what does not count.
-    """
-
-    classes: list[str]
-    labels: list[int]
-    void: list[int]
-    train: str
+    classes: list[str]  # names
+    labels: list[int]   # in the masks: of class 0, of class 1, ...
+    void: list[int]     # labels of pixels that do not count
+    train: str          # splits
     test: str
-    find: Callable[[Path, str], list[Sample]]
+    find: Callable[[Path, str], list[Sample]]  # (root, split) -> its photos
 
 
-def folder_of(*choices: Path) -> Path:
-    """The first of some folders that exists; FileNotFoundError if none does."""
-    for folder in choices:
-        if folder.is_dir():
-            return folder
+def first_of(*choices: Path) -> Path:
+    """The first of some folders or files that exists; FileNotFoundError if none does."""
+    for path in choices:
+        if path.exists():
+            return path
     remedy = "pass the data set's folder as --dataroot, and a split that it has"
-    raise FileNotFoundError(f"there is no folder {choices[-1]}: {remedy}")
+    raise FileNotFoundError(f"there is no {choices[-1]}: {remedy}")
 
 
 def with_masks(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> list[Sample]:
@@ -84,56 +83,43 @@ def with_masks(images: Path, masks: Path, image_end: str = "", mask_end: str = "
     return samples
 
 
+# one function for each of the layouts at the top of this file
+
+
 def find_camvid(root: Path, split: str) -> list[Sample]:
-    """SegNet's copy of CamVid."""
-    return with_masks(folder_of(root / split), folder_of(root / f"{split}annot"))
+    return with_masks(first_of(root / split), first_of(root / f"{split}annot"))
 
 
 def find_voc(root: Path, split: str) -> list[Sample]:
-    """The photos on a list of VOC 2012; the masks of trainaug are in SegmentationClassAug."""
-    home = folder_of(
+    home = first_of(
         root / "VOC2012/VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012", root / "VOC2012", root
     )
-    path = home / "ImageSets/Segmentation" / f"{split}.txt"
-    if not path.is_file():
-        remedy = "pass the folder VOCdevkit as --dataroot, and a split that it has"
-        raise FileNotFoundError(f"there is no list {path}: {remedy}")
+    names = first_of(home / "ImageSets/Segmentation" / f"{split}.txt")
     masks = home / "SegmentationClass"
     if split.endswith("aug"):
         masks = home / "SegmentationClassAug"
 
     samples = []
-    for name in path.read_text().split():
+    for name in names.read_text().split():
         image = inside(home / "JPEGImages", f"{name}.jpg")
         samples.append(Sample(name, image, masks / f"{name}.png"))
     return samples
 
 
-def ade20k_home(root: Path) -> Path:
-    """ADEChallengeData2016, or the folder that holds it."""
-    inner = root / "ADEChallengeData2016"
-    if inner.is_dir():
-        return inner
-    return root
-
-
 def find_ade20k(root: Path, split: str) -> list[Sample]:
-    """ADEChallengeData2016, the 150 classes of the scene parsing benchmark."""
-    home = ade20k_home(root)
-    return with_masks(folder_of(home / "images" / split), folder_of(home / "annotations" / split))
+    home = first_of(root / "ADEChallengeData2016", root)
+    return with_masks(first_of(home / "images" / split), first_of(home / "annotations" / split))
 
 
 def find_cityscapes(root: Path, split: str) -> list[Sample]:
-    """Cityscapes as it is unpacked, without the files that its own scripts make."""
-    images = folder_of(root / "leftImg8bit" / split)
-    masks = folder_of(root / "gtFine" / split)
+    images = first_of(root / "leftImg8bit" / split)
+    masks = first_of(root / "gtFine" / split)
     return with_masks(images, masks, "_leftImg8bit", "_gtFine_labelIds")
 
 
 def find_folder(root: Path, split: str) -> list[Sample]:
-    """Anybody's images and masks."""
-    images = folder_of(root / split / "images", root / "images" / split)
-    masks = folder_of(root / split / "masks", root / "masks" / split)
+    images = first_of(root / split / "images", root / "images" / split)
+    masks = first_of(root / split / "masks", root / "masks" / split)
     return with_masks(images, masks)
 
 
@@ -170,30 +156,29 @@ def choose_data(
         root: the folder of the data set.
         classes, void: for "folder" only, how many classes there are and what does not count.
     Raises:
-        ValueError: `classes` is missing or too large, or given for a data set that has its own.
+        ValueError: `classes` is missing, or given for a data set that has its own.
     """
     data = DATASETS[name]
-    if name == "folder":
-        if classes is None:
-            raise ValueError("--dataset folder needs the number of classes: pass --classes K")
+    wrong = ""
+    if name == "folder" and classes is None:
+        wrong = "--dataset folder needs the number of classes: pass --classes K"
+    elif name != "folder" and (classes, void) != (None, None):
+        wrong = f"{name} has its own classes: leave --classes and --ignore out"
+    if wrong:
+        raise ValueError(wrong)
+
+    if classes is not None:
         labels = [*range(classes)]
         data = data._replace(classes=[f"class {label}" for label in labels], labels=labels)
-        if void is not None:
-            data = data._replace(void=void)
-        extremes = (min(data.void, default=0), max(data.void, default=0))
-        if classes > LABELS // 2 or extremes[0] < 0 or extremes[1] >= LABELS:
-            what = f"--classes goes up to {LABELS // 2}, and labels to --ignore are 0 to"
-            raise ValueError(f"{what} {LABELS - 1}: correct them")
-    elif classes is not None or void is not None:
-        what = f"{name} has its own classes"
-        raise ValueError(f"{what}: leave out --classes and --ignore, which are for folder")
+    if void is not None:
+        data = data._replace(void=void)
 
-    # ADE20K brings the names of its classes in a file
-    path = ade20k_home(root) / "objectInfo150.txt"
-    if name == "ade20k" and path.is_file():
-        lines = path.read_text().splitlines()[1:151]
-        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
-        data = data._replace(classes=names)
+    if name == "ade20k":  # a file names its classes, which not every copy has
+        path = first_of(root / "ADEChallengeData2016", root) / "objectInfo150.txt"
+        if path.is_file():
+            lines = path.read_text().splitlines()[1:151]
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+            data = data._replace(classes=names)
     return data
 
 
@@ -201,7 +186,7 @@ def class_table(data: DataSet) -> np.ndarray:
     """The class of every label: 0 to K - 1, IGNORED or UNKNOWN. [LABELS]"""
     table = np.full(LABELS, UNKNOWN, np.int16)
     table[data.labels] = np.arange(len(data.labels))
-    table[data.void] = IGNORED
+    table[[label for label in data.void if 0 <= label < LABELS]] = IGNORED
     return table
 
 
@@ -219,14 +204,19 @@ def voc_palette() -> np.ndarray:
     return colours
 
 
+def check_mask(path: Path) -> None:
+    """Raise FileNotFoundError unless there is a mask."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no label map {path}: add it, or remove its photo")
+
+
 def read_mask(path: Path) -> np.ndarray:
     """The labels [H, W] of a mask: indexed, grey of 1, 8 or 16 bits, or in the colours of VOC.
 
     Raises:
         FileNotFoundError, ValueError: in one line that names the file, for anything else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no label map {path}: add it, or remove its photo")
+    check_mask(path)
     try:
         with Image.open(path) as image:
             image.load()
@@ -240,16 +230,16 @@ def read_mask(path: Path) -> np.ndarray:
     if (colours == grey[..., None]).all():
         return grey
     digits = np.array([1, 256, 256**2])  # a colour as one number
-    distinct, inverse = np.unique(colours @ digits, return_inverse=True)
+    distinct, places = np.unique(colours @ digits, return_inverse=True)
     palette = (voc_palette() @ digits).tolist()
     labels = []
     for colour in distinct.tolist():
         if colour not in palette:
             rgb = (colour % 256, colour // 256 % 256, colour // 256**2)
-            what = f"{path} is a colour picture with {rgb}, which is no colour of a VOC label"
+            what = f"{path} is a colour picture with {rgb}, the colour of no VOC label"
             raise ValueError(f"{what}: store the number of its class in every pixel")
         labels.append(palette.index(colour))
-    return np.array(labels)[inverse].reshape(grey.shape)
+    return np.array(labels)[places].reshape(grey.shape)
 
 
 def as_classes(labels: np.ndarray, table: np.ndarray, path: Path) -> Tensor:
@@ -261,11 +251,12 @@ def as_classes(labels: np.ndarray, table: np.ndarray, path: Path) -> Tensor:
     """
     within = labels.clip(0, len(table) - 1)
     classes = np.where(labels == within, table[within], UNKNOWN)
-    if (classes == UNKNOWN).any():
-        label = labels[classes == UNKNOWN][0]
+    unknown = labels[classes == UNKNOWN]
+    if len(unknown):
         known = np.flatnonzero(table >= 0)
         void = np.flatnonzero(table == IGNORED).tolist()
-        what = f"{path} has label {label}, but classes are {known[0]} to {known[-1]}, void {void}"
+        has = f"{path} has label {unknown[0]}"
+        what = f"{has}, but classes are {known[0]} to {known[-1]}, void {void}"
         raise ValueError(f"{what}: correct it, or pass --classes and --ignore that fit")
     return torch.from_numpy(classes)
 
@@ -295,8 +286,7 @@ class Photos(Dataset):
         size = list(self.size)
         if self.squash:
             return resize(picture, size, how)
-        shorter = size[:1]
-        return center_crop(resize(picture, shorter, how), size)
+        return center_crop(resize(picture, size[0], how), size)
 
     def full_classes(self, number: int) -> Tensor:
         """The classes of a photo's mask at its own size."""
@@ -308,11 +298,7 @@ class Photos(Dataset):
         return self.resized(classes[None], InterpolationMode.NEAREST_EXACT)[0]
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
-        """The photo [3, H, W] in 0..1 and its classes [H, W].
-
-        Raises:
-            ValueError: one of the files cannot be used; in one line.
-        """
+        """The photo [3, H, W] in 0..1 and its classes [H, W]. ValueError if a file is unusable."""
         number, flipped = key
         sample = self.samples[number]
         photo = read_image(sample.image, upright=False)  # masks count the pixels as stored
@@ -339,7 +325,5 @@ def read_photos(
     """
     samples = data.find(root, split)
     for sample in samples:
-        if not sample.mask.is_file():
-            what = f"there is no label map {sample.mask}"
-            raise FileNotFoundError(f"{what}: add it, or remove the photo {sample.image}")
+        check_mask(sample.mask)
     return Photos(samples, class_table(data), size, squash)

@@ -527,7 +527,7 @@ def test_bad_label_maps(toy, tmp_path):
     with pytest.raises(ValueError, match=r"0\.png is 6x5: make it as large as"):
         score_maps(tmp_path, photos, 3)
     save(tmp_path / "0.png", np.full((32, 48), 3, np.uint8))
-    with pytest.raises(ValueError, match=r"0\.png has label 3 where the truth counts"):
+    with pytest.raises(ValueError, match=r"0\.png has label 3, but classes are 0 to 2"):
         score_maps(tmp_path, photos, 3)
 
 
@@ -540,10 +540,10 @@ def test_a_picture_shows_photo_truth_and_prediction(toy):
     picture = np.asarray(draw(image, truth, truth.clip(0), ["a", "b", "c"]))
     scale = round(360 / 32)
     width = 48 * scale
-    assert picture.shape[1] == 3 * width + 16
+    assert picture.shape[1] == 3 * width + 4 * 8
     middle = scale // 2
-    rows = np.arange(32) * scale + middle
-    columns = np.arange(48) * scale + middle
+    rows = np.arange(32) * scale + middle + 28  # below the titles
+    columns = np.arange(48) * scale + middle + 8
     of_truth = picture[rows][:, width + 8 + columns]
     of_prediction = picture[rows][:, 2 * (width + 8) + columns]
     assert (of_truth[truth == IGNORED] == 0).all()
@@ -573,12 +573,13 @@ def test_command_line_errors(cli, toy, tmp_path):
     camvid = ["--dataset", "camvid", "--dataroot", toy]
     assert "needs the number of classes" in refused("--dataset", "folder", "--dataroot", toy)
     assert "camvid has its own classes" in refused(*camvid, "--classes", 3)
-    assert "there is no folder" in refused(*camvid)
-    assert "there is no list" in refused("--dataset", "voc", "--dataroot", toy)
+    assert "toy/test: pass the data set's folder" in refused(*camvid)
+    assert "val.txt: pass the data set's folder" in refused("--dataset", "voc", "--dataroot", toy)
     assert "pass --output_dir" in refused(*folder_flags(toy), "--visualize", 1)
-    assert "labels to --ignore are 0 to 65535" in refused(*folder_flags(toy), "--ignore", 70000)
     assert "--lr nan is too small" in refused(*folder_flags(toy), "--lr", "nan")
-    assert "there is no folder" in refused(*folder_flags(toy), "--split", "test")
+    assert "images/test: pass the data set's folder" in refused(
+        *folder_flags(toy), "--split", "test"
+    )
     maps = tmp_path / "nothing"
     assert "there is no label map" in refused(*folder_flags(toy), "--score_only", maps)
 
