@@ -141,7 +141,9 @@ class DenseExtractor(nn.Module):
     def device(self) -> Any:
         """Where the network is: equal to "cpu" as well as to torch.device("cpu")."""
         device = self._weight().device
-        return device if torch.compiler.is_compiling() else Device(device)
+        if torch.compiler.is_compiling():
+            return device
+        return Device(device)
 
     @device.setter
     def device(self, value: Any) -> None:

@@ -167,7 +167,9 @@ class ViTExtractor(DenseExtractor):
         embed.patch_size = Side(self.patch)
         self.stride = self.patch if stride is None else stride
         self.depth = len(blocks)
-        self.layer, self.facet = self._checked(self.depth - 1 if layer is None else layer, facet)
+        if layer is None:
+            layer = self.depth - 1
+        self.layer, self.facet = self._checked(layer, facet)
         attn = blocks[self.layer].attn
         self.heads = attn.num_heads
         if facet == "attn":
@@ -340,8 +342,12 @@ class ViTExtractor(DenseExtractor):
         One goes with every item of the other's list; two lists are paired in order.
         """
         several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
-        layers = as_list(self.layer if layer is None else layer)
-        facets = as_list(self.facet if facet is None else facet)
+        if layer is None:
+            layer = self.layer
+        if facet is None:
+            facet = self.facet
+        layers = as_list(layer)
+        facets = as_list(facet)
         if len(layers) == 1:
             layers = layers * len(facets)
         if len(facets) == 1:
