@@ -609,6 +609,9 @@ def check_facts(
 def main(args: argparse.Namespace) -> None:
     """Write the descriptors [1, 1, t, C] of one image."""
     check_range(args, load_size=0)
+    if Path(args.output_path).suffix in (".npz", ".safetensors"):
+        what = f"--output_path {args.output_path}, but only .pth is written here"
+        raise ValueError(f"{what}: let it end in .pth, or use lift_extractor.py")
     as_photo(args.image_path)  # a missing photo is told before a backbone is built
     extractor = build_extractor(args)
     extractor.exact_size = args.exact_size

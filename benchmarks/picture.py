@@ -91,6 +91,8 @@ def row_of(
 
 def main(args: Namespace) -> None:
     """Draw all rows, and write the picture."""
+    if not args.lift_path:
+        raise ValueError("the picture shows LiFT: pass --lift_path FILE")
     features = build_features(Namespace(**vars(args), lift_iter=4, upsample=None))
     photos = [Image.fromarray(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
     photos.insert(0, read_image(ROOT / "assets/sample.jpg"))
