@@ -1,11 +1,10 @@
-"""Frozen features of a batch of photos, computed by the backbone or read from a file made before.
+"""Frozen features of photos, computed by the backbone or read from a file of an earlier run.
 
     photos = cached(photos, extractor, "cache/", views=4, batch_size=64, workers=2)
     images, feats = images_and_features(batch_of_photos, extractor)
 
-A backbone that is frozen gives the same features in every epoch, so training can read them instead:
-train_lift.py --cache_features. A photo of 448 pixels takes 1 MB with a ViT-S/16, for each of its
-views (see --views), and twice as much with --match.
+Only train_lift.py uses it, for --cache_features. A photo of 448 pixels takes 1 MB with a ViT-S/16
+for each of its --views, and twice as much with --match.
 
 Notation: B batch, C channels, p patch size, S pixels of the square photos.
 """
@@ -42,7 +41,7 @@ def images_and_features(
     """The normalised images of a batch and their frozen features, on the extractor's device.
 
     Args:
-        batch: of objectives.Photos, or of Cached, which lacks the full image and has the features.
+        batch: from objectives.Photos, or from Cached, which has features instead of the full image.
         levels: how many sizes are wanted, the largest first.
     Returns:
         Two lists with an entry for each size: images [B, 3, S, S], [B, 3, S/2, S/2] and so on, and
@@ -54,19 +53,17 @@ def images_and_features(
     for level, key in zip(LEVELS[:levels], FEATURES[:levels]):
         image = None
         if level in batch:
-            pixels = one_after_the_other(batch[level], extractor.device)
+            pixels = to_device(batch[level], extractor.device)
             image = extractor.normalize(pixels.float() / 255)
         images.append(image)
-
-        if key in batch:
-            stored = one_after_the_other(batch[key], extractor.device)
-            feats.append(stored.float())  # they are kept in float16
+        if key in batch:  # in float16
+            feats.append(to_device(batch[key], extractor.device).float())
         else:
             feats.append(extractor(image))
     return images, feats
 
 
-def one_after_the_other(images: Tensor, device: torch.device) -> Tensor:
+def to_device(images: Tensor, device: torch.device) -> Tensor:
     """Bring images, or feature maps, to the device; pairs [B, 2, C, h, w] become [2B, C, h, w]."""
     if images.ndim == 5:
         images = images.flatten(0, 1)
@@ -79,11 +76,11 @@ def one_after_the_other(images: Tensor, device: torch.device) -> Tensor:
 class Cached(Dataset):
     """The items of objectives.Photos with their features, read from one file.
 
-    An item has what Photos gives except "full". In its place come "f1", "f2" and "f3", the features
-    at S, S/2 and S/4: [C, h, w], or [2, C, h, w] where photos have warped copies.
+    An item has "f1", "f2" and "f3", the features at S, S/2 and S/4, in place of "full": [C, h, w],
+    or [2, C, h, w] where photos have warped copies.
 
-    A view is one pass over all photos, each with its own random colours and warp. The file holds a
-    row for each (view, photo), all of one size, view by view. Epoch e reads view e % views.
+    A view is one pass over all photos, each with its own random colours and warp. The file holds
+    view after view, with a row for each photo, and epoch e reads view e % views.
     """
 
     def __init__(self, path: Path, row_type: np.dtype, views: int, paths: list[Path]):
@@ -99,29 +96,19 @@ class Cached(Dataset):
         epoch, index = key
         # opened anew for each photo, since a mapped file cannot be handed to a loader's worker
         rows = np.memmap(self.path, self.row_type, "r")
-        view = epoch % self.views
-        row = rows[view * len(self) + index]
+        row = rows[epoch % self.views * len(self) + index]
         # copies, so that the file can be closed
         return {name: torch.from_numpy(np.array(row[name])) for name in self.row_type.names}
 
 
-def make_row_type(extractor: DenseExtractor, imsize: int, warp: bool = False) -> np.dtype:
-    """The numpy type of one photo's row.
-
-    It holds the two smaller images (uint8), the three feature maps (float16) and the mark "broken"
-    of objectives.Photos (int64). With `warp` images and maps are pairs, of the photo and its copy,
-    and the warp itself (float32) comes last.
-    """
-    pair: tuple[int, ...] = ()  # goes in front of a shape
-    if warp:
-        pair = (2,)
-    half = imsize // 2
-    quarter = imsize // 4
-    fields = [
-        ("half", "u1", (*pair, 3, half, half)),
-        ("quarter", "u1", (*pair, 3, quarter, quarter)),
-    ]
-    for features, size in zip(FEATURES, (imsize, half, quarter)):
+def make_row_type(extractor: DenseExtractor, imsize: int, warp: bool) -> np.dtype:
+    """The numpy type of one photo's row: its images but the largest, features, mark and warp."""
+    pair = (2,) if warp else ()  # goes in front of a shape
+    sizes = (imsize, imsize // 2, imsize // 4)
+    fields = []
+    for level, size in zip(LEVELS[1:], sizes[1:]):
+        fields.append((level, "u1", (*pair, 3, size, size)))
+    for features, size in zip(FEATURES, sizes):
         side = size // extractor.patch
         fields.append((features, "f2", (*pair, extractor.channels, side, side)))
     fields.append(("broken", "i8", ()))
@@ -134,20 +121,17 @@ def cache_key(photos, extractor: DenseExtractor) -> str:
     """A hash of all that the features depend on: weights, precision, files, augmentation.
 
     Files count by name, size and date, not by folder: a data set may be moved.
-    `photos` is an objectives.Photos.
     """
-    facts = sorted(extractor.facts().items())
-    normalization = (extractor.mean, extractor.std)
     files = []
     for path in photos.paths:
         status = path.stat()
         files.append((path.name, status.st_size, status.st_mtime_ns))
-    seed = None  # does not count where nothing is random
-    if photos.is_random():
-        seed = photos.seed
+    # the seed does not count where nothing is random
+    seed = photos.seed if photos.is_random() else None
     random = (photos.jitter is not None, photos.warp, seed)
 
-    key = (facts, normalization, files, photos.imsize, photos.downsample, random)
+    backbone = (sorted(extractor.facts().items()), (extractor.mean, extractor.std))
+    key = (*backbone, files, photos.imsize, photos.downsample, random)
     return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 
@@ -162,67 +146,47 @@ def cached(
 ) -> Cached:
     """The features of photos, computed now, or read from a file of an earlier run.
 
-    The file is named by a hash of everything that it depends on, and is there as soon as it is
-    complete.
-
     Args:
         photos: an objectives.Photos.
-        folder: where the file is, or goes.
+        folder: where the file is, or goes. Its name is a hash of all that it depends on.
         views: how many passes over the photos it holds, see Cached.
         waits: let another process compute them, and wait for its file.
     Raises:
         OSError: the features do not fit on the disk, or cannot be written.
-        ValueError: they are not finite, be it only in float16.
+        ValueError: they are not finite, or not in float16.
     """
     row_type = make_row_type(extractor, photos.imsize, photos.warp)
     path = Path(folder) / f"{cache_key(photos, extractor)}_{views}.features"
     dataset = Cached(path, row_type, views, photos.paths)
-    if waits:
-        while not path.exists():
-            time.sleep(0.5)
-        return dataset
-    if path.exists():
-        return dataset
-
-    keys = []  # in the order of the file: see Cached
-    for view in range(views):
-        keys += [(view, index) for index in range(len(photos))]
-    batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed = len(keys) * row_type.itemsize
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        what = f"the features take {needed // 2**20} MiB, and {folder} has {free // 2**20} free"
-        raise OSError(f"{what}: make room or pass another --cache_features")
-    with replacing(path) as part:
-        with open(part, "wb") as file:
-            fill(file, row_type, photos, extractor, batches, workers)
+    while waits and not path.exists():
+        time.sleep(0.5)
+    if not path.exists():
+        fill(dataset, photos, extractor, batch_size, workers)
     return dataset
 
 
-def fill(
-    file: BinaryIO,
-    row_type: np.dtype,
-    photos,
-    extractor: DenseExtractor,
-    batches: list[list[tuple[int, int]]],
-    workers: int,
-) -> None:
-    """Write the rows of all batches of keys (view, index).
+def fill(dataset: Cached, photos, extractor: DenseExtractor, batch_size: int, workers: int) -> None:
+    """Write the file of a data set, whole or not at all; a thread writes while others compute."""
+    keys = []  # (view, index), in the order of the file
+    for view in range(dataset.views):
+        keys += [(view, index) for index in range(len(photos))]
+    batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
 
-    A thread writes a batch while the next ones are computed.
+    folder = dataset.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = len(keys) * dataset.row_type.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        what = f"the features take {needed // 2**20} MiB, and {folder} has {free // 2**20} free"
+        raise OSError(f"{what}: make room or pass another --cache_features")
 
-    Raises:
-        OSError: they cannot be written.
-        ValueError: features are not finite, be it only in float16.
-    """
     loader = Loader(photos, workers, batches, pin_memory=extractor.device.type == "cuda")
     writing: deque[Future] = deque()
-    with ThreadPoolExecutor(1) as writer:
+    with replacing(dataset.path) as part, open(part, "wb") as file, ThreadPoolExecutor(1) as writer:
         for batch in progress(loader, total=len(batches), unit="batch", desc="features"):
             _, feats = images_and_features(batch, extractor)
-            writing.append(writer.submit(write_rows, file, row_type, batch, feats, extractor))
+            rows = (file, dataset.row_type, batch, feats, extractor)
+            writing.append(writer.submit(write_rows, *rows))
             if len(writing) > IN_FLIGHT:
                 writing.popleft().result()
         for written in writing:
@@ -236,11 +200,7 @@ def write_rows(
     feats: list[Tensor],
     extractor: DenseExtractor,
 ) -> None:
-    """Append the rows of one batch of photos and their features.
-
-    Raises:
-        ValueError: features are not finite, be it only in float16.
-    """
+    """Append the rows of one batch; ValueError for features that are not finite in float16."""
     values: dict[str, Any] = dict(batch)
     for name, value in zip(FEATURES, feats):
         # on the device, which is faster at it, and half as much is then to be fetched

@@ -12,7 +12,7 @@ Notation: B batch, C channels, h w the patch grid, S pixels of the square photos
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,8 @@ class Photos(Dataset):
     With `warp` a photo comes with a warped copy of it: "full" is then [2, 3, S, S], and so on, and
     "warp" [2, 3] takes places in the copy to those in the photo (see random_warp).
 
-    All that is random follows from (seed, epoch, index). It holds paths and numbers only, so that
-    it is cheap to send to a loader's workers.
-
-    Raises:
-        ValueError: MOST_BROKEN photos in a row cannot be read, or none of fewer.
+    All that is random follows from (seed, epoch, index). The object holds paths and numbers only,
+    so that it is cheap to send to workers.
     """
 
     def __init__(
@@ -82,9 +79,7 @@ class Photos(Dataset):
         self.downsample = downsample
         self.seed = seed
         self.warp = warp
-        self.jitter = None
-        if augment:
-            self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2)
+        self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2) if augment else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,46 +90,39 @@ class Photos(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        most = min(len(self), MOST_BROKEN)
-        for candidate in range(index, index + most):
-            candidate %= len(self)  # behind the last photo comes the first
-            try:
-                image = read_image(self.paths[candidate])
-            except (ValueError, OSError):
-                continue
-            item: dict[str, Any] = self.make_item(image, (self.seed, epoch, index))
-            item["broken"] = -1
-            if candidate != index:
-                item["broken"] = index
-            return item
-        what = f"none of the {most} photos from {self.paths[index]} on can be read"
-        raise ValueError(f"{what}: check that they are still there, or pass another --dataroot")
-
-    def make_item(self, image, seed: tuple[int, int, int]) -> dict[str, Any]:
-        """What photos[epoch, index] gives of a PIL image, without "broken".
-
-        Args:
-            seed: decides jitter and warp; no two keys have the same.
-        """
+        image, broken = self.read(index)
         image = resize(image, [self.imsize, self.imsize], InterpolationMode.BILINEAR)
         # jitter and warp draw from torch's global generator, which is put back afterwards
         with torch.random.fork_rng(devices=[]):
-            one_number = np.random.SeedSequence(seed).generate_state(1)[0]
-            torch.manual_seed(int(one_number))
-            photo = self.pyramid(self.recolour(image))
-            if not self.warp:
-                return photo
-            warp = random_warp()
-            copy = self.pyramid(warped(self.recolour(image), warp))
-
-        item = {}
-        for level in photo:
-            item[level] = torch.stack([photo[level], copy[level]])
-        item["warp"] = warp
+            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+            item: dict[str, Any] = self.pyramid(self.recolour(image))
+            if self.warp:
+                warp = random_warp()
+                copy = self.pyramid(warped(self.recolour(image), warp))
+                for level in copy:
+                    item[level] = torch.stack([item[level], copy[level]])
+                item["warp"] = warp
+        item["broken"] = broken
         return item
 
+    def read(self, index: int) -> tuple[Any, int]:
+        """The photo of this index and -1, or the next one that can be read and the index.
+
+        Raises:
+            ValueError: MOST_BROKEN photos in a row cannot be read, or all of fewer.
+        """
+        most = min(len(self), MOST_BROKEN)
+        for candidate in range(index, index + most):
+            with suppress(ValueError, OSError):
+                image = read_image(self.paths[candidate % len(self)])  # the first follows the last
+                broken = -1 if candidate == index else index
+                return image, broken
+        what = f"none of the {most} photos from {self.paths[index]} on can be read"
+        raise ValueError(f"{what}: check that they are still there, or pass another --dataroot")
+
     def recolour(self, image) -> Tensor:
-        """A PIL image as uint8 [3, S, S], its colours jittered where they are to be."""
+        """A PIL image as uint8 [3, S, S], its colours jittered with `augment`."""
         if self.jitter:
             image = self.jitter(image)
         return pil_to_tensor(image)
@@ -154,11 +142,10 @@ def random_warp() -> Tensor:
     """A random matrix [2, 3] that takes places in a copy to those in its photo.
 
     A place is (x, y, 1), with x and y from -1 to 1 between the outer edges of the image. The copy
-    shows the photo turned by up to WARP_DEGREES either way, scaled by a factor of WARP_SCALES (its
-    logarithm is uniform), and shifted by up to WARP_SHIFT of the side along each axis. The numbers
-    are drawn from torch's global generator.
+    shows the photo turned by up to WARP_DEGREES either way, scaled by a factor within WARP_SCALES
+    (its logarithm is uniform), and shifted by up to WARP_SHIFT of the side along each axis.
     """
-    for_angle, for_scale, for_x, for_y = torch.rand(4).tolist()  # each in 0..1
+    for_angle, for_scale, for_x, for_y = torch.rand(4).tolist()  # uniform in 0..1
     angle = math.radians(WARP_DEGREES) * (2 * for_angle - 1)
     smallest, largest = WARP_SCALES
     scale = smallest * (largest / smallest) ** for_scale
@@ -172,10 +159,7 @@ def random_warp() -> Tensor:
 
 
 def warped(image: Tensor, warp: Tensor) -> Tensor:
-    """The copy of an image [3, S, S] uint8 that a warp describes; both have one shape and type.
-
-    What lies outside the photo is mirrored at its border.
-    """
+    """The copy [3, S, S] of an image, both uint8; what lies outside the image is its reflection."""
     places = F.affine_grid(warp[None], [1, *image.shape], align_corners=False)  # [1, S, S, 2]
     copy = F.grid_sample(
         image[None].float(), places, padding_mode="reflection", align_corners=False
@@ -188,21 +172,20 @@ def warped(image: Tensor, warp: Tensor) -> Tensor:
 
 def steps_of_an_epoch(photos: int, batch_size: int, world: int) -> int:
     """How many batches each of `world` processes gets in an epoch."""
-    share = math.ceil(photos / world)
-    return math.ceil(share / batch_size)
+    return math.ceil(math.ceil(photos / world) / batch_size)
 
 
 def stream(
     n: int, batch_size: int, epochs: int, rank: int, world: int, seed: int, skip: int
 ) -> Iterator[list[Key]]:
-    """Yield this process's batches of keys, epoch after epoch, each epoch in an order of its own.
+    """Yield this process's batches of keys, epoch after epoch, each shuffled anew.
 
     Args:
-        n: how many photos there are. Where they cannot be dealt out evenly, some come twice in an
-            epoch, so that every process has as many batches.
-        epochs: how many there are from the beginning, those before a stop included.
+        n: the number of photos. Where they cannot be dealt out evenly, some come twice in an epoch,
+            so that every process has the same number of batches.
+        epochs: those before a stop included.
         rank: the number of this process, of `world`.
-        skip: leave out so many batches at the start, as they were seen before a stop.
+        skip: how many batches to leave out at the start, as they were seen before a stop.
     """
     # shuffles by default, by seed and epoch
     sampler = DistributedSampler(range(n), world, rank, seed=seed)
@@ -254,8 +237,7 @@ class Matching(nn.Module):
 
     P cells of each copy are chosen by match_cells. The warp says which point of the photo each of
     them shows. That point is looked for among the P cells: the loss is the cross-entropy of its own
-    cell, from cosines. This is InfoNCE (van den Oord et al., arXiv 1807.03748) over the places of
-    one image.
+    cell, from cosines. This is InfoNCE (van den Oord et al., arXiv 1807.03748) within one image.
 
     Args:
         grid: (h, w) of the features.
@@ -284,10 +266,7 @@ class Matching(nn.Module):
         return places.transpose(1, 2)
 
     def inside(self, warp: Tensor) -> Tensor:
-        """Which cells show something of their photo: [B, P].
-
-        The others show its mirrored border. They are neither points nor candidates.
-        """
+        """Which cells show a place inside their photo, and not its reflection: [B, P]."""
         return (self.places(warp).abs() <= 1).all(dim=2)
 
     def forward(self, pairs: Tensor, warp: Tensor, temperature: float) -> Tensor:
@@ -295,7 +274,7 @@ class Matching(nn.Module):
 
         Args:
             pairs: features [2B, C, h, w] of a photo, its copy, the next photo, and so on.
-            warp: [B, 2, 3], from places in the copy to those in the photo: see random_warp.
+            warp: [B, 2, 3], see random_warp.
             temperature: what cosines are divided by.
         """
         paired = pairs.unflatten(0, (-1, 2))                            # [B, 2, C, h, w]
@@ -311,7 +290,7 @@ class Matching(nn.Module):
         points = F.normalize(in_photo, dim=1).transpose(1, 2)           # [B, P, C]
         cosines = points @ F.normalize(in_copy, dim=1)                  # [B, point, cell]
         logits = cosines.float() / temperature
-        logits = logits.masked_fill(~inside[:, None, :], -1e4)
+        logits = logits.masked_fill(~inside[:, None, :], -1e4)          # no candidates
 
         # point i belongs in cell i, so that its loss is that of the diagonal
         losses = logits.logsumexp(dim=2) - logits.diagonal(dim1=1, dim2=2)  # [B, P]
@@ -322,11 +301,10 @@ class Matching(nn.Module):
 def match_cells(count: int) -> Tensor:
     """MATCH_POINTS of the `count` cells of a grid, or all if they are fewer.
 
-    They are spread at random and always the same. LiFT treats all cells alike, and a warp takes
-    them to other places in each photo, so new ones at each step would teach it nothing more.
+    They are random and always the same. LiFT treats all cells alike, and a warp takes them to other
+    places in each photo, so drawing them anew at each step would teach it nothing more.
     """
-    generator = torch.Generator().manual_seed(0)
-    shuffled = torch.randperm(count, generator=generator)
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return shuffled[:MATCH_POINTS]
 
 
@@ -366,9 +344,9 @@ class Objective(nn.Module):
         Args:
             images: normalised, at S/2 and S/4.
             feats: the backbone's, at S, S/2 and S/4.
-            warp: [B, 2, 3], where images and features are pairs, see Matching.
-            point_weight: for pairs the weight of a point's loss, a scalar. Matching is not in the
-                paper. It is done on what is made of the features at S/2.
+            warp: [B, 2, 3], where images and features are pairs, see Matching. Points are matched
+                on what is made from the features at S/2.
+            point_weight: the weight of a point's loss, a scalar.
         """
         total = 0.0
         for level, image in enumerate(images):
@@ -381,9 +359,9 @@ class Objective(nn.Module):
         return total
 
     def matched(self, pairs: Tensor, warp: Tensor) -> Tensor:
-        """Matching of features as they are and of centred ones, two to one, a scalar.
+        """Matching of features as they are and of centred ones, weighed two to one, a scalar.
 
-        Centred features find more points at the same cost in cosine, but alone they cost videos.
+        Centred features find more points at the same cost in cosine. Alone they make videos worse.
         """
         raw = self.matching(pairs, warp, MATCH_TEMPERATURE)
         centred = self.matching(pairs - self.centre, warp, MATCH_TEMPERATURE_CENTRED)
@@ -401,13 +379,13 @@ def prepare(
     grid: tuple[int, int] | None = None,
     compiled: bool = False,
 ) -> tuple[nn.Module, Callable]:
-    """Make the model to train of a LiFT module.
+    """Wrap a LiFT module in its Objective, for training.
 
     Args:
         loss, centre, grid: see Objective.
         compiled: compile it, and the backbone.
     Returns:
-        An Objective, or its DistributedDataParallel among several processes, and a function that
+        The Objective, in a DistributedDataParallel among several processes, and a function that
         makes the context to call it in: autocast to bfloat16, or none.
     """
     torch.backends.cudnn.benchmark = True  # sizes stay the same
@@ -429,15 +407,14 @@ def prepare(
 
 
 def lr_factor(step: int, total: int, schedule: str, warmup: int) -> float:
-    """The factor of --lr after `step` steps: the product of a warmup and a decay.
+    """The factor of --lr after `step` steps.
 
-    The warmup grows linearly to 1 over `warmup` steps. The decay is 1 with the schedule constant.
-    With cosine it falls as half a cosine from 1 at step 0 to 0 at step `total`.
+    It grows linearly to 1 over `warmup` steps. With the schedule "cosine" it is also multiplied by
+    half a cosine, from 1 at step 0 to 0 at step `total`.
     """
     decay = 1.0
     if schedule == "cosine":
-        progress = min(step / total, 1)
-        decay = 0.5 * (1 + math.cos(math.pi * progress))
+        decay = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
     growth = min(1.0, (step + 1) / (warmup + 1))
     return decay * growth
 
@@ -456,11 +433,11 @@ def train_step(
     precision: Callable = nullcontext,
     match: float = 0.0,
 ) -> tuple[Tensor, list[int]]:
-    """One step of the optimizer. On a GPU nothing here waits for it.
+    """One step of the optimizer, which waits for no GPU.
 
     Args:
         model: an Objective, or its DistributedDataParallel.
-        batch: of Photos or Cached.
+        batch: from Photos or Cached.
         precision: makes the context that the model runs in.
         match: the weight of matching, where photos come with warped copies.
     Returns:
@@ -483,10 +460,10 @@ def train_step(
 
 
 def point_weight(matching: Matching, warp: Tensor, match: float) -> Tensor:
-    """The weight of each point, so that their mean over all processes counts `match` times.
+    """The weight of each point: `match` over the number of points in a batch, a scalar.
 
     Processes have different numbers of points inside their photos, and their gradients are
-    averaged. So each takes `match` over the mean number.
+    averaged. So it is the mean number that counts.
     """
     points = matching.inside(warp).sum().float()
     if dist.is_initialized():
@@ -500,7 +477,7 @@ def point_weight(matching: Matching, warp: Tensor, match: float) -> Tensor:
 
 @torch.no_grad()
 def mean_feature(photos: Dataset, extractor: DenseExtractor) -> Tensor:
-    """The mean of the features at S over up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
+    """The mean feature at S of up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
 
     Raises:
         ValueError: the features are not finite.
@@ -511,8 +488,7 @@ def mean_feature(photos: Dataset, extractor: DenseExtractor) -> Tensor:
     total = torch.zeros(extractor.channels, dtype=torch.float64)
     images = 0
     for batch in Loader(photos, 0, batches):
-        _, by_level = images_and_features(batch, extractor, levels=1)
-        feats = by_level[0]  # [B, C, h, w]
+        _, (feats,) = images_and_features(batch, extractor, levels=1)  # [B, C, h, w]
         total += feats.mean((2, 3)).cpu().double().sum(0)
         images += len(feats)  # photos, and their copies if there are any
     mean = total / images
@@ -526,14 +502,14 @@ def scores(
     """Mean cosines of features made from smaller photos with the backbone's own at S.
 
     Args:
-        lifted: what LiFT made of the features at S/2, [B, C, h, w].
-        lifted_twice: what it made of those at S/4, or None.
+        lifted: what LiFT made from the features at S/2, [B, C, h, w].
+        lifted_twice: what it made from those at S/4, or None.
         feats: the backbone's, at S, S/2 and, for `lifted_twice`, S/4.
         centre: the mean feature [C, 1, 1].
     Returns:
         [B] in -1..1 for "lift", "bilinear" and "nearest", made from S/2, and for "lift_twice" and
-        "bilinear_twice", made from S/4. Each is there again with "_centred" behind its name: the
-        cosine after `centre` was subtracted from both sides.
+        "bilinear_twice", made from S/4. Each comes again as "..._centred": after `centre` was
+        subtracted from both sides.
     """
     target = feats[0]  # [B, C, h, w], and so is everything in `made`
     made = {

@@ -4,7 +4,7 @@ r"""Train a LiFT module for one frozen backbone on any folder of photos (LiFT pa
         --lr 0.001 --augment --loss cosine --batch_size 256 --output_dir lift_imagenet_trains
     python train_lift.py --dataroot FOLDER --recipe attend --dtype bfloat16
     torchrun --nproc_per_node 8 train_lift.py --dataroot FOLDER --dtype bfloat16 --workers 8
-    python train_lift.py ... --resume          # go on where a stopped or killed run was
+    python train_lift.py ... --resume          # go on where a run was stopped or killed
     python train_lift.py --evaluate lift.pth --val_dataroot FOLDER [FOLDER ...] \
         --model_type dino_vits16
 
@@ -15,24 +15,23 @@ A run is written to OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}: `l
 `lift.pth` (bare state_dicts), `lift.json` (what they are for and how they were made), `last.pth`
 (for --resume) and `metrics.jsonl`.
 
-Every epoch prints what the module is worth on photos held out: --val_dataroot, else 2 % of
---dataroot. It is the mean cosine of the backbone's features at S with those that LiFT, bilinear and
-nearest interpolation make from those at S/2. `twice` is LiFT applied twice to those at S/4, beside
-one interpolation of them by 4. A module that is not above bilinear is not worth using. `centred` is
-the same after the mean feature of the training photos was subtracted from both sides: the raw
-cosine also rewards features that all look like that mean.
+Every epoch prints how good the module is on photos held out: --val_dataroot, else 2 % of
+--dataroot. The measure is the mean cosine of the backbone's features at S with those that LiFT,
+bilinear and nearest interpolation make from those at S/2. `twice` is LiFT applied twice to those at
+S/4, beside one interpolation of them by 4. A module that is not above bilinear is not worth using.
+`centred` is the same after the mean feature of the training photos was subtracted from both sides:
+the raw cosine also rewards features that all look like that mean.
 
 Every random choice follows from --seed, epoch and photo alone. So neither --workers, nor a stop and
---resume, nor the number of processes changes what is seen: N processes with batch b equal one with
-N*b. (On GPUs batch norm is synchronised; on CPUs each process normalises its own b photos.) On a
-CPU the same command gives the same weights, to the bit. On CUDA float32 means float32, not TF32;
---dtype bfloat16 is the fast way.
+--resume, nor the number of processes changes which photos are seen: N processes with batch b equal
+one with N*b. (On GPUs batch norm is synchronised; on CPUs each process normalises its own b
+photos.) On a CPU the same command gives the same weights, to the bit. On CUDA float32 means
+float32, not TF32; --dtype bfloat16 is the fast way.
 
 ViT-S/16 at 448 on one CPU core: 1.6 photos/s in float32, 3.4 in bfloat16, 23 from cached features.
 """
 
 import hashlib
-import math
 import os
 import signal
 import sys
@@ -73,25 +72,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Flags that may change at --resume. They do not decide the weights, with one exception: the two
-# that follow the length of the run, --schedule cosine and --match_end, go by the new --epochs.
+# Flags that may change at --resume. They do not decide the weights, with one exception: --schedule
+# cosine and --match_end follow the length of the run, and go by the new --epochs.
 # Photos count by their names and number: see photo_facts.
-ONLY_HOW = (
+MAY_CHANGE = (
     "epochs", "resume", "save_every", "save_steps", "workers", "tensorboard", "compile", "recipe",
     "output_dir", "cache_features", "dataroot", "val_dataroot",
 )  # fmt: skip
 
-FEW_STEPS = 500  # the modules of pretrained/ took a few thousand
-FEW_PHOTOS = 10  # to validate on
+# Below these there is a note
+ENOUGH_STEPS = 500  # the modules of pretrained/ took a few thousand
+ENOUGH_PHOTOS = 10  # to validate on
 
 
 class TrainCommand(Command):
     """A Command whose flags have the defaults of --recipe; a flag beside it wins."""
 
-    def parse_args(self, args=None, namespace=None):
-        recipe = super().parse_args(args).recipe
-        self.set_defaults(**RECIPES[recipe])
-        return super().parse_args(args, namespace)
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv)
+        self.set_defaults(**RECIPES[args.recipe])
+        return super().parse_args(argv, namespace)
 
 
 def by_recipe(flag: str) -> str:
@@ -107,33 +107,28 @@ def parser() -> Command:
     add("--dataroot", metavar="FOLDER", help="photos to train on, with or without subfolders")
     add(
         "--output_dir", metavar="FOLDER", default="lift_imagenet_trains",
-        help="where runs are written, each into a folder of its own (default: %(default)s)",
+        help="each run is written to a subfolder of it (default: %(default)s)",
     )  # fmt: skip
     add(
         "--recipe", choices=tuple(RECIPES), default="paper",
-        help="sets the flags whose default is given as that of paper / that of attend; a flag "
+        help="sets the flags whose help gives two defaults, that of paper / that of attend; a flag "
         "beside it wins (default: paper, the release's own training)",
     )  # fmt: skip
     add("--imsize", type=int, default=448, help="S, a multiple of 4 patches (default: 448 pixels)")
     add("--augment", action=BooleanOptionalAction, help=f"jitter colours{by_recipe('augment')}")
-    add("--loss", help=f"{', '.join(LOSSES)}{by_recipe('loss')}")
+    add("--loss", choices=LOSSES, help=f"what is minimised{by_recipe('loss')}")
     add("--epochs", type=int, help=f"passes over the photos{by_recipe('epochs')}")
-    add("--batch_size", type=int, help=f"photos a step and process{by_recipe('batch_size')}")
+    add("--batch_size", type=int, help=f"photos per step and process{by_recipe('batch_size')}")
     add("--lr", type=float, help=f"learning rate{by_recipe('lr')}")
     add("--save_every", type=int, default=1, help="epochs between lift_{epoch}.pth (default: 1)")
     add("--resume", action="store_true", help="go on from the folder's last.pth")
-    add(
-        "--seed", type=int, default=0,
-        help="decides initialisation, order, jitter and held-out photos (default: 0)",
-    )  # fmt: skip
+    add("--seed", type=int, default=0, help="decides whatever is random (default: 0)")
     add_backbone_args(command)
 
     group = command.add_argument_group("validation", "What the module is measured on.")
     add = group.add_argument
-    add(
-        "--val_dataroot", nargs="+", metavar="FOLDER",
-        help="folders to measure on, instead of photos held out of --dataroot",
-    )  # fmt: skip
+    held_out = "measure on these, instead of photos held out of --dataroot"
+    add("--val_dataroot", nargs="+", metavar="FOLDER", help=held_out)
     add("--val_fraction", type=float, default=0.02, help="share held out, 0..1 (default: 0.02)")
     add("--evaluate", metavar="LIFT", help="do not train: measure this file on --val_dataroot")
     add("--tensorboard", action="store_true", help="show the metrics in TensorBoard")
@@ -142,25 +137,27 @@ def parser() -> Command:
     add = group.add_argument
     add(
         "--attend", type=int, metavar="R",
-        help=f"LiFT weighs the features R cells around, 0: none{by_recipe('attend')}",
+        help=f"LiFT weighs the features within R cells; 0: the paper's{by_recipe('attend')}",
     )  # fmt: skip
     add(
         "--heads", type=int, metavar="G",
-        help="groups of channels, each weighed by itself (default: the backbone's heads)",
+        help="with --attend: groups of channels with weights of their own (default: the "
+        "backbone's heads)",
     )  # fmt: skip
     add(
         "--match", type=float, metavar="WEIGHT",
-        help="also learn to find points of a photo in a warped copy of it; 0: do not"
+        help="of finding points of a photo in a warped copy of it; 0: do not match"
         f"{by_recipe('match')}",
     )  # fmt: skip
     add(
         "--match_end", type=float, metavar="SHARE",
-        help="what is left of --match at the end; it is whole for half of the steps, and then "
+        help="of --match that is left at the end; it stays whole for half of the steps, and then "
         f"falls linearly{by_recipe('match_end')}",
     )  # fmt: skip
     add(
         "--downsample", choices=("stride", "resize"),
-        help=f"halve photos by every 2nd pixel, or antialiased{by_recipe('downsample')}",
+        help="how photos are halved: stride takes every 2nd pixel, resize is antialiased"
+        f"{by_recipe('downsample')}",
     )  # fmt: skip
     add("--weight_decay", type=float, help=f"AdamW's; 0 is Adam{by_recipe('weight_decay')}")
     add("--schedule", choices=("constant", "cosine"), help=f"of --lr{by_recipe('schedule')}")
@@ -168,20 +165,15 @@ def parser() -> Command:
 
     group = command.add_argument_group("speed", "What changes how long it takes.")
     add = group.add_argument
-    add(
-        "--workers", type=int, default=min(8, os.cpu_count() - 1),
-        help="processes that read photos, in each rank (default: %(default)s)",
-    )  # fmt: skip
+    cpus = min(8, os.cpu_count() - 1)
+    workers = "processes that read photos, for each GPU (default: %(default)s)"
+    add("--workers", type=int, default=cpus, help=workers)
     add("--compile", action="store_true", help="torch.compile backbone and LiFT")
-    add(
-        "--cache_features", metavar="FOLDER",
-        help="compute the frozen features once, and keep them there in float16",
-    )  # fmt: skip
-    add("--views", type=int, help=f"augmented views a photo in the cache{by_recipe('views')}")
-    add(
-        "--save_steps", type=int, default=500,
-        help="steps between two last.pth, 0: at the ends of epochs only (default: 500)",
-    )  # fmt: skip
+    cache = "compute the frozen features once, and keep them there in float16"
+    add("--cache_features", metavar="FOLDER", help=cache)
+    add("--views", type=int, help=f"augmented views of a photo there{by_recipe('views')}")
+    steps = "steps between two last.pth; 0: at the ends of epochs only (default: 500)"
+    add("--save_steps", type=int, default=500, help=steps)
     command.set_defaults(**RECIPES["paper"])
     return command
 
@@ -235,7 +227,7 @@ def split(args) -> tuple[list[Path], list[Path]]:
 
 
 def photo_facts(args, paths: list[Path], val_paths: list[Path]) -> dict[str, Any]:
-    """How many photos there are, and a digest of the names that they have below their folders.
+    """How many photos there are, and a digest of their names below --dataroot and --val_dataroot.
 
     The folders themselves do not count: a data set may be moved, or reached by another link.
     """
@@ -246,7 +238,7 @@ def photo_facts(args, paths: list[Path], val_paths: list[Path]) -> dict[str, Any
     facts = {}
     for name, some_paths in (("photos", paths), ("val_photos", val_paths)):
         digest = hashlib.sha256()
-        for path in map(str, some_paths):  # of text: a million of Path's own methods take a minute
+        for path in map(str, some_paths):  # Path's own methods take a minute for a million
             prefix = next(prefix for prefix in prefixes if path.startswith(prefix))
             digest.update(path.removeprefix(prefix).encode() + b"\n")
         facts[name] = len(some_paths)
@@ -258,13 +250,13 @@ def keep_features(photos: Photos, args, extractor: DenseExtractor, views: int) -
     """The photos with their features from --cache_features; without it the photos as they are."""
     if not args.cache_features or not photos.paths:
         return photos
-    folder, batch_size, workers = args.cache_features, args.batch_size, args.workers
     waits = int(os.environ.get("LOCAL_RANK", 0)) > 0  # for the first process of this machine
-    return cached(photos, extractor, folder, views, batch_size, workers, waits)
+    where = args.cache_features
+    return cached(photos, extractor, where, views, args.batch_size, args.workers, waits)
 
 
 def make_loader(photos, batches, args, extractor: DenseExtractor) -> Loader:
-    """A Loader over batches of keys of Photos, or of feature_cache.Cached."""
+    """A Loader over batches of keys, of Photos or of feature_cache.Cached."""
     return Loader(photos, args.workers, batches, pin_memory=extractor.device.type == "cuda")
 
 
@@ -272,17 +264,13 @@ def make_loader(photos, batches, args, extractor: DenseExtractor) -> Loader:
 
 
 def start_processes(args) -> None:
-    """Join the other processes of a torchrun, if it is one.
-
-    Raises:
-        ValueError: this process has no GPU of its own.
-    """
+    """Under a torchrun, join the other processes; ValueError if there is no GPU for this one."""
     if world_size() == 1:
         return
     check_torchrun()
     if args.device.startswith("cuda:"):
         what = f"--device {args.device} would put all processes on one GPU"
-        raise ValueError(f"{what}: pass --device cuda, which takes a GPU each")
+        raise ValueError(f"{what}: pass --device cuda, and each takes its own")
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
         dist.init_process_group("nccl")
@@ -291,35 +279,26 @@ def start_processes(args) -> None:
 
 
 def own_gpu(gpus: int) -> int:
-    """The number of this process's GPU, of those that it sees; ValueError if none is left."""
+    """The number of this process's GPU among those that it sees; ValueError if none is left."""
     number = int(os.environ["LOCAL_RANK"])
     if gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0  # not torchrun: Slurm may show each process its own GPU alone
     if number >= gpus:
-        what = f"process {number + 1} of this machine is left without a GPU, as there are {gpus}"
+        what = f"process {number + 1} of this machine gets no GPU, as it has only {gpus}"
         raise ValueError(f"{what}: pass --nproc_per_node {gpus}")
     return number
-
-
-def end_processes() -> None:
-    """Leave the other processes. Not after an error: some may be gone, and this one would wait."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # ---- one run ------------------------------------------------------------------------------------
 
 
 def run_folder(args, extractor: DenseExtractor) -> Path:
-    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and more.
-
-    Other flags that decide what module it becomes follow where they are not the paper's.
-    """
+    """OUTPUT_DIR/{model_type}_{lr}_{loss}_{aug|noaug}_{imsize}, and what is not the paper's."""
     name = (args.my_extractor or args.model_type).replace("/", "_").replace(":", "_")
     augment = "aug" if args.augment else "noaug"
     parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
 
-    # a network of your own has neither layer nor facet
+    # a user's own network has neither layer nor facet
     if extractor.layer is not None and extractor.layer != extractor.depth - 1:
         parts.append(f"layer{extractor.layer}")
     if extractor.facet not in ("key", None):
@@ -339,24 +318,22 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
 
 
 def new_lift(args, extractor: DenseExtractor) -> nn.Module:
-    """The LiFT module to train, as it is at the start of every run with this --seed.
+    """The module to train, the same at the start of every run with this --seed.
 
     Raises:
         ValueError: --heads does not fit the backbone.
     """
-    heads = heads_of(args, extractor)
+    heads = 1
+    if args.attend:
+        heads = args.heads or extractor.heads
     if extractor.channels % heads:
         what = f"{heads} heads do not divide {extractor.channels} channels"
         raise ValueError(f"{what}: pass --heads 1, or another divisor")
     torch.manual_seed(args.seed)
     lift = LiFT(
-        extractor.channels,
-        extractor.patch,
-        pre_shape=False,
-        post_shape=False,
-        attend=args.attend,
-        heads=heads,
-    )
+        extractor.channels, extractor.patch, pre_shape=False, post_shape=False,
+        attend=args.attend, heads=heads,
+    )  # fmt: skip
     lift = lift.to(extractor.device)
     # synchronised batch norm is for GPUs only
     if dist.is_initialized() and extractor.device.type == "cuda":
@@ -364,39 +341,28 @@ def new_lift(args, extractor: DenseExtractor) -> nn.Module:
     return lift
 
 
-def heads_of(args, extractor: DenseExtractor) -> int:
-    """The heads of LiFT's attention: --heads, or the backbone's."""
-    if not args.attend:
-        return 1
-    return args.heads or extractor.heads
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
-def train(
-    run: Run, model: nn.Module, loader: Loader, val_loader: Loader, precision, args
-) -> int:
+def train(run: Run, model: nn.Module, loader: Loader, val_loader: Loader, precision, args) -> int:
     """Train until all epochs are complete, or until a signal says stop.
 
-    On a GPU losses are read every 10 steps only, so that it need not wait for them.
-
     Returns:
-        The signal that has stopped it, or 0.
+        The signal that stopped it, or 0.
     Raises:
         ValueError: photos cannot be read, or what the module gives is not finite.
     """
     photos = loader.dataset
-    photos_a_step = len(photos) / run.steps  # of all processes together
+    photos_per_step = len(photos) / run.steps  # of all processes together
     total = args.epochs * run.steps
+    # to read a loss is to wait for the GPU
     read_every = 1 if run.extractor.device.type == "cpu" else 10
     tensorboard = open_tensorboard(args, run.folder)
 
-    # of the steps since the last run.collect
-    losses: list[Tensor] = []
+    losses: list[Tensor] = []  # since the last run.collect, as `broken`
     broken: set[str] = set()
     stopped_by = 0
-    bar = tqdm(loader, disable=True)
+    bar = tqdm(loader, disable=True)  # one bar is enough
     if rank() == 0:
         bar = progress(loader, total=total - run.step, unit="step")
     with Stop() as stop:
@@ -428,8 +394,8 @@ def train(
 
             run.check(photos)
             if epoch_ends:
-                speed = (run.step - began_at) * photos_a_step / (time.time() - began)
-                run.end_epoch(round(speed, 2), val_loader, precision)
+                speed = (run.step - began_at) * photos_per_step / (time.time() - began)
+                run.end_epoch(speed, val_loader, precision)
                 tell_epoch(run.metrics[-1], tensorboard)
                 epoch = len(run.metrics)
                 if epoch % args.save_every == 0:
@@ -439,23 +405,18 @@ def train(
             # after the above, so that an epoch in last.pth has been measured and exported
             run.save()
             if stopped_by:
-                name = signal.Signals(stopped_by).name
-                if rank() == 0:
-                    what = f"stopped by {name} after step {run.step}"
-                    print(f"{what}: pass --resume to go on", file=sys.stderr)
                 break
+        if stopped_by and rank() == 0:
+            what = f"stopped by {signal.Signals(stopped_by).name} after step {run.step}"
+            print(f"{what}: pass --resume to go on", file=sys.stderr)
     return stopped_by
 
 
-# ---- what is told -------------------------------------------------------------------------------
+# ---- what is printed ----------------------------------------------------------------------------
 
 
 def open_tensorboard(args, folder: Path):
-    """TensorBoard's writer with --tensorboard, in the first process; None in all other cases.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """TensorBoard's writer with --tensorboard, in the first process; else None."""
     if not args.tensorboard or rank() > 0:
         return None
     try:
@@ -467,7 +428,7 @@ def open_tensorboard(args, folder: Path):
 
 
 def tell_epoch(results: dict[str, Any], tensorboard) -> None:
-    """Print an epoch's results as a line, and show them in TensorBoard where there is one."""
+    """Print an epoch's results as a line, and show them in TensorBoard if there is one."""
     if rank() > 0:
         return
     line = f"epoch {results['epoch']}  step {results['step']}  loss {results['loss']:.4f}"
@@ -481,7 +442,7 @@ def tell_epoch(results: dict[str, Any], tensorboard) -> None:
     sys.stdout.flush()
 
     if tensorboard:
-        # in one dict, of which "val" itself and its list "unreadable" are left out: no numbers
+        # "val" itself and its list "unreadable" are no numbers
         for name, value in {**results, **val}.items():
             if isinstance(value, int | float):
                 tensorboard.add_scalar(name, value, results["step"])
@@ -489,7 +450,7 @@ def tell_epoch(results: dict[str, Any], tensorboard) -> None:
 
 
 def tell_run(run: Run, args) -> None:
-    """Tell where the module is, and what was amiss."""
+    """Say where the module is, and what went wrong."""
     results = run.metrics[-1]
     unreadable = set(run.broken)
     if "val" in results:
@@ -507,28 +468,22 @@ def tell_run(run: Run, args) -> None:
 
 
 def note_what_is_too_little(photos: int, held_out: int, steps: int) -> None:
-    """Tell what is too little to learn from, or to be measured on.
-
-    Args:
-        photos: how many there are to train on.
-        held_out: how many there are to validate on.
-        steps: of all epochs.
-    """
+    """Say if there is too little to learn from, or to validate on; `steps` of all epochs."""
     if rank() > 0:
         return
     remedy = "pass --val_dataroot FOLDER, or a larger --val_fraction"
     if held_out == 0:
         what = f"none of the {photos} photos is held out"
         note(f"{what}, so nothing will say whether the module is any good: {remedy}")
-    elif held_out < FEW_PHOTOS:
+    elif held_out < ENOUGH_PHOTOS:
         note(f"validated on {held_out} photos only, which says little: {remedy}")
-    if steps < FEW_STEPS:
+    if steps < ENOUGH_STEPS:
         what = f"{steps} steps in all teach a module little"
         note(f"{what}: pass a smaller --batch_size or more --epochs, or add photos")
 
 
 def note_below_bilinear(results: dict[str, Any]) -> None:
-    """Tell if a module was measured below the interpolation that it is to replace."""
+    """Say if a module was measured below the interpolation that it is to replace."""
     if rank() == 0 and results["photos"] and results["lift"] < results["bilinear"]:
         note(
             f"LiFT ({results['lift']:.2f}) is below bilinear interpolation "
@@ -552,8 +507,6 @@ def print_table(root: str, results: dict[str, Any]) -> None:
 
 def check(args) -> None:
     """Raise ValueError or OSError for flags that make no run, before anything is read."""
-    if args.loss not in LOSSES:
-        raise ValueError(f"unknown --loss {args.loss}: pass one of {', '.join(LOSSES)}")
     needed = args.val_dataroot if args.evaluate else args.dataroot
     if not needed:
         raise ValueError(
@@ -563,13 +516,13 @@ def check(args) -> None:
     check_range(
         args, epochs=1, batch_size=1, imsize=1, save_every=1, views=1, heads=1, seed=0, warmup=0,
         save_steps=0, workers=0, weight_decay=0, attend=0, match=0, match_end=0, val_fraction=0,
+        lr=0,
     )  # fmt: skip
-    if args.val_fraction >= 1:
-        what = f"--val_fraction {args.val_fraction} leaves no photo to train on"
-        raise ValueError(f"{what}: pass less than 1")
-    # Adam's first steps are up to ten times as long, and must be float32 numbers
-    if not 0 <= args.lr <= 1e37:
-        raise ValueError(f"--lr {args.lr} is no learning rate: pass a smaller one, e.g. 0.001")
+    # a photo must be left to train on; Adam's first steps, ten times --lr, must be float32 numbers
+    for flag, limit in (("val_fraction", 1), ("lr", 1e37)):
+        value = getattr(args, flag)
+        if value >= limit:
+            raise ValueError(f"--{flag} {value} is too large: pass less than {limit}")
     if args.evaluate:
         if not Path(args.evaluate).is_file():
             what = f"there is no LiFT checkpoint at {args.evaluate}"
@@ -592,21 +545,22 @@ def check_sizes(extractor: DenseExtractor, args, levels: int) -> None:
         near = max(unit, args.imsize // unit * unit)
         what = f"--imsize {args.imsize} is not a multiple of {patches} patches of {patch}"
         raise ValueError(f"{what}: pass --imsize {near}")
-    if extractor.stride != patch:
-        raise ValueError(f"LiFT works on the patch grid: leave out --stride {extractor.stride}")
 
+    remedy = "pass another backbone or facet"
+    if extractor.stride != patch:
+        remedy = f"leave out --stride {extractor.stride}"  # LiFT works on the patch grid
     for level in range(levels):
         size = args.imsize // 2**level
-        try:
-            feats = extractor(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            what = f"{extractor.name} does not take {size} pixels ({first_line(error)})"
-            raise ValueError(f"{what}: pass a backbone that does") from error
-        found = tuple(feats.shape[1:])
         wanted = (extractor.channels, size // patch, size // patch)
-        if found != wanted:
-            what = f"{extractor.name} gives maps of {found} at {size} pixels, not {wanted}"
-            raise ValueError(f"{what}: pass another backbone or facet")
+        problem = ""
+        try:
+            found = tuple(extractor(torch.zeros(1, 3, size, size)).shape[1:])
+            if found != wanted:
+                problem = f"its features are {found}, not {wanted}"
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            problem = first_line(error)
+        if problem:
+            raise ValueError(f"{extractor.name} does not take {size} pixels ({problem}): {remedy}")
 
 
 def measure(args) -> None:
@@ -615,12 +569,10 @@ def measure(args) -> None:
     The centre is the mean feature of --dataroot, where it is given, else of the photos measured.
     """
     file = read_lift(args.evaluate)
-    measured = {}
-    for root in args.val_dataroot:
-        measured[root] = Photos(list_images(root), args.imsize, args.downsample)
-    trained_on = None
-    if args.dataroot:
-        trained_on = Photos(list_images(args.dataroot), args.imsize, args.downsample)
+    data = {}  # photos by folder
+    for root in [*args.val_dataroot, args.dataroot]:
+        if root:
+            data[root] = Photos(list_images(root), args.imsize, args.downsample)
 
     extractor = build_extractor(args)
     levels = 3
@@ -630,8 +582,9 @@ def measure(args) -> None:
     lift = load_lift(file, extractor)
 
     results = {}
-    for root, photos in measured.items():
-        centre = mean_feature(trained_on or photos, extractor)
+    for root in args.val_dataroot:
+        photos = data[root]
+        centre = mean_feature(data[args.dataroot or root], extractor)
         key_batches = in_order(photos, args.batch_size, rank(), world_size())
         loader = make_loader(photos, key_batches, args, extractor)
         results[root] = evaluate(extractor, lift, loader, centre, levels=levels)
@@ -658,43 +611,28 @@ def begin(args, extractor: DenseExtractor, paths: list[Path], val_paths: list[Pa
     """A new run, or with --resume the one that is in the folder.
 
     Raises:
-        ValueError: the folder holds another run, or nothing can be learned this way.
+        ValueError: the folder holds another run.
     """
-    facts = {**facts_of(extractor), **photo_facts(args, paths, val_paths)}
-    facts["cached"] = args.cache_features is not None
-    facts["heads"] = heads_of(args, extractor)
     lift = new_lift(args, extractor)
     # without weight decay this is the Adam of the paper
     adam = torch.optim.AdamW(lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     steps = steps_of_an_epoch(len(paths), args.batch_size, world_size())
+    facts = {**facts_of(extractor), **photo_facts(args, paths, val_paths)}
+    facts["cached"] = args.cache_features is not None
+    facts["heads"] = lift.heads
     known = settings(args, **facts, device=str(extractor.device))
-    decide = deciding(args, leave_out=ONLY_HOW, **facts)
+    decide = deciding(args, leave_out=MAY_CHANGE, **facts)
     run = Run(run_folder(args, extractor), extractor, lift, adam, steps, known, decide)
     if args.resume:
         run.resume()
     elif any(run.folder.glob("*.pth")):
         raise ValueError(f"{run.folder} holds a run: pass --resume, or another --output_dir")
-
-    # LiFT's deepest batch norm needs more than one value. It gets one alone where S/4 is a single
-    # patch and the last batch of an epoch a single photo.
-    share = math.ceil(len(paths) / world_size())  # of each process, see stream
-    one_photo = args.batch_size == 1 or share % args.batch_size == 1
-    if args.imsize == 4 * extractor.patch and one_photo:
-        what = "a batch of one photo of 4 patches is too little for batch norm"
-        raise ValueError(f"{what}: pass a larger --imsize or --batch_size")
     note_what_is_too_little(len(paths), len(val_paths), args.epochs * steps)
     return run
 
 
-def main(args) -> None:
-    """Train, or with --evaluate measure, one LiFT module."""
-    check(args)
-    start_processes(args)
-    if args.evaluate:
-        measure(args)
-        end_processes()
-        return
-
+def train_one(args) -> int:
+    """Train one module. Returns the signal that stopped it, or 0."""
     paths, val_paths = split(args)
     photos = Photos(paths, args.imsize, args.downsample, args.augment, args.seed, args.match > 0)
     val_photos = Photos(val_paths, args.imsize, args.downsample)
@@ -714,17 +652,29 @@ def main(args) -> None:
     val_keys = in_order(val_photos, batch_size, process, world)
     val_loader = make_loader(val_photos, val_keys, args, extractor)
 
-    grid = None
-    if args.match:
-        grid = extractor.grid(args.imsize, args.imsize)
+    grid = extractor.grid(args.imsize, args.imsize) if args.match else None
     model, precision = prepare(run.lift, extractor, args.loss, run.centre, grid, args.compile)
     stopped_by = train(run, model, loader, val_loader, precision, args)
     if not stopped_by:
         run.export("lift.pth")
         tell_run(run, args)
-    end_processes()
+    return stopped_by
+
+
+def main(args) -> None:
+    """Train, or with --evaluate measure, one LiFT module."""
+    check(args)
+    start_processes(args)
+    stopped_by = 0
+    if args.evaluate:
+        measure(args)
+    else:
+        stopped_by = train_one(args)
+    # not after an error: some processes may be gone, and this one would wait for them
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if stopped_by:
-        raise SystemExit(128 + stopped_by)
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

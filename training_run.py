@@ -1,4 +1,4 @@
-"""One run of training: where it stands, the folder it is written to, and what its module is worth.
+"""One run of training: where it stands, the folder it is written to, and how good its module is.
 
     run = Run(folder, extractor, lift, optimizer, steps, settings, deciding)
     run.resume()
@@ -41,12 +41,12 @@ class Run:
     extractor: DenseExtractor
     lift: nn.Module                   # what is trained
     optimizer: torch.optim.Optimizer  # and what trains it
-    steps: int                        # of an epoch
+    steps: int                        # in an epoch
     settings: dict[str, Any]          # the flags and what they came to, for people
     deciding: dict[str, Any]          # those that decide the weights; --resume compares them
 
     centre: Tensor | None = None      # the mean feature [C, 1, 1]
-    step: int = 0                     # how many steps are done
+    step: int = 0                     # how many are done
     losses: list[float] = field(default_factory=list)            # of each step of this epoch
     metrics: list[dict[str, Any]] = field(default_factory=list)  # of each epoch done
     broken: set[str] = field(default_factory=set)                # photos that could not be read
@@ -57,20 +57,20 @@ class Run:
         Args:
             losses: of this process, a scalar for each step since then, at least one.
             broken: paths of photos that this process could not read.
-            signal_here: the signal that this process has got, or 0.
+            signal_here: the signal that this process got, or 0.
         Returns:
-            The signal that any process has got (the largest number of several), or 0.
+            The signal that any process got (the largest number of several), or 0.
         """
         all_losses = []  # [processes, steps]
-        signal_of_any = 0
+        signals = []
         mine = (torch.stack(losses).tolist(), broken, signal_here)
         for process_losses, process_broken, process_signal in gather(mine):
             all_losses.append(process_losses)
             self.broken |= process_broken
-            signal_of_any = max(signal_of_any, process_signal)
-        # the loss of a step is the mean of what the processes had
+            signals.append(process_signal)
+        # the loss of a step is the mean over the processes
         self.losses += np.mean(all_losses, axis=0).tolist()
-        return signal_of_any
+        return max(signals)
 
     @torch.no_grad()
     def check(self, photos) -> None:
@@ -90,16 +90,12 @@ class Run:
             raise ValueError(f"{what} ({kept}): pass a smaller --lr and another --output_dir")
 
     def end_epoch(self, speed: float, val_loader: Loader, precision: Callable) -> None:
-        """Measure the module on the held-out photos and add a line to metrics.jsonl.
-
-        Args:
-            speed: photos a second.
-        """
+        """Measure the module on the held-out photos and add a line to metrics.jsonl."""
         results: dict[str, Any] = {
             "epoch": len(self.metrics) + 1,
             "step": self.step,
             "loss": float(np.mean(self.losses)),
-            "photos_per_s": speed,
+            "photos_per_s": round(speed, 2),
         }
         if val_loader.dataset.paths:
             lift = self.lift.eval()
@@ -117,9 +113,8 @@ class Run:
         if rank() > 0:
             return
         # on the CPU, so that the file can be read where there is no GPU
-        state = {}
-        for key, value in self.lift.state_dict().items():
-            state[key] = value.cpu().contiguous()
+        weights = self.lift.state_dict()
+        state = {key: value.cpu().contiguous() for key, value in weights.items()}
         save_tensors(self.folder / name, state)
 
         extractor = self.extractor
@@ -138,14 +133,10 @@ class Run:
             "metrics": self.metrics[-1],
             "settings": self.settings,
         }
-        text = json.dumps(facts, indent=1, allow_nan=False)
-        write_text(self.folder / "lift.json", text + "\n")
+        write_text(self.folder / "lift.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
 
     def save(self) -> None:
-        """Write last.pth, all that --resume needs.
-
-        The position in the stream of photos is not in it, because it follows from the step.
-        """
+        """Write last.pth, all that --resume needs; which photos come next follows from the step."""
         if rank() > 0:
             return
         state = {
@@ -157,29 +148,34 @@ class Run:
             "losses": self.losses,
             "metrics": self.metrics,
             "broken": sorted(self.broken),
-            "rng": torch.get_rng_state(),
         }
         save_tensors(self.folder / "last.pth", state)
 
     def resume(self) -> None:
-        """Go on from last.pth, if there is one already.
+        """Go on from last.pth, if it is there.
 
         Raises:
-            ValueError: it is damaged, or one of a run with other settings or of more epochs.
+            ValueError: it is damaged, or from a run with other settings or of more epochs.
         """
         path = self.folder / "last.pth"
         if not path.is_file():
             if rank() == 0:
-                note(f"there is no {path} to go on from: training starts at its beginning")
+                note(f"there is no {path} to go on from: training starts from the beginning")
             return
         remedy = "remove it, and start again"
         last = load_tensors(path, remedy, remedy)
         try:
             changed = difference(last["settings"], self.deciding)
             if not changed:
-                self.restore(last)
+                self.lift.load_state_dict(last["lift"])
+                self.optimizer.load_state_dict(last["optimizer"])
+                self.centre = last["centre"].to(self.extractor.device)
+                self.step = int(last["step"])
+                self.losses = list(last["losses"])
+                self.metrics = list(last["metrics"])
+                self.broken = set(last["broken"])
         except Exception as error:  # damaged files, and those of earlier versions, raise anything
-            what = f"{path} is damaged, or of an earlier version ({first_line(error)})"
+            what = f"{path} is damaged, or from an earlier version ({first_line(error)})"
             raise ValueError(f"{what}: {remedy}") from error
         if changed:
             remedy = "pass the same"
@@ -196,19 +192,8 @@ class Run:
             what = f"{self.folder} holds {self.step} steps, more than the {steps} of --epochs"
             raise ValueError(f"{what} {epochs}: pass --epochs {enough} or more")
 
-    def restore(self, last: dict[str, Any]) -> None:
-        """Take over what `save` wrote."""
-        self.lift.load_state_dict(last["lift"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.centre = last["centre"].to(self.extractor.device)
-        self.step = int(last["step"])
-        self.losses = list(last["losses"])
-        self.metrics = list(last["metrics"])
-        self.broken = set(last["broken"])
-        torch.set_rng_state(last["rng"])
 
-
-# ---- what a module is worth ---------------------------------------------------------------------
+# ---- how good a module is ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -220,17 +205,15 @@ def evaluate(
     precision: Callable = nullcontext,
     levels: int = 3,
 ) -> dict[str, Any]:
-    """Measure a module on the photos of a loader.
-
-    Each process of a torchrun measures its own batches, and all return the result over all photos.
+    """Measure a module on the photos of a loader, of which each process has its own batches.
 
     Args:
         centre: the mean feature [C, 1, 1].
         precision: makes the context that LiFT runs in.
         levels: 3, or 2 to leave out what is made from S/4.
     Returns:
-        A dict with "photos", how many were measured, the means of objectives.scores, and
-        "unreadable", the paths of photos that could not be read.
+        Over the photos of all processes: "photos", how many were measured, the means of
+        objectives.scores, and "unreadable", the paths of photos that could not be read.
     """
     totals: Counter = Counter()  # over photos, and how many there are
     broken = set()
@@ -260,10 +243,7 @@ def evaluate(
 
 
 def gather(value: Any) -> list[Any]:
-    """The values that all processes passed, in the order of their ranks.
-
-    Every process must call it, and each gets all values. Without a torchrun there is one alone.
-    """
+    """The values that all processes passed, by rank, for each of them: all must call it."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -295,11 +275,11 @@ class Stop:
             signal.signal(number, handler)
 
     def catch(self, number: int, frame) -> None:
-        """The handler of both signals."""
+        """Handle a signal."""
         if not self.signal:
             self.signal = number
             self.caught_at = time.monotonic()
         elif time.monotonic() - self.caught_at > 1:
-            # put the handlers of before back, and let them have it
+            # put the earlier handlers back, and let them have it
             self.__exit__()
             os.kill(os.getpid(), number)

@@ -6,7 +6,7 @@
 
 Teacher and student are both timm's vit_tiny_patch16_224 (12 blocks, 192 channels, patch 16). No
 tensor of the teacher is copied. Every parameter of the student, position embedding included, starts
-random or constant, and all it sees of the teacher are queries, keys, values and tokens on heavily
+random or constant. All it sees of the teacher are queries, keys, values and tokens on heavily
 augmented crops of the photos.
 
 Each block learns to reproduce the teacher's. At first its input is the teacher's own, so that all
@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the nouns lie one folder up
 
-from command import Command, note, report, settings
+from command import Command, note, progress, report, settings
 from files import replacing, save_tensors, write_text
 
 
@@ -48,23 +48,25 @@ def parser() -> Command:
     add("--backbone_path", help="the teacher's weight file instead of a download")
     add(
         "--output", default="pretrained/vit_mini16.safetensors",
-        help="the weights; beside them a .json (default: %(default)s)",
+        help="where the weights go, and a .json beside them (default: %(default)s)",
     )  # fmt: skip
-    add("--minutes", type=float, default=60, help="length of the run, in time of training itself")
-    add("--steps", type=int, help="length of the run, instead of --minutes: repeatable")
-    add(
-        "--tokens", type=int, default=6272,
-        help="patches a step: 6272 are 32 crops at 224, or 8 at 448 (default: 6272)",
-    )  # fmt: skip
-    add("--lr", type=float, default=2e-3, help="AdamW's peak: 2 %% warmup, then cosine to 0")
-    add("--weight_decay", type=float, default=0.02)
-    add("--forcing", type=float, default=0.4, help="share of the run with the teacher's inputs")
-    add("--val_every", type=float, default=0.1, help="share of the run between measurements")
+    add("--minutes", type=float, default=60, help="how long to train (default: 60)")
+    add("--steps", type=int, help="how many steps to train, instead of --minutes: repeatable")
+    tokens = "patches per step; 196 are a crop of 224 pixels (default: 6272)"
+    add("--tokens", type=int, default=6272, help=tokens)
+    rate = "peak rate, after 2 %% warmup; then it falls to 0 as a cosine (default: 0.002)"
+    add("--lr", type=float, default=2e-3, help=rate)
+    add("--weight_decay", type=float, default=0.02, help="AdamW's, of matrices (default: 0.02)")
+    forcing = "share of the run in which samples still enter blocks as the teacher's (default: 0.4)"
+    add("--forcing", type=float, default=0.4, help=forcing)
+    measured = "share of the run between measurements (default: 0.1)"
+    add("--val_every", type=float, default=0.1, help=measured)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="while training")
+    precision = "precision while training (default: bfloat16)"
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help=precision)
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     add("--resume", action="store_true", help="go on from the checkpoint beside --output")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="decides whatever is random (default: 0)")
     return command
 
 
@@ -128,7 +130,7 @@ def load_photos(folders: list[str], size: int) -> tuple[Tensor, Tensor, list[str
         Squares [N, 3, size, size] uint8, true aspect ratios W/H [N], and a line for each file that
         could not be read.
     Raises:
-        ValueError: there is no readable photo.
+        ValueError: none can be read.
     """
 
     def read(path):
@@ -148,10 +150,8 @@ def load_photos(folders: list[str], size: int) -> tuple[Tensor, Tensor, list[str
     aspects = []
     broken = []
     with ThreadPoolExecutor() as pool:
-        read_photos = pool.map(read, paths)
-        for pixels, aspect_or_error in tqdm(
-            read_photos, "reading photos", len(paths), mininterval=5
-        ):
+        photos = progress(pool.map(read, paths), len(paths), "photo", "reading photos")
+        for pixels, aspect_or_error in photos:
             if pixels is None:
                 broken.append(aspect_or_error)
             else:
@@ -159,7 +159,7 @@ def load_photos(folders: list[str], size: int) -> tuple[Tensor, Tensor, list[str
                 squares[len(aspects)] = torch.from_numpy(pixels).permute(2, 0, 1)
                 aspects.append(aspect_or_error)
     if not aspects:
-        what = f"{folders[0]}: none of {len(paths)} images can be read"
+        what = f"none of the {len(paths)} images at {' '.join(map(str, folders))} can be read"
         raise ValueError(f"{what}: pass a folder of photos")
     return squares[: len(aspects)], torch.tensor(aspects), broken
 
@@ -381,17 +381,17 @@ def agreement(
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def schedule(progress: float, lr: float, forcing: float) -> tuple[float, float]:
-    """The learning rate, and the share of samples that run free, at a progress of 0..1.
+def schedule(done: float, lr: float, forcing: float) -> tuple[float, float]:
+    """The learning rate, and the share of samples that run free, when 0..1 of the run is done.
 
     The rate has 2 % warmup, then falls as half a cosine to 0.
     """
-    warmup = progress / 0.02
-    decay = 0.5 + 0.5 * math.cos(math.pi * progress)
+    warmup = done / 0.02
+    decay = 0.5 + 0.5 * math.cos(math.pi * done)
     rate = lr * min(1, warmup, decay)
     if forcing == 0:
         return rate, 1.0
-    return rate, min(1.0, progress / forcing)
+    return rate, min(1.0, done / forcing)
 
 
 def optimizer_of(model: nn.Module, decay: float) -> torch.optim.Optimizer:
@@ -430,8 +430,9 @@ def train(
     """Train the student in place on crops of the squares `photos`.
 
     Args:
-        state: step, seconds and optimizer say where to begin, and are kept up to date.
-        check: called with (progress, errors) every `--val_every` of the run, and at its end.
+        state: its step, seconds and optimizer say where to begin, and are kept up to date.
+        check: called every `--val_every` of the run, and at its end, with the share of the run that
+            is done and the errors of the last step.
     """
     optimizer = optimizer_of(student.model, args.weight_decay)
     if state["step"]:
@@ -447,17 +448,17 @@ def train(
     first = state["step"]
     started = time.time() - state["seconds"]
 
-    def progress():
+    def done():
         """The share of the run that is done, 0..1."""
         if args.steps:
             return min(1.0, state["step"] / args.steps)
         return min(1.0, state["seconds"] / 60 / args.minutes)
 
-    due = progress() + args.val_every
+    due = done() + args.val_every
     style = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, desc="distilling", mininterval=5, bar_format=style) as bar:
-        while progress() < 1:
-            rate, free = schedule(progress(), args.lr, args.forcing)
+        while done() < 1:
+            rate, free = schedule(done(), args.lr, args.forcing)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["boost"]
 
@@ -480,18 +481,18 @@ def train(
             if state["step"] % 20 == 0:
                 text = f"step {state['step']}, loss {loss.item():.3f}, {free:.0%} free"
                 bar.set_postfix_str(text, refresh=False)
-                bar.update(progress() - bar.n)
-            if progress() >= min(1, due):
+                bar.update(done() - bar.n)
+            if done() >= min(1, due):
                 due += args.val_every
                 state["optimizer"] = optimizer.state_dict()
-                check(progress(), parts.tolist())
+                check(done(), parts.tolist())
 
 
 def begin(args, last: Path) -> tuple[ViTExtractor, dict[str, Any]]:
-    """The student and the state of a run: at its start, or with --resume as `last` left them.
+    """The student and the state of a run: new, or with --resume those in the file `last`.
 
     Raises:
-        ValueError: `--output` or `last` is in the way.
+        ValueError: `--output` or `last` would be overwritten.
         FileNotFoundError: there is nothing to resume.
     """
     student = random_student(args.device, args.seed)
@@ -546,11 +547,11 @@ def main(args) -> None:
     photos = photos.to(student.device)
     aspects = aspects.to(student.device)
 
-    def check(progress, parts):
-        """Measure on the held-out photos, tell it, and write the checkpoint."""
+    def check(done, parts):
+        """Measure on the held-out photos, print it, and write the checkpoint."""
         if not all(math.isfinite(part) for part in parts):
-            what = f"no finite loss at step {state['step']}"
-            raise ValueError(f"{what}: pass a lower --lr (good until {last})")
+            what = f"the loss is not finite at step {state['step']}"
+            raise ValueError(f"{what}: pass a lower --lr and another --output")
         cosines = {}
         with torch.autocast(student.device.type, torch.bfloat16):
             for size in MEASURED[1:]:
@@ -562,8 +563,8 @@ def main(args) -> None:
 
         held = ", ".join(f"{cosine:.4f} at {size}" for size, cosine in cosines.items())
         listed = " ".join(f"{part:.2f}" for part in parts)
-        done = f"{progress:4.0%} {minutes:5.1f} min, step {state['step']}"
-        tqdm.write(f"{done}: held-out keys {held}; errors {listed}")
+        when = f"{done:4.0%} {minutes:5.1f} min, step {state['step']}"
+        tqdm.write(f"{when}: held-out keys {held}; errors {listed}")
 
     train(student, teacher, photos, aspects, args, state, check)
 
@@ -586,7 +587,7 @@ def main(args) -> None:
     last.unlink()
 
     for line in broken:
-        note(f"left out, {line}")
+        note(f"left out: {line}")
     for size, row in about["metrics"].items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
         print(f"{size:>4}  {figures}")

