@@ -7,7 +7,8 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/python lift_extractor.py --image_path assets/sample.jpg --output_path demo/sample.npz --load_size 448 \
 		--model_type vit_mini16 --lift_path pretrained/lift_vit_mini16_attend.pth --picture demo/sample.png
-	@echo "features: demo/sample.npz    picture: demo/sample.png"
+	@echo "picture:  demo/sample.png (PCA colours of backbone and LiFT)"
+	@echo "next:     python eval_visualize_feats.py --help, or the table in README.md"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

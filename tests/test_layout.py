@@ -382,7 +382,7 @@ def test_what_is_offered_exists():
     assert names >= OFFERED
 
 
-@pytest.mark.parametrize("readme", ["README.md", "pretrained/README.md"])
+@pytest.mark.parametrize("readme", ["pretrained/README.md"])
 def test_the_tables_of_what_ships_name_sizes_and_digests(readme):
     """A row with a file of pretrained/ and a sha256 also has the file's size."""
     rows = []
