@@ -6,7 +6,7 @@
         --model_type vit_small_patch14_dinov2 --facet token_norm
     python eval_segmentation.py --dataset folder --dataroot MINE --classes 5 --score_only maps/
 
-This is the evaluation by which upsamplers are ranked since JAFAR (Couairon et al., 2025). A 1x1
+Upsamplers have been ranked by this evaluation since JAFAR (Couairon et al., 2025). A 1x1
 convolution is trained on the raw features of a frozen network: 20 epochs of AdamW, a cosine over
 all steps. Where the features are coarser than the labels, the logits are resized bilinearly, so
 `--upsample none` is the row that papers call bilinear. The measure is the mean of the classes'
@@ -19,9 +19,9 @@ likewise; --size squashes both. Half of the batches are flipped. A flipped photo
 own, which are not the features flipped, so both are computed. Features are rounded to half
 precision. They are kept in memory up to --cache_gb, and what does not fit is computed again.
 
-The layouts of the data sets, as they are published, are at the top of segmentation_data.py. For
-`--dataset folder` it is ROOT/SPLIT/images and ROOT/SPLIT/masks, or ROOT/images/SPLIT and
-ROOT/masks/SPLIT: masks are PNG files named as the photos, with a class from 0 in each pixel.
+Data sets are read as they are published: segmentation_data.py shows the layouts. `--dataset folder`
+is ROOT/SPLIT/images and ROOT/SPLIT/masks, or ROOT/images/SPLIT and ROOT/masks/SPLIT, where masks
+are PNG files named as the photos, with a class from 0 in each pixel.
 
 Prints a table of the classes, mIoU and accuracy. --output_dir keeps the probe, the label maps and
 pictures; a second run of the same settings takes the probe from there.
@@ -65,10 +65,10 @@ def parser() -> Command:
     command = Command(__doc__)
     data = command.add_argument_group("data", "What is segmented, and at which size.")
     add = data.add_argument
-    add("--dataset", required=True, choices=NAMES, help="the data set, see Layouts")
+    add("--dataset", required=True, choices=NAMES, help="the data set")
     add("--dataroot", required=True, help="ROOT, its folder")
-    add("--train_split", help="split the probe is trained on (default: the training split)")
-    add("--split", help="split that is scored (default: test of camvid, else validation)")
+    add("--train_split", help="split to train the probe on (default: the training split)")
+    add("--split", help="split to score (default: test for camvid, else validation)")
     add("--classes", type=int, help="of --dataset folder: how many; labels count from 0")
     add(
         "--ignore", type=int, nargs="*", metavar="LABEL",
@@ -88,9 +88,10 @@ def parser() -> Command:
     add("--weight_decay", type=float, default=1e-5, help="of AdamW (default: 0.00001)")
     add(
         "--schedule", choices=("cosine", "jafar"), default="cosine",
-        help="learning rate: a cosine over all steps, or one every 40 steps (default: cosine)",
+        help="learning rate: one cosine over all steps, or down and up in every 40 steps "
+        "(default: cosine)",
     )  # fmt: skip
-    add("--seed", type=int, default=0, help="of weights, order and flips (default: 0)")
+    add("--seed", type=int, default=0, help="for weights, order and flips (default: 0)")
     add("--cache_gb", type=float, default=4, help="GiB of features kept in memory (default: 4)")
     add("--workers", type=int, default=0, help="processes that read photos (default: 0)")
 
@@ -131,10 +132,13 @@ from segmentation_data import (
     read_photos,
 )
 
+Steps = list[list[Key]]  # the photos of every step
+
+
 # ---- features, computed once --------------------------------------------------------------------
 
 
-def plan(photos: int, epochs: int, batch_size: int, seed: int) -> list[list[Key]]:
+def plan(photos: int, epochs: int, batch_size: int, seed: int) -> Steps:
     """The keys of every step: each epoch has its own order, and half of the batches are flipped."""
     generator = torch.Generator().manual_seed(seed)
     steps = []
@@ -147,7 +151,7 @@ def plan(photos: int, epochs: int, batch_size: int, seed: int) -> list[list[Key]
     return steps
 
 
-def to_compute(steps: list[list[Key]], capacity: int) -> list[list[Key]]:
+def to_compute(steps: Steps, capacity: int) -> Steps:
     """The keys whose features each step has to compute, if the first `capacity` are kept."""
     kept: set[Key] = set()
     lacking = []
@@ -175,9 +179,8 @@ class Batches:
     """
 
     def __init__(
-        self, features: Features, photos: Photos, steps: list[list[Key]], cache_gb: float,
-        workers: int,
-    ):  # fmt: skip
+        self, features: Features, photos: Photos, steps: Steps, cache_gb: float, workers: int
+    ):
         self.features = features
         self.photos = photos
         self.steps = steps
@@ -369,13 +372,10 @@ def score_maps(folder: Path, photos: Photos, classes: int) -> Tensor:
 
 
 def scores(total: Tensor, names: list[str]) -> dict[str, Any]:
-    """mIoU, accuracy and the classes' own figures in percent, from a confusion [K, K].
+    """mIoU, accuracy and each class's figures in percent, from a confusion [K, K].
 
     A class that is neither labelled nor predicted has no IoU (None), and no part in the mean. One
-    that is predicted only has 0.
-
-    Raises:
-        ValueError: no pixel counts.
+    that is only predicted has 0. ValueError if no pixel counts.
     """
     labelled = total.sum(dim=1).tolist()
     predicted = total.sum(dim=0).tolist()
@@ -494,12 +494,11 @@ def main(args: argparse.Namespace) -> None:
         facts = features.facts()
         results = None
         if args.output_dir:
-            made_by = deciding(args, NOT_IN_A_RESULT, ("dataroot",), **facts)
-            results = Results(args.output_dir, made_by, args.overwrite, WRITTEN)
+            decided_by = deciding(args, NOT_IN_A_RESULT, ("dataroot",), **facts)
+            results = Results(args.output_dir, decided_by, args.overwrite, WRITTEN)
         probe = get_probe(args, features, data, results)
-        total = predict(
-            features, probe, photos, len(data.classes), args.batch_size, args.workers, results
-        )
+        classes = len(data.classes)
+        total = predict(features, probe, photos, classes, args.batch_size, args.workers, results)
         if results:
             save_pictures(photos, data.classes, args.visualize, results)
 

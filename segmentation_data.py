@@ -72,8 +72,7 @@ def first_of(*choices: Path) -> Path:
 def with_masks(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> list[Sample]:
     """All images below a folder, each with its mask: a PNG of the same path below another.
 
-    Args:
-        image_end, mask_end: what the names of images and masks end in, before the suffix.
+    The names may differ in how they end before the suffix: in `image_end` and `mask_end`.
     """
     samples = []
     for image in list_images(images):
@@ -150,11 +149,10 @@ DATASETS = {
 def choose_data(
     name: str, root: Path, classes: int | None = None, void: list[int] | None = None
 ) -> DataSet:
-    """The DataSet of a name in DATASETS.
+    """The DataSet of a name in DATASETS, whose folder is `root`.
 
     Args:
-        root: the folder of the data set.
-        classes, void: for "folder" only, how many classes there are and what does not count.
+        classes, void: how many classes "folder" has, and which labels do not count there.
     Raises:
         ValueError: `classes` is missing, or given for a data set that has its own.
     """
@@ -243,12 +241,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def as_classes(labels: np.ndarray, table: np.ndarray, path: Path) -> Tensor:
-    """The classes [H, W] int16 of labels. Raises ValueError for a label that is not in the table.
-
-    Args:
-        table: see class_table.
-        path: of the mask, for the message.
-    """
+    """The classes [H, W] int16 of a mask's labels, by class_table. ValueError for other labels."""
     within = labels.clip(0, len(table) - 1)
     classes = np.where(labels == within, table[within], UNKNOWN)
     unknown = labels[classes == UNKNOWN]
@@ -318,11 +311,7 @@ class Photos(Dataset):
 def read_photos(
     data: DataSet, root: Path, split: str, size: tuple[int, int], squash: bool
 ) -> Photos:
-    """The Photos of a split.
-
-    Raises:
-        FileNotFoundError, ValueError: there are none, or a mask is missing.
-    """
+    """The Photos of a split. FileNotFoundError or ValueError if photos or masks are missing."""
     samples = data.find(root, split)
     for sample in samples:
         check_mask(sample.mask)
