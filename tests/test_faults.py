@@ -377,7 +377,7 @@ def within(seconds):
 
 REMEDY = (
     r"\b(pass|use|restore|replace|remove|correct|resize|take|choose|free|make|leave|train|keep"
-    r"|extract|delete|start|begin|add|save|store|unpack)\b"
+    r"|extract|delete|start|begin|add|save|store|unpack|write)\b"
 )
 
 
