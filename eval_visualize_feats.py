@@ -115,6 +115,7 @@ from torchvision.transforms.functional import resize, to_tensor
 from features import Features, build_features
 from lift import double
 from photos import (
+    LoadSize,
     corner_cells,
     is_strip,
     list_images,
@@ -144,8 +145,6 @@ def compute_maps(
     Returns:
         {title: [C, h, w]}, in this order: the backbone, that doubled bilinearly, the backbone on
         the photo at double size and, with an upsampler, what it gives; of LiFT each iteration.
-    Raises:
-        ValueError: a map is not finite.
     """
     width, height = size
     feats, *steps = features(pixels(photo, width, height), return_all=True)
@@ -356,7 +355,7 @@ def draw_sheet(rows: list[list[Panel]], fontsize: int) -> Image.Image:
 
 
 def compact(feats: Tensor, components: int = COMPONENTS) -> dict[str, Any]:
-    """A map [C, h, w] small enough for a page.
+    """A map [C, h, w], small enough for a page.
 
     Cells are L2-normalised, and given by their coordinates along the K principal directions. The
     mean is not taken off, so that dot products of the coordinates are the cosines, to about 0.01.
@@ -423,25 +422,23 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong whatever the photos and the backbone are."""
     check_range(args, imsize=1, limit=0, lift_iter=1, fontsize=1)
     check_one_process()
+    wrong = ""
+    if args.html and Path(args.html).is_dir():
+        wrong = f"--html {args.html} is a folder: pass a file"
     for flag in ("pca", "html"):
         if getattr(args, flag) and args.facet == "attn" and not args.my_extractor:
             what = f"--{flag} cannot compare attn, whose channels are the cells of its own grid"
-            raise ValueError(f"{what}: pass another --facet, or leave --{flag} out")
-    if args.html and Path(args.html).is_dir():
-        raise ValueError(f"--html {args.html} is a folder: pass a file")
+            wrong = f"{what}: pass another --facet, or leave --{flag} out"
+    if wrong:
+        raise ValueError(wrong)
 
 
 def choose_photos(dataroot: str, limit: int, seed: int) -> list[Path]:
-    """Draw `limit` photos (0: all) below `dataroot` at random, sorted.
-
-    Our own sheets are left out, for OUTPUT_DIR may be in DATAROOT.
-
-    Raises:
-        ValueError: there is no photo.
-    """
+    """Draw `limit` photos (0: all) below `dataroot` at random, sorted. ValueError without any."""
+    # OUTPUT_DIR may be in DATAROOT
     found = [path for path in list_images(dataroot) if not ours(path)]
     if not found:
-        raise ValueError(f"{dataroot} has only our own sheets: pass a folder of photos")
+        raise ValueError(f"there are only our own sheets at {dataroot}: pass a folder of photos")
     if 0 < limit < len(found):
         found = sorted(random.Random(seed).sample(found, limit))
     return found
@@ -470,11 +467,7 @@ def upsampler_title(args: argparse.Namespace) -> str:
 def draw_photo(
     args: argparse.Namespace, features: Features, path: Path, name: Path
 ) -> tuple[dict[str, list[list[Panel]]], dict[str, Any]]:
-    """The sheets (see make_sheets) and the page's entry of one photo, which is `name` in DATAROOT.
-
-    Raises:
-        ValueError, OSError: the photo, its size or its name does not allow it.
-    """
+    """The sheets (see make_sheets) and page_entry of one photo, which is `name` below DATAROOT."""
     if len(os.fsencode(f"{name.name}_alternatives.png")) > 255:
         raise ValueError("the name is too long for the names of its sheets: shorten it")
     photo = read_image(path)
@@ -482,8 +475,10 @@ def draw_photo(
     points = args.query or [(photo.width / 2, photo.height / 2)]
 
     backbone = features.backbone
-    load_size = args.imsize if args.keep_aspect else (args.imsize, args.imsize)
-    size = backbone.size(photo.width, photo.height, load_size)
+    sides: LoadSize = (args.imsize, args.imsize)
+    if args.keep_aspect:
+        sides = args.imsize  # of the shorter side
+    size = backbone.size(photo.width, photo.height, sides)
     maps = compute_maps(features, photo, size, upsampler_title(args))
 
     # panels show the photo in its own aspect
@@ -502,8 +497,8 @@ def main(args: argparse.Namespace) -> None:
     """Draw the sheets of every photo, and the page."""
     check_flags(args)
     if args.lift_iter is None:
-        with_lift = args.upsample == "lift" or (args.upsample is None and args.lift_path)
-        args.lift_iter = 4 if with_lift else 1
+        lifted = args.upsample == "lift" or (args.upsample is None and args.lift_path)
+        args.lift_iter = 4 if lifted else 1
     paths = choose_photos(args.dataroot, args.limit, args.seed)
     root = naming_root(args.dataroot)
     features = build_features(args)

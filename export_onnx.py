@@ -9,12 +9,12 @@ The first file takes images [B, 3, H, W] in 0..1, which it normalises itself, to
 [B, C, 2H/p, 2W/p] float32. The second takes normalised images [B, 3, H, W] and features
 [B, C, H/p, W/p] to [B, C, 2H/p, 2W/p]. Both are finer with a larger --lift_iter.
 
-The batch is free. So are the sizes, in multiples of the patch, unless --imsize asks for one size or
-the backbone or upsampler is your own. onnxruntime refuses images of any other size. Before a file
-is put in place, onnxruntime must give PyTorch's numbers for three batches, which differ in the
-number of images and, where sizes are free, in their sizes.
+The batch is free. So are the sizes, in multiples of the patch, unless --imsize sets one or the
+backbone or upsampler is your own. onnxruntime refuses images of any other size. Before a file is
+put in place, onnxruntime must give PyTorch's numbers for three batches of different length and,
+where sizes are free, of different sizes.
 
-Takes about half a minute on two cores. Needs the packages of requirements-dev.txt.
+Takes about half a minute on two cores. Needs the packages in requirements-dev.txt.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from files import first_line, replacing
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-3  # of the largest feature
 IMSIZE = (224, 224)  # for what cannot have free sizes, where --imsize is left out
-REMEDY = "pass another backbone, or --lift_only"  # for what cannot be exported
+FREE = "any multiples of the patch"
 
 
 def parser() -> Command:
@@ -53,7 +54,7 @@ def parser() -> Command:
     add(
         "--imsize", type=int, nargs="+", metavar="PIXELS",
         help="one size for all images, a side or H W, in multiples of the patch (default: sizes "
-        "are free; with a network of your own 224)",
+        "are free; 224 with a network of your own)",
     )  # fmt: skip
     add_backbone_args(command, device="cpu")
     add_lift_args(command)
@@ -84,11 +85,8 @@ def cubic(distance: Tensor, a: float) -> Tensor:
 def dino_weights(count: int, native: int, offset: Tensor) -> Tensor:
     """Bicubic interpolation along one axis, from `native` to `count` cells, as a matrix.
 
-    The weights are those of F.interpolate with the scale factor (count + offset) / native. The
-    operations are such that `count` stays free in an ONNX file.
-
-    Returns:
-        [count, native]: what each old cell adds to each new one.
+    Each row of [count, native] holds what the old cells add to a new one: the weights of
+    F.interpolate with the scale factor (count + offset) / native. `count` stays free in a file.
     """
     cells = torch.arange(count, dtype=torch.float32)
     length = cells[-1] + 1  # `count` as a tensor: the number itself would become a constant
@@ -120,19 +118,14 @@ def timm_weights(count: int, native: int) -> Tensor:
 
 
 def any_size_positions(
-    how: str,
-    native: tuple[int, int],
-    patches: Tensor,
-    prefix: Tensor,
-    grid: tuple[int, int],
+    how: str, native: tuple[int, int], patches: Tensor, prefix: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Learned positions for any grid, as ViTExtractor._positions gives them.
+    """Learned positions for any grid, as ViTExtractor._positions gives them, but in one formula.
 
-    That function decides by the size whether and how to interpolate. A file whose sizes are free
-    must do with one formula.
+    That method decides by the size how to interpolate, which a file with free sizes cannot.
 
     Args:
-        how: they are resampled, as "dino" or "timm" does it.
+        how: "dino" or "timm", whose code resamples them.
         native: the grid (h0, w0) of the learned positions.
         patches: the learned positions of the patches, [1, h0*w0, D].
         prefix: those of the tokens before them, [1, n, D].
@@ -180,9 +173,9 @@ def free_positions(extractor: ViTExtractor) -> Iterator[None]:
 
 
 def whole_patches(images: Tensor, patch: int) -> Tensor:
-    """The images as they are. In a file, onnxruntime stops here where a side has another size.
+    """The images as they are; but onnxruntime fails here where a side is not in whole patches.
 
-    Without this it would drop the pixels that fill no patch, without a word.
+    Without this it would silently drop the pixels that are left over.
     """
     cells = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))    # [B, 3, h, p, w, p]
     return cells.flatten(4, 5).flatten(2, 3)
@@ -213,23 +206,20 @@ class LiFTAlone(nn.Module):
 
 
 class Plan(NamedTuple):
-    """A module, what may change in its inputs, and inputs to check it with."""
+    """A module to export, what may change in its inputs, and inputs to check it with."""
 
     module: nn.Module
-    batches: list[dict[str, Tensor]]  # inputs by name; the first batch is exported with, too
-    free: dict[str, dict[int, Any]]   # torch.export's dynamic shapes: {input: {axis: Dim}}
-    sizes: str                        # which image sizes the file takes, in words
-    facts: dict[str, Any]             # for the settings
-    exporting: Callable = nullcontext  # makes a context that is entered for the export alone
-
-
-FREE = "any multiples of the patch"
+    batches: list[dict[str, Tensor]]   # inputs by name; the export itself takes the first batch
+    free: dict[str, dict[int, Any]]    # torch.export's dynamic shapes: {input: {axis: Dim}}
+    sizes: str                         # which image sizes the file takes, in words
+    facts: dict[str, Any]              # for the settings
+    exporting: Callable = nullcontext  # makes a context for the export alone
 
 
 def random_images(patch: int, imsize: tuple[int, int] | None) -> list[dict[str, Tensor]]:
     """Three batches of images in 0..1, of one size (H, W) or, where it is None, of three."""
-    # the first is exported with, so nothing in it may be special: no batch of one, not square, and
-    # not the native size of a backbone; the others are one image of the native size and another one
+    # nothing may be special in the first, with which the file is exported: more than one image, not
+    # square, and not a backbone's native size, which the second has
     sizes = [(15 * patch, 17 * patch), (14 * patch, 14 * patch), (9 * patch, 20 * patch)]
     if imsize is not None:
         sizes = [imsize] * 3
@@ -254,28 +244,21 @@ def free_axes(patch: int, imsize: tuple[int, int] | None) -> dict[str, dict[int,
 
 
 def plan_lift(args: argparse.Namespace) -> Plan:
-    """The Plan of --lift_only: LiFT alone.
-
-    Raises:
-        FileNotFoundError: there is no file at --lift_path.
-        ValueError: it is not a LiFT checkpoint, --patch or --channel are not its own, or nothing
-            tells its patch.
-    """
-    if not args.lift_path:
-        raise ValueError("--lift_only needs a module: pass --lift_path FILE")
-    if args.imsize:
-        raise ValueError("sizes are always free with --lift_only: leave --imsize out")
+    """The Plan of --lift_only: LiFT alone. ValueError for flags that do not fit it."""
+    if not args.lift_path or args.imsize:
+        needs = "pass --lift_path FILE, and leave --imsize out"
+        raise ValueError(f"--lift_only exports one module, for any size: {needs}")
     file = read_lift(args.lift_path)
     patch = file.patch or args.patch
     if patch is None:
-        what = f"neither {args.lift_path} nor a JSON beside it tells the module's patch"
+        what = f"neither {args.lift_path} nor a JSON beside it says the module's patch"
         raise ValueError(f"{what}: pass --patch 8 or --patch 16")
-    for flag, given, real in (
-        ("patch", args.patch, patch),
-        ("channel", args.channel, file.channels),
-    ):
-        if given not in (None, real):
-            what = f"--{flag} {given}, but {args.lift_path} is for {real}"
+    # --model_type is not used here: the settings name the backbone that the module is for
+    facts = {"model_type": file.facts.get("backbone"), "patch": patch, "channel": file.channels}
+    for flag in ("patch", "channel"):
+        given = getattr(args, flag)
+        if given not in (None, facts[flag]):
+            what = f"--{flag} {given}, but {args.lift_path} is for {facts[flag]}"
             raise ValueError(f"{what}: leave --{flag} out")
 
     batches = random_images(patch, None)
@@ -284,27 +267,16 @@ def plan_lift(args: argparse.Namespace) -> Plan:
         count, _, height, width = batch["images"].shape
         shape = (count, file.channels, height // patch, width // patch)
         batch["feats"] = torch.randn(shape, generator=generator)
-
-    # --model_type is not used here: the settings name the backbone that the module is for
-    facts = {
-        "model_type": file.facts.get("backbone"),
-        "patch": patch,
-        "channel": file.channels,
-    }
     module = LiFTAlone(load_lift(file, patch_size=patch), args.lift_iter)
     return Plan(module.eval(), batches, free_axes(patch, None), FREE, facts)
 
 
 def plan_whole(args: argparse.Namespace) -> Plan:
-    """The Plan of a backbone, and of what upsamples its features.
-
-    Raises:
-        ValueError: something does not fit, or --imsize is not a multiple of the patch.
-    """
+    """The Plan of a backbone, and of what upsamples its features."""
     imsize = read_imsize(args.imsize)
-    args.imsize = min(imsize or IMSIZE)  # by which the patch of somebody's own network is found
-    features = build_features(args)
-    args.imsize = imsize
+    # somebody's own network shows its patch on a square, of which build_features takes the side
+    square = {"imsize": min(imsize or IMSIZE)}
+    features = build_features(argparse.Namespace(**{**vars(args), **square}))
 
     backbone = features.backbone
     exporting: Callable = nullcontext
@@ -335,30 +307,26 @@ def read_imsize(sides: list[int] | None) -> tuple[int, int] | None:
 # ---- export and check ---------------------------------------------------------------------------
 
 
-def require_packages() -> None:
-    """Raise ValueError if one of PACKAGES is not installed."""
-    for name in PACKAGES:
-        try:
-            __import__(name)
-        except ImportError as error:
-            remedy = "pip install -r requirements-dev.txt"
-            raise ValueError(f"exporting needs the package {name}: {remedy}") from error
+@contextmanager
+def telling(what: str, errors: type[Exception] = Exception) -> Iterator[None]:
+    """Turn such errors inside into a ValueError of one line that begins with `what`."""
+    try:
+        yield
+    except errors as error:
+        reason = first_line(error.__cause__ or error)  # torch.onnx's own text is general advice
+        raise ValueError(f"{what} ({reason}): pass another backbone, or --lift_only") from error
 
 
 @torch.no_grad()
 def write(plan: Plan, path: Path) -> None:
-    """Export the module of a plan to an ONNX file.
-
-    Raises:
-        ValueError: torch cannot export it, for example as it decides by the values of the images.
-    """
+    """Export the module of a plan to an ONNX file. ValueError if torch cannot do it."""
     inputs = plan.batches[0]
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs what it does not optimise
     # before it raises, torch logs the model's whole graph and prints it to stderr
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()), plan.exporting():
-        warnings.simplefilter("ignore")  # of torch about itself
-        try:
+        warnings.simplefilter("ignore")  # torch's about itself
+        with telling("torch does not export this model", torch.onnx.OnnxExporterError):
             torch.onnx.export(
                 plan.module,
                 tuple(inputs.values()),
@@ -370,9 +338,6 @@ def write(plan: Plan, path: Path) -> None:
                 external_data=False,
                 verbose=False,
             )
-        except torch.onnx.OnnxExporterError as error:
-            reason = first_line(error.__cause__ or error)  # its own text is general advice
-            raise ValueError(f"torch does not export this model ({reason}): {REMEDY}") from error
 
 
 @torch.no_grad()
@@ -384,28 +349,22 @@ def check(plan: Plan, path: Path) -> float:
     """
     import onnxruntime
 
-    try:
+    with telling("onnxruntime does not load this model"):  # its errors have no common base
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own, which have no common base
-        what = "onnxruntime does not load this model"
-        raise ValueError(f"{what} ({first_line(error)}): {REMEDY}") from error
 
     largest = 0.0
     for inputs in plan.batches:
         wanted = plan.module(*inputs.values())
-        shape = list(inputs["images"].shape)
         arrays = {name: value.numpy() for name, value in inputs.items()}
-        try:
+        on_images = f"on images of shape {list(inputs['images'].shape)}"
+        with telling(f"onnxruntime does not run this model {on_images}"):
             (found,) = session.run(None, arrays)
-        except Exception as error:
-            what = f"onnxruntime does not run this model on images of shape {shape}"
-            raise ValueError(f"{what} ({first_line(error)}): {REMEDY}") from error
         worst = (torch.from_numpy(found) - wanted).abs().max()
         difference = (worst / wanted.abs().max()).item()
         # asked before max(), which would drop a NaN; "not <=" is true for NaN, as ">" is not
         if not difference <= TOLERANCE:
-            what = f"onnxruntime differs by {difference:.1e} on images of shape {shape}"
-            raise ValueError(f"{what}: {REMEDY}")
+            what = f"onnxruntime differs by {difference:.1e} {on_images}"
+            raise ValueError(f"{what}: pass another backbone, or --lift_only")
         largest = max(largest, difference)
     return largest
 
@@ -414,13 +373,16 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong whatever the backbone and the module are."""
     check_range(args, lift_iter=1, patch=1)
     check_one_process()
-    if Path(args.output).suffix != ".onnx":
-        what = f"--output {args.output} does not have the name of an ONNX file"
-        raise ValueError(f"{what}: give it a name that ends in .onnx")
+    wrong = ""
+    missing = [name for name in PACKAGES if not find_spec(name)]
     if args.dtype != "float32" or args.device not in ("cpu", "auto"):
-        raise ValueError("files are made in float32 on the CPU: leave --dtype and --device out")
+        wrong = "files are made in float32 on the CPU: leave --dtype and --device out"
+    elif missing:
+        remedy = "pip install -r requirements-dev.txt"
+        wrong = f"exporting needs the packages {', '.join(missing)}: {remedy}"
+    if wrong:
+        raise ValueError(wrong)
     args.device = "cpu"  # what auto means here, on a machine with a GPU too
-    require_packages()
 
 
 def main(args: argparse.Namespace) -> None:

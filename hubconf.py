@@ -9,10 +9,8 @@
     dense = lift(normalised_images, feats)           # [B, 3, H, W], [B, C, h, w] -> [B, C, 2h, 2w]
 
 `lift_vit_mini16`, `lift_dino_vits8` and so on are `lift` with that backbone. With a GitHub
-repository's name instead of the path, and without `source`, torch.hub fetches it first.
-
-The files of this repository are read by their place, under private names: the caller's own
-`extractor.py` or `lift.py` stays what it is.
+repository's name instead of the path, and without `source`, torch.hub fetches it first. The
+caller's own `extractor.py` or `lift.py` stays what it is.
 """
 
 # torch.hub offers every callable without an underscore: of other modules none is imported by name

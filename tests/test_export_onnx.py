@@ -212,7 +212,6 @@ MINI = ["--model_type", "vit_mini16"]
 @pytest.mark.parametrize(
     ("flags", "remedy"),
     [
-        (["--output", "x.pth"], "a name that ends in .onnx"),
         (["--output", "x.onnx", "--lift_only"], "pass --lift_path FILE"),
         (["--output", "x.onnx", "--dtype", "bfloat16"], "leave --dtype"),
         (["--output", "x.onnx", "--device", "cuda"], "leave --dtype and --device out"),
