@@ -155,7 +155,8 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
         val = root / "ImageSets/2017/val.txt"
         if val.is_file():
             names = val.read_text(errors="replace").split()
-        if not names:
+        # a name that no folder can have: some other file was read as the list
+        if not names or max(len(name) for name in names) > 255:
             remedy = "correct --dataroot, or name videos with --sequences"
             raise FileNotFoundError(f"there is no list of videos at {val}: {remedy}")
 

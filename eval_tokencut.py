@@ -361,7 +361,7 @@ def search(
     for sample in bar:
         file = f"{sample.name}.json"
         if results and results.has(file):
-            entry = read_entry(results.path(file))
+            entry = read_entry(results.path(file), sample.boxes is not None)
             known += 1
         else:
             try:
@@ -385,11 +385,18 @@ def search(
     return predictions, left_out
 
 
-def read_entry(path: Path) -> dict[str, Any]:
+def read_entry(path: Path, annotated: bool) -> dict[str, Any]:
     """The entry of an image that was searched before; ValueError if the file is damaged."""
+    needed = {"box", "photo_box", "seed"}
+    if annotated:
+        needed |= {"iou", "correct", "objects"}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # a power cut may leave an empty file
+        entry = json.loads(path.read_text())
+        missing = needed - set(entry)
+        if missing:
+            raise ValueError(f"it lacks {min(missing)}")
+        return entry
+    except (ValueError, TypeError, RecursionError) as error:  # as after a power cut
         what = f"{path} is damaged ({first_line(error)})"
         raise ValueError(f"{what}: remove it, or pass --overwrite") from error
 

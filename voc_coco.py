@@ -70,7 +70,9 @@ def voc_boxes(path: Path, no_hard: bool = False) -> np.ndarray:
             keys = ("xmin", "ymin", "xmax", "ymax")
             boxes.append([int(float(box.findtext(key))) for key in keys])
     # a tag that is missing gives None, hence AttributeError and TypeError
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+    except (
+        ElementTree.ParseError, AttributeError, OverflowError, TypeError, ValueError
+    ) as error:  # fmt: skip
         what = f"{path} is not a VOC annotation ({first_line(error)})"
         raise ValueError(f"{what}: restore or correct it") from error
 
