@@ -48,7 +48,7 @@ from command import (
     report,
     settings,
 )
-from files import Results, load_tensors, save_tensors
+from files import Results, first_line, load_tensors, save_tensors
 
 NAMES = ("camvid", "voc", "ade20k", "cityscapes", "folder")
 JAFAR_STEPS = 20  # from the full learning rate to 0, and as many back, in --schedule jafar
@@ -282,10 +282,13 @@ def get_probe(
     if results and results.has(PROBE):
         remedy = "pass --overwrite"
         state = load_tensors(results.path(PROBE), remedy, remedy)
-        classes, channels = state["weight"].shape[:2]
-        probe = nn.Conv2d(channels, classes, 1)
-        probe.load_state_dict(state)
-        return probe.to(device)
+        try:
+            probe = nn.Conv2d(state["weight"].shape[1], len(data.classes), 1)
+            probe.load_state_dict(state)
+            return probe.to(device)
+        except (AttributeError, IndexError, KeyError, RuntimeError) as error:
+            what = f"{results.path(PROBE)} is damaged ({first_line(error)})"
+            raise ValueError(f"{what}: {remedy}") from error
 
     photos = find_photos(args, data, args.train_split or data.train)
     steps = plan(len(photos), args.epochs, args.batch_size, args.seed)
