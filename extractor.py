@@ -106,7 +106,8 @@ class ViTExtractor(DenseExtractor):
         device: cuda on a machine without one falls back to what there is, with a note.
         backbone_path: a weight file instead of a download.
         layer: counted from 0; None is the last.
-        dtype: precision inside; descriptors are float32.
+        dtype: precision inside; descriptors are float32. On CUDA torch may run float32 convolutions
+            in TF32 unless you set `torch.backends.cudnn.allow_tf32 = False`, as the scripts do.
         requires_grad: let gradients reach the images; the ViT stays frozen.
         exact_size: read photos as dino-vit-features does: not turned as their EXIF says, and their
             sides not rounded to multiples of the patch.
