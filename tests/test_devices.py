@@ -115,6 +115,12 @@ def test_the_one_path(features, mode, values):
         bilinear = Features(features.backbone, Bilinear(1))
         assert is_cuda([bilinear(torch.zeros(SHAPE))])
 
+        def own(images, feats):
+            assert is_cuda([images, feats])
+            return feats
+
+        Features(features.backbone, own)(torch.zeros(SHAPE))
+
 
 def test_hub(features, mode, values, monkeypatch):
     monkeypatch.setattr("hubconf._check_values", lambda images: None)  # it looks at all values
@@ -164,6 +170,8 @@ def pretend_step(device, loss, match, mode, precision=None):
         pairs = (2,)
     lift = LiFT(48, pre_shape=False, post_shape=False, attend=1, heads=3)
     model = pretend(Objective(lift, loss, torch.zeros(48, 1, 1), grid))
+    if match:  # an index on the CPU would be taken, and copied at every step
+        assert model.matching.cells.device.type == device
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, foreach=True)
 
     def context():

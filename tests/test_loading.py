@@ -267,6 +267,8 @@ class Slow:
         return torch.zeros({numbers})
 
 if __name__ == "__main__":
+    # a shell's background job ignores it, and so would this process of a test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     loader = Loader(Slow(), 2)
     if {keep_term}:
         signal.signal(signal.SIGTERM, lambda *_: print("term", flush=True))
