@@ -340,20 +340,17 @@ class Lines(io.TextIOBase):
         return len(text)
 
 
-class Progress(tqdm):
-    """A bar on stderr; see Lines for where that is not a terminal."""
-
-    def __init__(self, *args: Any, **options: Any):
-        if not sys.stderr.isatty():
-            options["file"] = Lines()
-        super().__init__(*args, **options)
-
-
 def progress(
     iterable: Iterable[Any] | None = None,
     total: int | None = None,
     unit: str = "it",
     desc: str | None = None,
-) -> Progress:
-    """A Progress over an iterable, or to be updated by hand; it is a context too."""
-    return Progress(iterable, total=total, unit=unit, desc=desc)
+) -> tqdm:
+    """A bar on stderr over an iterable, or to be updated by hand; it is a context too.
+
+    See Lines for where stderr is not a terminal.
+    """
+    file: Any = sys.stderr
+    if not sys.stderr.isatty():
+        file = Lines()
+    return tqdm(iterable, total=total, unit=unit, desc=desc, file=file)

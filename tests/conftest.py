@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +12,10 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything; timm reads it when imported
 
-import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from case import rule_image, rule_state  # noqa: F401  # tests take both from here
 from safetensors.torch import save_file
 
 from extractor import ViTExtractor
@@ -25,38 +23,6 @@ from lift import LiFT
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # whatever OMP_NUM_THREADS the user has set
-
-
-def rule_state(module):
-    """A state_dict that depends on nothing but a module's names and shapes (golden/README.md)."""
-    state = {}
-    for name, value in module.state_dict().items():
-        random = np.random.RandomState(zlib.crc32(name.encode()))
-        n = torch.from_numpy(random.standard_normal(value.numel()).astype(np.float32))
-        n = n.reshape(value.shape)
-        if name.endswith("num_batches_tracked"):
-            n = torch.zeros_like(value)
-        elif name.endswith("running_var"):
-            n = 0.5 + n.abs()
-        elif n.ndim == 1 and name.endswith("weight"):
-            n = 1 + 0.1 * n
-        elif n.ndim == 1 or name in ("pos_embed", "cls_token"):
-            n = 0.1 * n
-        else:
-            n = np.float32(0.04) * n
-        state[name] = n
-    return state
-
-
-def rule_image(height, width, seed):
-    """A smooth random image [1, 3, H, W], used as if normalised (the rule of golden/README.md)."""
-    rng = np.random.RandomState(seed)
-    small = rng.standard_normal((1, 3, height // 16 + 1, width // 16 + 1)).astype(np.float32)
-    noise = rng.standard_normal((1, 3, height, width)).astype(np.float32)
-    smooth = F.interpolate(
-        torch.from_numpy(small), size=(height, width), mode="bilinear", align_corners=False
-    )
-    return smooth + 0.1 * torch.from_numpy(noise)
 
 
 def rule_vit(tag):
