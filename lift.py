@@ -324,8 +324,8 @@ def weigh_neighbours(
     else:
         # one neighbour after the other, so that no tensor of K times the size exists
         total = feats.new_zeros(feats.shape[0], height, 2, width, 2, heads, feats.shape[1] // heads)
-        for neighbour, weight in zip(neighbours, weights):
-            total.addcmul_(neighbour[:, :, None, :, None], weight[..., None])
+        for number, neighbour in enumerate(neighbours):  # a trace cannot iterate over a tensor
+            total.addcmul_(neighbour[:, :, None, :, None], weights[number, ..., None])
     total = total.transpose(5, 6).flatten(5)                              # [B, h, 2, w, 2, C]
     return total.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)          # [B, C, 2h, 2w]
 
