@@ -4,48 +4,31 @@
     loader = Loader(photos, workers=4, batches=keys_of_batches)  # collated batches
     for item in loader: ...
 
-Whatever happens in a worker (an exception, a full /dev/shm, a kill by the system) ends the loop
-within seconds, with a ValueError that names the cause and the remedy. torch's DataLoader may wait
-for ever, because its workers send their items from a thread whose errors nobody sees. Here a worker
-moves its tensors into shared memory and sends them by itself.
+An exception in a worker is raised by the loop. A worker that dies ends it at once. torch's
+DataLoader may then wait for ever, and so may ProcessPoolExecutor: its workers share one pipe, which
+stays open if one of them is killed in the middle of an item. Here each worker has its own.
 """
 
-import itertools
+import copyreg
 import multiprocessing
 import os
+import pickle
 import signal
-import sys
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import Any
 
 import torch
-import torch.multiprocessing  # teaches ForkingPickler to hand over tensors in shared memory
-from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from command import is_out_of_memory, out_of_memory
-from files import first_line
-
-AHEAD = 2  # items that each worker reads before they are needed
-FEWER = "pass fewer --workers, or --workers 0"
-SHM_IS_FULL = (
-    "/dev/shm is full, and workers hand over photos through it: pass --workers 0, or give the "
-    "container more of it (docker run --shm-size 8g)"
-)
-
-
-class Worker(NamedTuple):
-    """A process that reads items, and this process's end of the pipe to it."""
-
-    process: multiprocessing.process.BaseProcess
-    pipe: Connection
+AHEAD = 2  # items for each worker that are asked for before they are needed
 
 
 class Loader:
@@ -57,7 +40,8 @@ class Loader:
             Loader does. 0 reads in this process.
         batches: lists of keys; each becomes one collated batch. None gives the single items 0, 1,
             2, ... as they are.
-        pin_memory: put tensors into pinned memory, from which a GPU fetches them by itself.
+        pin_memory: let workers' items be dicts of tensors in pinned memory, from which a GPU
+            fetches them by itself.
     """
 
     def __init__(
@@ -80,72 +64,66 @@ class Loader:
         return len(keys)
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises ValueError: something happened in a worker."""
-        keys = self.batches
-        if keys is None:
-            keys = range(len(self))
-        if self.workers > 0:
-            self.start()
-            items = self.from_workers(keys)
-        else:
-            items = (fetch(self.dataset, key, self.batches is not None) for key in keys)
-        if self.pin_memory:
-            # in a thread, as the copy takes a while
-            pinned = (each_tensor(item, Tensor.pin_memory) for item in items)
-            items = in_a_thread(pinned, self.stop)
-        return items
-
-    def from_workers(self, keys: Iterable[Any]) -> Iterator[Any]:
-        """The items of `keys`, in their order. The workers take turns."""
-        asked: deque[Worker] = deque()  # whose answers are to come, in this order
-        turns = itertools.cycle(self.running)
-        complete = False
-        try:
+        """Raises what a worker raises, and ValueError for one that dies."""
+        batched = self.batches is not None
+        keys: Any = self.batches if batched else range(len(self))
+        if self.workers == 0:
             for key in keys:
-                worker = next(turns)
-                with suppress(ConnectionError):  # it has died: `take` says why
-                    worker.pipe.send(key)
-                asked.append(worker)
-                if len(asked) > AHEAD * self.workers:
-                    yield self.take(asked.popleft())
-            while asked:
-                yield self.take(asked.popleft())
-            complete = True
-        finally:
-            if not complete:  # answers that nobody wants are on their way
-                self.stop()
-
-    def take(self, worker: Worker) -> Any:
-        """The next item of a worker; ValueError if it tells of an error, or has died."""
-        try:
-            item, error = worker.pipe.recv()
-        except Exception as failure:
-            raise ValueError(why_lost(worker, failure)) from failure
-        if error:
-            raise ValueError(error)
-        if self.pin_memory:  # which copies
-            return item
-        return each_tensor(item, Tensor.clone)  # so that its shared memory is free again
-
-    def start(self) -> None:
-        """Start the workers, unless they are running; ValueError if the system does not let us."""
-        if self.running:
+                yield fetch(self.dataset, key, batched)
             return
+
+        while len(self.running) < self.workers:
+            self.running.append(Worker(self.dataset, batched))
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self.running:
+            idle.put(worker)
+        asked: deque[Future] = deque()  # in the order of the keys
+        # for each worker a thread that waits for its answer
+        with ThreadPoolExecutor(self.workers) as threads:
+            try:
+                for key in keys:
+                    asked.append(threads.submit(self.ask, idle, key))
+                    if len(asked) > AHEAD * self.workers:
+                        yield asked.popleft().result()
+                while asked:
+                    yield asked.popleft().result()
+            except BaseException:
+                self.stop()  # or the threads would wait for answers that nobody wants
+                raise
+
+    def ask(self, idle: SimpleQueue, key: Any) -> Any:
+        """The item of a key from an idle worker. Raises what the worker raised, or ValueError."""
+        worker = idle.get()
         try:
-            for _ in range(self.workers):
-                ours, theirs = multiprocessing.Pipe()
-                arguments = (self.dataset, self.batches is not None, theirs)
-                process = multiprocessing.Process(target=work, args=arguments, daemon=True)
-                process.start()
-                self.running.append(Worker(process, ours))
-                theirs.close()  # so that a worker that dies closes the pipe
-        except OSError as error:
-            self.stop()
-            raise ValueError(f"a worker cannot be started ({error}): {FEWER}") from error
+            worker.pipe.send(key)
+            item, error = pickle.loads(worker.pipe.recv_bytes())
+        except (EOFError, OSError) as lost:
+            worker.process.join()
+            status = worker.process.exitcode
+            end = f"a worker was killed or crashed (status {status}; -9: memory may have run out)"
+            raise ValueError(f"{end}: pass fewer --workers, or --workers 0") from lost
+        finally:
+            idle.put(worker)
+        if error:
+            raise error
+        if self.pin_memory:
+            return {name: tensor.pin_memory() for name, tensor in item.items()}
+        return item
 
     def stop(self) -> None:
         """End the workers, whatever they are doing."""
         kill(self.running)
+
+
+class Worker:
+    """A process that reads items, and this process's end of the pipe to it."""
+
+    def __init__(self, dataset: Dataset, batched: bool):
+        self.pipe, theirs = multiprocessing.Pipe()
+        arguments = (dataset, batched, theirs)
+        self.process = multiprocessing.Process(target=work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the worker dies
 
 
 def kill(workers: list[Worker]) -> None:
@@ -154,27 +132,7 @@ def kill(workers: list[Worker]) -> None:
         worker.process.kill()  # they only read, so nothing is left half done
     for worker in workers:
         worker.process.join()
-        worker.pipe.close()
     workers.clear()
-
-
-def why_lost(worker: Worker, failure: Exception) -> str:
-    """What to tell of a worker from which no item came."""
-    worker.process.join(timeout=1)
-    status = worker.process.exitcode
-    if status is None:
-        return f"photos of a worker did not arrive ({first_line(failure)}): pass --workers 0"
-    if status == -signal.SIGBUS:
-        return SHM_IS_FULL
-    end = f"ended with status {status}"
-    if status == -signal.SIGKILL:
-        end = "was killed, as the system does where memory runs out"
-    elif status < 0:
-        end = f"was killed by {signal.Signals(-status).name}"
-    return f"a worker {end}: {FEWER}"
-
-
-# ---- in a worker --------------------------------------------------------------------------------
 
 
 def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
@@ -186,13 +144,23 @@ def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # what fails in multiprocessing's own threads when the main process dies is not worth a word
-    sys.excepthook = lambda *error: None
-
     torch.set_num_threads(1)  # the workers share the cores, and OpenMP may hang after a fork
+    copyreg.pickle(torch.Tensor, as_array)  # half of the time that tensors take by themselves
     with suppress(EOFError, OSError):  # the main process has died
         while True:
-            pipe.send_bytes(answer(dataset, pipe.recv(), batched))
+            key = pipe.recv()
+            try:
+                # as bytes: a pipe's own pickles put tensors into /dev/shm, which may be full
+                answer = pickle.dumps((fetch(dataset, key, batched), None))
+            except Exception as error:
+                error.add_note(f"In a worker:\n{traceback.format_exc()}")
+                answer = pickle.dumps((None, error))
+            pipe.send_bytes(answer)
+
+
+def as_array(tensor: torch.Tensor) -> tuple:
+    """How pickle stores a tensor: as an array, from which it is made again."""
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def end_with_parent() -> None:
@@ -202,63 +170,8 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def answer(dataset: Dataset, key: Any, batched: bool) -> Any:
-    """The bytes to send for a key: a pair of the item, its tensors shared, and of an error."""
-    try:
-        item = fetch(dataset, key, batched)
-        return ForkingPickler.dumps((each_tensor(item, Tensor.share_memory_), ""))
-    except Exception as error:
-        return ForkingPickler.dumps((None, explain(error)))
-
-
-def explain(error: Exception) -> str:
-    """What to tell of an exception in a worker, in one line."""
-    if "No space left on device" in str(error):
-        return SHM_IS_FULL
-    if is_out_of_memory(error):
-        return f"{out_of_memory(error)}, or pass fewer --workers"
-    if isinstance(error, ValueError | OSError) and str(error):  # meant for the user
-        return str(error)
-    what = f"{type(error).__name__} in a worker ({first_line(error)})"
-    return f"{what}: pass --workers 0 to see where"
-
-
 def fetch(dataset: Dataset, key: Any, batched: bool) -> Any:
     """The item of a key, or the collated batch of a list of keys."""
     if not batched:
         return dataset[key]
     return default_collate([dataset[one] for one in key])
-
-
-# ---- anywhere -----------------------------------------------------------------------------------
-
-
-def each_tensor(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An item with each tensor replaced by change(tensor), in tuples, lists and dicts too."""
-    if isinstance(item, Tensor):
-        return change(item)
-    if isinstance(item, dict):
-        return {name: each_tensor(value, change) for name, value in item.items()}
-    if isinstance(item, tuple | list):
-        return type(item)([each_tensor(value, change) for value in item])
-    return item
-
-
-def in_a_thread(items: Iterator[Any], stop: Callable[[], None]) -> Iterator[Any]:
-    """The same items, each made by a thread while the one before it is used.
-
-    Args:
-        stop: frees the thread from waiting for an item that nobody wants any more.
-    """
-    end = object()
-    complete = False
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            coming = thread.submit(next, items, end)
-            while (item := coming.result()) is not end:
-                coming = thread.submit(next, items, end)
-                yield item
-            complete = True
-        finally:
-            if not complete:
-                stop()
