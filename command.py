@@ -206,23 +206,20 @@ def container_limit() -> float:
 
     A group's limit holds for the groups inside it, so all of them count.
     """
-    roots = {
-        "": ("/sys/fs/cgroup", "memory.max"),  # version 2 has one tree for all controllers
-        "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),  # version 1
-    }
-    limit = math.inf
-    with suppress(OSError, ValueError):
+    files = []
+    with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)  # as 0::/user.slice/session.scope
-            for controller in controllers.split(","):
-                if controller not in roots:
-                    continue
-                root, name = roots[controller]
-                inner = Path(root, group.lstrip("/"))
-                # inside a container the group's path may be the host's: its root is the limit then
-                for folder in (inner, *inner.parents):
-                    with suppress(OSError, ValueError):  # no such file, or "max"
-                        limit = min(limit, int((folder / name).read_text()))
+            folder, name = Path("/sys/fs/cgroup" + group), "memory.max"
+            if "memory" in controllers:  # version 1; version 2 has one tree for all controllers
+                folder, name = Path("/sys/fs/cgroup/memory" + group), "memory.limit_in_bytes"
+            # inside a container the group's path may be the host's: its root is the limit then
+            files += [parent / name for parent in (folder, *folder.parents)]
+
+    limit = math.inf
+    for file in files:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limit = min(limit, int(file.read_text()))
     return limit
 
 

@@ -208,11 +208,8 @@ def plain(value: Any) -> Any:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first setting in which two dicts differ, as "lift_iter 1, not 2"; "" for none."""
-    names = sorted({*old, *new})
     # digests come last: where a model's name differs too, that tells the reader more
-    digests = [name for name in names if "digest" in name]
-    others = [name for name in names if "digest" not in name]
-    for name in others + digests:
+    for name in sorted({*old, *new}, key=lambda name: ("digest" in name, name)):
         if old.get(name) != new.get(name):
             return f"{name} {old.get(name)}, not {new.get(name)}"
     return ""
@@ -244,35 +241,32 @@ class Results:
     ):
         self.folder = Path(folder)
         path = self.folder / SETTINGS
-        there = self._own_files(own)
-        if there and not path.is_file():
+        settings = plain(settings)
+        first = next(self._own_files(own), None)
+        if first and not path.is_file():
             # without settings they may be anybody's, so they are not removed either
-            what = f"{there[0]} is there, and no {SETTINGS} says what made it"
+            what = f"{first} is there, and no {SETTINGS} says what made it"
             raise ValueError(f"{what}: choose an empty folder")
-        if there and not overwrite:
-            changed = self._difference(path, plain(settings), remedy)
+        if first and not overwrite:
+            try:
+                changed = difference(json.loads(path.read_text()), settings)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
             if changed:
                 raise ValueError(f"{folder} was made with {changed}: {remedy}")
             return
 
         # new settings for an empty folder, or one that is emptied
-        for file in there:
+        for file in list(self._own_files(own)):
             file.unlink(missing_ok=True)
-        write_text(path, json.dumps(plain(settings), indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
 
-    def _difference(self, path: Path, settings: dict[str, Any], remedy: str) -> str:
-        """The first setting of the folder's file that differs; ValueError if it is damaged."""
-        try:
-            return difference(json.loads(path.read_text()), settings)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
-
-    def _own_files(self, patterns: tuple[str, ...]) -> list[Path]:
+    def _own_files(self, patterns: tuple[str, ...]) -> Iterator[Path]:
         """The results in the folder, hidden files left out: other programs keep theirs there."""
-        found: set[Path] = set()
         for pattern in patterns:
-            found.update(self.folder.rglob(pattern))
-        return sorted(path for path in found if not path.name.startswith("."))
+            for file in self.folder.rglob(pattern):
+                if not file.name.startswith("."):
+                    yield file
 
     def path(self, name: str | Path) -> Path:
         """Where the result of this name is, or goes."""

@@ -315,6 +315,7 @@ class Objective(nn.Module):
         loss: see loss_between.
         centre: the mean feature [C, 1, 1], for the losses and the matching that need it.
         grid: (h, w) of the features at S, where photos come with warped copies (see Matching).
+        match_centred: the share of matching that is on centred features; the rest is on raw ones.
     """
 
     def __init__(
@@ -323,10 +324,12 @@ class Objective(nn.Module):
         loss: str,
         centre: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        match_centred: float = 0.5,
     ):
         super().__init__()
         self.lift = lift
         self.loss = loss
+        self.match_centred = match_centred
         self.register_buffer("centre", centre, persistent=False)
         self.matching = None
         if grid is not None:
@@ -359,13 +362,14 @@ class Objective(nn.Module):
         return total
 
     def matched(self, pairs: Tensor, warp: Tensor) -> Tensor:
-        """Matching of features as they are and of centred ones, weighed two to one, a scalar.
+        """Matching of features as they are and of centred ones, a scalar.
 
-        Centred features find more points at the same cost in cosine. Alone they make videos worse.
+        Centred ones find more points at the same cost in cosine, at some cost in centred cosine.
+        Alone they make videos worse.
         """
         raw = self.matching(pairs, warp, MATCH_TEMPERATURE)
         centred = self.matching(pairs - self.centre, warp, MATCH_TEMPERATURE_CENTRED)
-        return (2 * raw + centred) / 3
+        return (1 - self.match_centred) * raw + self.match_centred * centred
 
 
 # ---- a step -------------------------------------------------------------------------------------
@@ -377,12 +381,13 @@ def prepare(
     loss: str,
     centre: Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    match_centred: float = 0.5,
     compiled: bool = False,
 ) -> tuple[nn.Module, Callable]:
     """Wrap a LiFT module in its Objective, for training.
 
     Args:
-        loss, centre, grid: see Objective.
+        loss, centre, grid, match_centred: see Objective.
         compiled: compile it, and the backbone.
     Returns:
         The Objective, in a DistributedDataParallel among several processes, and a function that
@@ -390,7 +395,7 @@ def prepare(
     """
     torch.backends.cudnn.benchmark = True  # sizes stay the same
     lift = lift.to(memory_format=torch.channels_last)
-    model: nn.Module = Objective(lift, loss, centre, grid).to(extractor.device)
+    model: nn.Module = Objective(lift, loss, centre, grid, match_centred).to(extractor.device)
     if compiled:
         model.compile()
         # a ViT's blocks share their code: one compilation for all

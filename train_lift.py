@@ -66,9 +66,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "constant", "warmup": 0, "views": 4,
     },
     "attend": {
-        "augment": True, "loss": "both", "epochs": 6, "batch_size": 8, "lr": 0.003,
-        "attend": 1, "match": 0.15, "match_end": 0.5, "downsample": "resize", "weight_decay": 0.01,
-        "schedule": "cosine", "warmup": 40, "views": 1,
+        "augment": True, "loss": "both", "epochs": 15, "batch_size": 8, "lr": 0.003,
+        "attend": 1, "match": 0.15, "match_end": 0.4, "downsample": "resize", "weight_decay": 0.01,
+        "schedule": "cosine", "warmup": 40, "views": 2,
     },
 }  # fmt: skip
 
@@ -153,6 +153,11 @@ def parser() -> Command:
         "--match_end", type=float, metavar="SHARE",
         help="of --match that is left at the end; it stays whole for half of the steps, and then "
         f"falls linearly{by_recipe('match_end')}",
+    )  # fmt: skip
+    add(
+        "--match_centred", type=float, default=0.5, metavar="SHARE",
+        help="of --match that is on features less their mean, 0..1; the rest is on the features "
+        "as they are (default: %(default)s)",
     )  # fmt: skip
     add(
         "--downsample", choices=("stride", "resize"),
@@ -310,6 +315,8 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
     if args.match:
         fades = "" if args.match_end == 1 else f"to{args.match_end}"
         parts.append(f"match{args.match}{fades}")
+        if args.match_centred != 0.5:
+            parts.append(f"centred{args.match_centred}")
     if args.downsample == "resize":
         parts.append("resize")
     if args.seed:
@@ -515,14 +522,16 @@ def check(args) -> None:
         )
     check_range(
         args, epochs=1, batch_size=1, imsize=1, save_every=1, views=1, heads=1, seed=0, warmup=0,
-        save_steps=0, workers=0, weight_decay=0, attend=0, match=0, match_end=0, val_fraction=0,
-        lr=0,
+        save_steps=0, workers=0, weight_decay=0, attend=0, match=0, match_end=0, match_centred=0,
+        val_fraction=0, lr=0,
     )  # fmt: skip
     # a photo must be left to train on; Adam's first steps, ten times --lr, must be float32 numbers
     for flag, limit in (("val_fraction", 1), ("lr", 1e37)):
         value = getattr(args, flag)
         if value >= limit:
             raise ValueError(f"--{flag} {value} is too large: pass less than {limit}")
+    if args.match_centred > 1:
+        raise ValueError(f"--match_centred {args.match_centred} is not a share: pass 0 to 1")
     if args.evaluate:
         if not Path(args.evaluate).is_file():
             what = f"there is no LiFT checkpoint at {args.evaluate}"
@@ -653,7 +662,9 @@ def train_one(args) -> int:
     val_loader = make_loader(val_photos, val_keys, args, extractor)
 
     grid = extractor.grid(args.imsize, args.imsize) if args.match else None
-    model, precision = prepare(run.lift, extractor, args.loss, run.centre, grid, args.compile)
+    model, precision = prepare(
+        run.lift, extractor, args.loss, run.centre, grid, args.match_centred, args.compile
+    )
     stopped_by = train(run, model, loader, val_loader, precision, args)
     if not stopped_by:
         run.export("lift.pth")

@@ -136,11 +136,11 @@ def plain_match_losses(pairs, warps, temperature):
     return losses
 
 
-def plain_matched(pairs, warps, centre):
-    """The mean loss of all points: of features as they are and of centred ones, two to one."""
+def plain_matched(pairs, warps, centre, share):
+    """The mean loss of all points: of features as they are, and for a share of centred ones."""
     raw = torch.stack(plain_match_losses(pairs, warps, 0.05)).mean()
     centred = torch.stack(plain_match_losses(pairs - centre, warps, 0.1)).mean()
-    return (2 * raw + centred) / 3
+    return (1 - share) * raw + share * centred
 
 
 def loading(imsize, mean, std):

@@ -357,7 +357,7 @@ def test_settings_show_what_a_recipe_set(train, tmp_path):
     _, about, _ = read_run(tmp_path)
     for known in (results_of(ran)["settings"], about["settings"]):
         assert known["recipe"] == "attend" and known["loss"] == "both" and known["attend"] == 1
-        assert known["heads"] == 3 and known["match_end"] == 0.5 and known["batch_size"] == 4
+        assert known["heads"] == 3 and known["match_end"] == 0.4 and known["batch_size"] == 4
     assert (about["attend"], about["heads"], about["downsample"]) == (1, 3, "resize")
 
     # how its flags were set does not matter at --resume
@@ -377,6 +377,7 @@ def test_settings_show_what_a_recipe_set(train, tmp_path):
 def test_matching_equals_the_plain_version(train, folder, tmp_path, rule_features):
     """The loss of the first epoch, whose photos and copies are those of the data set."""
     more = ["--match", 0.5, "--loss", "both", "--attend", 1, "--epochs", 1, "--augment"]
+    more += ["--match_centred", 0.25]
     ran = train(*more)
     assert ran.code == 0, ran.err
     _, _, lines = read_run(tmp_path)
@@ -398,7 +399,7 @@ def test_matching_equals_the_plain_version(train, folder, tmp_path, rule_feature
         out = lift(levels[1], f2)
         loss = plain_loss("both", out, f1, centre)
         warps = [item["warp"] for item in items]
-        loss = loss + 0.5 * plain_matched(out, warps, centre)
+        loss = loss + 0.5 * plain_matched(out, warps, centre, 0.25)
         loss = loss + plain_loss("both", lift(levels[2], f3), f2, centre)
         loss.backward()
         optimizer.step()
@@ -824,7 +825,7 @@ def test_matching_of_two_processes_equals_that_of_one(flags, folder, tmp_path, r
             warps = [item["warp"] for item in items]
             raw += plain_match_losses(out, warps, 0.05)
             centred += plain_match_losses(out - centre, warps, 0.1)
-        matched = (2 * torch.stack(raw).mean() + torch.stack(centred).mean()) / 3
+        matched = (torch.stack(raw).mean() + torch.stack(centred).mean()) / 2
         loss = total + 0.5 * matched
         loss.backward()
         optimizer.step()
@@ -930,6 +931,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(train, tmp_path, monkeyp
         (["--attend", 1, "--heads", 2], "_64_attend1_heads2"),
         (["--match", 0.5], "_64_match0.5"),
         (["--match", 0.5, "--match_end", 0.2], "_64_match0.5to0.2"),
+        (["--match", 0.5, "--match_centred", 1], "_64_match0.5_centred1.0"),
         (["--seed", 3], "_64_seed3"),
     ],
 )
@@ -1011,6 +1013,7 @@ BAD = {
     "heads": (["--attend", 1, "--heads", 5], "5 heads do not divide 192 channels: pass --heads 1"),
     "no heads": (["--heads", 0], "--heads 0 is too small: pass 1 or more"),
     "match_end": (["--match_end", -1], "--match_end -1.0 is too small: pass 0 or more"),
+    "match_centred": (["--match_centred", 2], "--match_centred 2.0 is not a share: pass 0 to 1"),
     "own_missing": (
         ["--my_extractor", "own_backbone:nothing"],
         "pass --my_extractor module:function",
