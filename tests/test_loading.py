@@ -271,7 +271,8 @@ class Started:
 
     def __init__(self, tmp_path, prefix=(), **options):
         script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(**{"stuck": 0, "numbers": 9, "keep_term": 0, "most": 10**3, **options}))
+        values = {"stuck": 0, "numbers": 9, "keep_term": 0, "most": 10**3, **options}
+        script.write_text(SCRIPT.format(**values))
         self.process = subprocess.Popen(
             [*prefix, sys.executable, script],
             stdout=subprocess.PIPE,
