@@ -4,9 +4,11 @@
     loader = Loader(photos, workers=4, batches=keys_of_batches)  # collated batches
     for item in loader: ...
 
-An exception in a worker is raised by the loop. A worker that dies ends it at once. torch's
-DataLoader may then wait for ever, and so may ProcessPoolExecutor: its workers share one pipe, which
-stays open if one of them is killed in the middle of an item. Here each worker has its own.
+Whatever happens in a worker (an exception, a kill by the system) ends the loop at once, with a
+ValueError that names the cause and the remedy. torch's DataLoader may then wait for ever, and so
+may ProcessPoolExecutor: its workers share one pipe, which stays open if one of them is killed in
+the middle of an item. Here each worker has its own. Nothing goes through /dev/shm, which is small
+in containers.
 """
 
 import copyreg
@@ -15,7 +17,6 @@ import os
 import pickle
 import signal
 import threading
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, default_collate
+
+from command import is_out_of_memory, out_of_memory
+from files import first_line
 
 AHEAD = 2  # items for each worker that are asked for before they are needed
 
@@ -64,7 +68,7 @@ class Loader:
         return len(keys)
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises what a worker raises, and ValueError for one that dies."""
+        """Raises ValueError: something happened in a worker."""
         batched = self.batches is not None
         keys: Any = self.batches if batched else range(len(self))
         if self.workers == 0:
@@ -92,20 +96,18 @@ class Loader:
                 raise
 
     def ask(self, idle: SimpleQueue, key: Any) -> Any:
-        """The item of a key from an idle worker. Raises what the worker raised, or ValueError."""
+        """The item of a key from an idle worker; ValueError if it tells of an error, or dies."""
         worker = idle.get()
         try:
             worker.pipe.send(key)
             item, error = pickle.loads(worker.pipe.recv_bytes())
         except (EOFError, OSError) as lost:
             worker.process.join()
-            status = worker.process.exitcode
-            end = f"a worker was killed or crashed (status {status}; -9: memory may have run out)"
-            raise ValueError(f"{end}: pass fewer --workers, or --workers 0") from lost
+            raise ValueError(why_lost(worker.process.exitcode)) from lost
         finally:
             idle.put(worker)
         if error:
-            raise error
+            raise ValueError(error)
         if self.pin_memory:
             return {name: tensor.pin_memory() for name, tensor in item.items()}
         return item
@@ -135,6 +137,19 @@ def kill(workers: list[Worker]) -> None:
     workers.clear()
 
 
+def why_lost(status: int) -> str:
+    """What to tell of a worker that ended, in one line."""
+    end = f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        end = "was killed, as the system does where memory runs out"
+    elif status < 0:
+        end = f"was killed by {signal.Signals(-status).name}"
+    return f"a worker {end}: pass fewer --workers, or --workers 0"
+
+
+# ---- in a worker --------------------------------------------------------------------------------
+
+
 def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
     """What a worker does: read the items of the keys that come, until it is killed.
 
@@ -151,11 +166,20 @@ def work(dataset: Dataset, batched: bool, pipe: Connection) -> None:
             key = pipe.recv()
             try:
                 # as bytes: a pipe's own pickles put tensors into /dev/shm, which may be full
-                answer = pickle.dumps((fetch(dataset, key, batched), None))
+                answer = pickle.dumps((fetch(dataset, key, batched), ""))
             except Exception as error:
-                error.add_note(f"In a worker:\n{traceback.format_exc()}")
-                answer = pickle.dumps((None, error))
+                answer = pickle.dumps((None, explain(error)))
             pipe.send_bytes(answer)
+
+
+def explain(error: Exception) -> str:
+    """What to tell of an exception in a worker, in one line."""
+    if is_out_of_memory(error):
+        return f"{out_of_memory(error)}, or pass fewer --workers"
+    if isinstance(error, ValueError | OSError) and str(error):  # meant for the user
+        return str(error)
+    what = f"{type(error).__name__} in a worker ({first_line(error)})"
+    return f"{what}: pass --workers 0 to see where"
 
 
 def as_array(tensor: torch.Tensor) -> tuple:

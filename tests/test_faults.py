@@ -951,7 +951,7 @@ def test_campaign_of_kills(tree, tmp_path, fork, whole, capfd, name):
 
 # ---- workers killed -----------------------------------------------------------------------------
 
-AS_THE_SYSTEM_DOES = (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV)  # memory, /dev/shm, a bug
+AS_THE_SYSTEM_DOES = (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV)  # memory, a drive, a bug
 
 
 def is_running(pid):
@@ -985,7 +985,7 @@ def worker_killed_and_resumed(tree, folder, name, fork, whole, number, delay, rn
         seconds = time.monotonic() - began
         if found == "refused":
             said = process.log()[1]
-            assert "a worker was killed" in said or "/dev/shm is full" in said, said
+            assert "a worker was killed" in said, said
             assert "--workers 0" in said, said
         assert not any(is_running(pid) for pid in workers)
 
@@ -1011,15 +1011,12 @@ def test_a_killed_worker_ends_the_run_with_one_line(tree, tmp_path, fork, whole,
 
 
 @pytest.mark.parametrize("name", ["folder", "train", "segment"])
-def test_a_full_shared_memory(case, fork, whole, name):
-    """As in Docker, whose 64 MB are full with photos of a usual size."""
+def test_no_shared_memory(case, fork, whole, name):
+    """Docker gives 64 MB of it, which are full with photos of a usual size."""
     with mounted(case / "try", "-t", "tmpfs", "tmpfs"):
         pass  # may this user mount?
     process = fork(name, shm=8192, more="--workers 2")
-    assert process.wait(30) == "refused"
-    said = process.log()[1]
-    assert "/dev/shm is full" in said and "--workers 0" in said and "--shm-size" in said
-    assert fork(name, resume=True).wait() == "read"
+    assert process.wait(120) == "read"
     assert results(case / f"out_{name}") == whole(name).results
 
 

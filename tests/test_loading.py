@@ -161,41 +161,38 @@ def exits():
 
 
 FAULTS = {
-    photos_vanish: (ValueError, "no photo can be read: replace or remove them"),
-    file_is_gone: (FileNotFoundError, "No such file or directory: '/none/photo.jpg'"),
-    bug: (KeyError, "pixels"),
-    memory: (MemoryError, "Unable to allocate memory"),
-    killed: (ValueError, "status -9; -9: memory may have run out): pass fewer --workers"),
-    crashed: (ValueError, "a worker was killed or crashed (status -11; "),
-    exits: (ValueError, "(status 3; -9: memory may have run out): pass fewer --workers, or"),
+    photos_vanish: "no photo can be read: replace or remove them",
+    file_is_gone: "No such file or directory: '/none/photo.jpg'",
+    bug: "KeyError in a worker ('pixels'): pass --workers 0",
+    memory: "out of memory",
+    killed: "a worker was killed, as the system does where memory runs out: pass fewer --workers",
+    crashed: "a worker was killed by SIGSEGV: pass fewer --workers, or --workers 0",
+    exits: "a worker ended with status 3: pass fewer --workers, or --workers 0",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_worker_ends_the_loop(fault):
+def test_a_fault_in_a_worker_ends_the_loop_with_one_line(fault):
     loader = Loader(Numbers(fault), 3)
     began = time.monotonic()
     items = iter(loader)
     next(items)
     pids = worker_pids(loader)
-    kind, message = FAULTS[fault]
-    with pytest.raises(kind) as raised:
+    with pytest.raises(ValueError) as raised:
         for _ in items:
             pass
-    assert message in str(raised.value)
+    assert FAULTS[fault] in str(raised.value)
     assert "\n" not in str(raised.value)
-    if fault is bug:
-        assert "test_loading.py" in raised.value.__notes__[0], "where it was raised"
     assert time.monotonic() - began < 20
     assert not any(is_alive(pid) for pid in pids)
-    with pytest.raises(kind):  # the loader starts new workers, and meets the same
+    with pytest.raises(ValueError):  # the loader starts new workers, and meets the same
         list(loader)
 
 
 def test_a_worker_killed_from_outside_is_told():
     """As the system does it: while the others go on, and nothing is asked of it."""
     loader = Loader(Numbers(length=10**6), 3)
-    with pytest.raises(ValueError, match="memory may have run out"):
+    with pytest.raises(ValueError, match="as the system does where memory runs out"):
         for number, _ in enumerate(loader):
             if number == 3:
                 os.kill(worker_pids(loader)[1], signal.SIGKILL)
@@ -219,7 +216,7 @@ def test_a_worker_killed_in_the_middle_of_an_item_is_told():
         next(items)
         time.sleep(number * 0.005)
         os.kill(worker_pids(loader)[0], signal.SIGKILL)
-        with pytest.raises(ValueError, match="memory may have run out"):
+        with pytest.raises(ValueError, match="as the system does where memory runs out"):
             for _ in items:
                 pass
 
@@ -331,7 +328,7 @@ def test_workers_that_are_not_forked(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert ran.stderr == ""
-    assert ran.stdout == "3\n3\n"
+    assert ran.stdout == "3\nKeyError in a worker (3): pass --workers 0 to see where\n"
 
 
 NOT_FORKED = """
@@ -350,7 +347,7 @@ if __name__ == "__main__":
     try:
         for _ in Loader(few, 1):
             read += 1
-    except KeyError as error:
+    except ValueError as error:
         print(read)
         print(error)
 """
