@@ -183,9 +183,7 @@ class DenseExtractor(nn.Module):
         """Resize an RGB photo to `size`, once."""
         return fit(photo, 1 if self.exact_size else self.patch, load_size)
 
-    def preprocess(
-        self, image_path: Any, load_size: LoadSize = None
-    ) -> tuple[Tensor, Image.Image]:
+    def preprocess(self, image_path: Any, load_size: LoadSize = None) -> tuple[Tensor, Image.Image]:
         """Read, fit and normalise one photo.
 
         Args:
@@ -266,8 +264,6 @@ class MyExtractor(DenseExtractor):
 
     Args:
         imsize: pixels of the square image by which patch and channels are found out.
-    Raises:
-        ValueError: the module does not take such an image.
     """
 
     def __init__(self, module: nn.Module, name: str, imsize: int, device: str, dtype: str):

@@ -111,8 +111,6 @@ class ViTExtractor(DenseExtractor):
         requires_grad: let gradients reach the images; the ViT stays frozen.
         exact_size: read photos as dino-vit-features does: not turned as their EXIF says, and their
             sides not rounded to multiples of the patch.
-    Raises:
-        ValueError: something does not exist or does not fit.
     """
 
     def __init__(
@@ -343,12 +341,8 @@ class ViTExtractor(DenseExtractor):
         One goes with every item of the other's list; two lists are paired in order.
         """
         several = isinstance(layer, (list, tuple)) or isinstance(facet, (list, tuple))
-        if layer is None:
-            layer = self.layer
-        if facet is None:
-            facet = self.facet
-        layers = as_list(layer)
-        facets = as_list(facet)
+        layers = as_list(self.layer if layer is None else layer)
+        facets = as_list(self.facet if facet is None else facet)
         if len(layers) == 1:
             layers = layers * len(facets)
         if len(facets) == 1:
@@ -367,13 +361,11 @@ class ViTExtractor(DenseExtractor):
             ValueError: the images have another shape, or layer or facet do not exist.
         """
         pairs, several = self._wanted(layer, facet)
-        found = self._facets(images, pairs)
-        grid = self.grid(*images.shape[-2:])
         maps = []
-        for x in found:
-            patches = x[:, :, self._prefix_count() :]                             # [B, heads, t, d]
-            tokens = join_heads(patches)                                          # [B, t, C]
-            maps.append(tokens.transpose(1, 2).unflatten(2, grid))                # [B, C, h, w]
+        for x in self._facets(images, pairs):                       # [B, heads, T, d]
+            tokens = join_heads(x[:, :, self._prefix_count() :])    # [B, t, C]
+            grid = self.grid(*images.shape[-2:])
+            maps.append(tokens.transpose(1, 2).unflatten(2, grid))  # [B, C, h, w]
         if several:
             return maps
         return maps[0]
@@ -410,8 +402,6 @@ class ViTExtractor(DenseExtractor):
             layer, facet: the extractor's own where left out; a list of either gives a list.
             bin: add the surroundings of every descriptor, 17 bins of C channels.
             include_cls: put the CLS token first (t + 1); not with `bin`.
-        Raises:
-            ValueError: the backbone does not have what is asked for.
         Source: Amir et al., section 3.
         """
         assert not (bin and include_cls), "bins of a CLS token do not exist"
@@ -419,16 +409,14 @@ class ViTExtractor(DenseExtractor):
             self._check_cls()
         pairs, several = self._wanted(layer, facet)
         descriptors = []
-        for x in self._facets(batch, pairs):                       # [B, heads, T, d]
+        for x in self._facets(batch, pairs):                      # [B, heads, T, d]
             patches = x[:, :, self._prefix_count() :]
             if include_cls:
                 patches = torch.cat([x[:, :, :1], patches], dim=2)
-            tokens = join_heads(patches)                           # [B, t, C]
             if bin:
-                grid = self.grid(*batch.shape[-2:])
-                feats = tokens.transpose(1, 2).unflatten(2, grid)  # [B, C, h, w]
-                tokens = log_bin(feats)                            # [B, t, 17*C]
-            descriptors.append(tokens[:, None])
+                descriptors.append(self._log_bin(patches))        # [B, 1, t, 17*C]
+            else:
+                descriptors.append(join_heads(patches)[:, None])  # [B, 1, t, C]
         if several:
             return descriptors
         return descriptors[0]
@@ -572,11 +560,7 @@ def my_extractor(args: argparse.Namespace) -> nn.Module:
 
 
 def build_extractor(args: argparse.Namespace) -> DenseExtractor:
-    """The frozen network that the flags of add_backbone_args ask for.
-
-    Raises:
-        ValueError: something does not exist, or does not fit together.
-    """
+    """The frozen network that the flags of add_backbone_args ask for."""
     use_full_float32()
     device = pick_device(args.device, args.dtype)
     if device.type == "cpu":

@@ -35,8 +35,7 @@ class Bilinear(nn.Module):
         self.factor = 2**iterations
 
     def forward(self, images: Tensor, feats: Tensor) -> Tensor:
-        scale = self.factor
-        return F.interpolate(feats, scale_factor=scale, mode="bilinear", align_corners=False)
+        return F.interpolate(feats, scale_factor=self.factor, mode="bilinear", align_corners=False)
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, for settings."""
@@ -173,11 +172,7 @@ def check_finite(feats: Tensor, dtype: torch.dtype) -> None:
 
 
 def how_to_upsample(args: argparse.Namespace) -> str:
-    """How --upsample, --lift_path and --lift_iter ask to upsample: one of HOW, or MODULE:FUNCTION.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
+    """Which of HOW, or MODULE:FUNCTION, --upsample, --lift_path and --lift_iter ask for."""
     how = args.upsample
     if how is None:
         how = "lift" if args.lift_path else "none"
@@ -197,19 +192,15 @@ def build_features(args: argparse.Namespace) -> Features:
     """The Features that the flags of add_backbone_args and add_lift_args ask for, frozen.
 
     The LiFT file is read before the backbone is built, as that may have to be downloaded.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: something does not exist, or does not fit together.
     """
     how = how_to_upsample(args)
-    file = None
+    file: Any = None
     if args.lift_path:  # read where it is not used, too: a wrong path is a mistake all the same
         file = read_lift(args.lift_path)
     extractor = build_extractor(args)
 
     upsampler: Any = None
-    if file is not None and how == "lift":
+    if how == "lift":
         upsampler = Lifted(load_lift(file, extractor), extractor, args.lift_iter)
     elif how == "bilinear":
         upsampler = Bilinear(args.lift_iter)

@@ -57,24 +57,21 @@ def joint_bilateral(
     # centres of these output cells, in coarse cells from the centre of theirs: [f]
     centres = (torch.arange(factor, device=feats.device) + 0.5) / factor - 0.5
 
-    offsets = range(-radius, radius + 1)
+    steps = range(-radius, radius + 1)
+    offsets = [(down, right) for down in steps for right in steps]
     exponents = []
-    for down in offsets:
-        for right in offsets:
-            near = (centres - down).square()[:, None, None] + (centres - right).square()
-            unlike = (fine - per_cell(shifted(coarse, down, right))).square().sum(1, keepdim=True)
-            exponent = -near / (2 * spatial**2) - unlike / (2 * colour**2)
-            inside = shifted(torch.ones_like(coarse[:, :1]), down, right)
-            exponents.append(exponent.masked_fill(per_cell(inside) == 0, -torch.inf))
+    for down, right in offsets:
+        near = (centres - down).square()[:, None, None] + (centres - right).square()
+        unlike = (fine - per_cell(shifted(coarse, down, right))).square().sum(1, keepdim=True)
+        exponent = -near / (2 * spatial**2) - unlike / (2 * colour**2)
+        inside = shifted(torch.ones_like(coarse[:, :1]), down, right)
+        exponents.append(exponent.masked_fill(per_cell(inside) == 0, -torch.inf))
     # in softmax the largest is exp(0), so that the weights cannot all vanish
     weights = torch.stack(exponents).softmax(dim=0).to(feats.dtype)  # [K, B, 1, h, f, w, f]
 
     total = feats.new_zeros(*feats.shape[:2], height, factor, width, factor)
-    number = 0
-    for down in offsets:
-        for right in offsets:
-            total.addcmul_(weights[number], per_cell(shifted(feats, down, right)))
-            number += 1
+    for number, (down, right) in enumerate(offsets):  # a trace cannot iterate over a tensor
+        total.addcmul_(weights[number], per_cell(shifted(feats, down, right)))
     return total.flatten(4).flatten(2, 3)
 
 

@@ -218,9 +218,7 @@ class LiFT(nn.Module):
         """
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         # tokens return as tokens and maps as maps; without pre_shape, post_shape alone decides
-        as_tokens = self.post_shape
-        if self.pre_shape and feats.ndim == 4:
-            as_tokens = False
+        as_tokens = self.post_shape and not (self.pre_shape and feats.ndim == 4)
         if self.pre_shape and feats.ndim == 3 and feats.shape[1] == grid[0] * grid[1]:
             feats = tokens_to_map(feats, grid)
         self._check(images, feats, grid)
@@ -251,18 +249,19 @@ class LiFT(nn.Module):
         """Raise ValueError unless the features are those of the patches of the images."""
         p = self.patch_size
         height, width = images.shape[2:]
+        wrong = ""
+        remedy = f"resize the image to a multiple of the patch ({p})"
         if tuple(feats.shape[2:]) != grid:
             given = "x".join(str(size) for size in feats.shape[1:])
             if feats.ndim == 4:
                 given = f"{feats.shape[2]}x{feats.shape[3]}"
-            raise ValueError(
-                f"the feature grid is {given} but an image of {height}x{width} gives "
-                f"{grid[0]}x{grid[1]}: resize the image to a multiple of the patch ({p}) and take "
-                f"its features at stride {p}"
-            )
-        if (height, width) != (grid[0] * p, grid[1] * p):
-            what = f"an image of {height}x{width} has a side that is not a multiple of the patch"
-            raise ValueError(f"{what}: resize the image to a multiple of the patch ({p})")
+            wanted = f"an image of {height}x{width} gives {grid[0]}x{grid[1]}"
+            wrong = f"the feature grid is {given} but {wanted}"
+            remedy += f" and take its features at stride {p}"
+        elif (height, width) != (grid[0] * p, grid[1] * p):
+            wrong = f"an image of {height}x{width} has a side that is not a multiple of the patch"
+        if wrong:
+            raise ValueError(f"{wrong}: {remedy}")
 
 
 def start_at_zero(layer: Any) -> None:
@@ -383,6 +382,7 @@ def upsample(
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
+REMEDY = "pass a lift.pth written by train_lift.py"
 AUTHORS_FOLDER = "https://drive.google.com/drive/folders/12Q8n_vur3njOgAO1iu0P6tDIcszrnadd"
 AUTHORS_FILES = {
     "lift_dino_vits16.pth",
@@ -424,16 +424,18 @@ def read_lift(path: str | Path) -> LiFTFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no LiFT checkpoint at {path}: {where_to_get(path)}")
-    remedy = "pass a lift.pth written by train_lift.py"
-    state = {}
-    for key, value in load_tensors(path, remedy, remedy).items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path} is not a LiFT checkpoint ({key} is not a tensor): {remedy}")
-        state[key.removeprefix("module.")] = value
-    if "outc.weight" not in state or state["outc.weight"].ndim != 4:
-        raise ValueError(f"{path} is not a LiFT checkpoint (it has no outc.weight): {remedy}")
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{path} holds NaN or infinite weights: {remedy}")
+    loaded = load_tensors(path, REMEDY, REMEDY)
+    state = {key.removeprefix("module."): value for key, value in loaded.items()}
+    others = [key for key, value in loaded.items() if not isinstance(value, Tensor)]
+    wrong = ""
+    if others:
+        wrong = f"is not a LiFT checkpoint ({others[0]} is not a tensor)"
+    elif "outc.weight" not in state or state["outc.weight"].ndim != 4:
+        wrong = "is not a LiFT checkpoint (it has no outc.weight)"
+    elif not all(value.isfinite().all() for value in state.values()):
+        wrong = "holds NaN or infinite weights"
+    if wrong:
+        raise ValueError(f"{path} {wrong}: {REMEDY}")
 
     facts = read_facts(path)
     patch, residual, radius, heads = facts.get("patch"), facts.get("residual"), 0, 1
@@ -457,10 +459,7 @@ def where_to_get(path: Path) -> str:
 def read_facts(path: Path) -> dict[str, Any]:
     """What a module was trained for: the dict of `NAME.json`, or `lift.json`, beside it.
 
-    Returns:
-        At least backbone, layer and facet; an empty dict if there is neither file.
-    Raises:
-        ValueError: the file is not a JSON object with these.
+    It has at least backbone, layer and facet, and is empty if there is neither file.
     """
     for beside in (path.with_suffix(".json"), path.with_name("lift.json")):
         if not beside.is_file():
@@ -477,13 +476,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_fits(file: LiFTFile, extractor: Any) -> None:
-    """Refuse a module that was trained for another extractor than this one.
+    """Raise ValueError for a module that was trained for another extractor than this one.
 
     Other weights under the backbone's name are noted on stderr: fine-tuned ones may be meant.
-
-    Raises:
-        ValueError: in one sentence, for another backbone, layer, facet, patch, stride or number of
-            channels.
     """
     ours = {"backbone": extractor.tag, "layer": extractor.layer, "facet": extractor.facet}
     wrong = []
@@ -496,8 +491,7 @@ def check_fits(file: LiFTFile, extractor: Any) -> None:
         channels = extractor.channels or "as many as there are tokens"
         wrong.append(f"descriptors of {file.channels} channels, not {channels}")
     if wrong:
-        differences = " and ".join(wrong)
-        what = f"{file.path} was trained for {differences}"
+        what = f"{file.path} was trained for {' and '.join(wrong)}"
         raise ValueError(f"{what}: choose its own backbone, layer and facet, or another module")
     if extractor.stride != extractor.patch:
         raise ValueError(
@@ -547,9 +541,7 @@ def load_lift(
         lift.load_state_dict(file.state, strict=True)
     except RuntimeError as error:
         one_line = " ".join(str(error).split())  # torch's own first line names no key
-        reason = first_line(one_line)
-        remedy = "pass a lift.pth written by train_lift.py"
-        raise ValueError(f"{file.path}: {reason}: {remedy}") from error
+        raise ValueError(f"{file.path}: {first_line(one_line)}: {REMEDY}") from error
 
     lift.requires_grad_(False).eval()
     lift.fold()
