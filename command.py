@@ -289,13 +289,10 @@ def deciding(
         facts: see `settings`.
     """
     unimportant = {*leave_out, "backbone_path", "lift_path", "device", "json"}
-    kept = {}
-    for name, value in vars(args).items():
-        if name in unimportant:
-            continue
-        if name in paths and value is not None:
-            value = str(Path(value).resolve())
-        kept[name] = value
+    kept = {name: value for name, value in vars(args).items() if name not in unimportant}
+    for name in paths:
+        if kept.get(name) is not None:
+            kept[name] = str(Path(kept[name]).resolve())
     return plain({**kept, **facts})
 
 

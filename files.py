@@ -20,7 +20,7 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +110,20 @@ def load_tensors(path: str | Path, if_missing: str, if_damaged: str) -> dict[str
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        refuse_packed(path)
-        # DINO's checkpoints carry their flags as a Namespace
-        known: list[Any] = [argparse.Namespace, *as_foreign(path)]
+        known: list[Any] = [argparse.Namespace]  # DINO's checkpoints carry their flags as one
+        if zipfile.is_zipfile(path):  # torch's old format is none, and cannot be searched
+            refuse_packed(path)
+            known += as_foreign(path)
         with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles, then raises anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise TypeError(f"a {type(state).__name__} instead of a state_dict")
         return state
-    except pickle.UnpicklingError as error:  # torch's text speaks of its own history
-        raise ValueError(f"{path} is damaged or holds more than tensors: {if_damaged}") from error
     except Exception as error:  # damaged files raise nearly anything
         what = f"cannot read weights from {path} ({first_line(error)})"
+        if isinstance(error, pickle.UnpicklingError):  # torch's text speaks of its own history
+            what = f"{path} is damaged or holds more than tensors"
         raise ValueError(f"{what}: {if_damaged}") from error
 
 
@@ -143,8 +144,6 @@ def as_foreign(path: str | Path) -> list[tuple[type, str]]:
     """
     import torch
 
-    if not zipfile.is_zipfile(path):  # torch's old format, which cannot be searched
-        return []
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [(Foreign, name) for name in names if not name.startswith(("torch.", "builtins."))]
 
@@ -154,8 +153,6 @@ def refuse_packed(path: str | Path) -> None:
 
     torch.save never compresses, and a small file must not fill the memory.
     """
-    if not zipfile.is_zipfile(path):
-        return
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     packed = Path(path).stat().st_size
@@ -248,12 +245,15 @@ class Results:
             what = f"{first} is there, and no {SETTINGS} says what made it"
             raise ValueError(f"{what}: choose an empty folder")
         if first and not overwrite:
+            wrong = ""
             try:
                 changed = difference(json.loads(path.read_text()), settings)
+                if changed:
+                    wrong = f"{folder} was made with {changed}"
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
-            if changed:
-                raise ValueError(f"{folder} was made with {changed}: {remedy}")
+                wrong = f"{path} is damaged ({first_line(error)})"
+            if wrong:
+                raise ValueError(f"{wrong}: {remedy}")
             return
 
         # new settings for an empty folder, or one that is emptied
@@ -276,8 +276,6 @@ class Results:
         """Whether the result of this name is there."""
         return os.path.isfile(self.path(name))  # False, too, for a name that is too long
 
-    @contextmanager
-    def writing(self, name: str | Path) -> Iterator[Path]:
+    def writing(self, name: str | Path) -> AbstractContextManager[Path]:
         """Write the result of this name, whole or not at all (see `replacing`)."""
-        with replacing(self.path(name)) as temporary:
-            yield temporary
+        return replacing(self.path(name))

@@ -222,11 +222,10 @@ def eight_bits(values: np.ndarray, floating: bool, name: str | Path) -> np.ndarr
             white = 2.0**bits - 1
     if low < 0 or high > white or (floating and 1 < high < white / 4):
         black, white = (float(value) for value in np.percentile(known, (0.1, 99.9)))
-    if (black, white) != (0, 1):
+    if (black, white) != (0, 1) and TOLD[0] == 0:
+        TOLD[0] = 1
         rule = f"{black:g} is read as black, {white:g} as white; other such files by the same rule"
-        if TOLD[0] == 0:
-            TOLD[0] = 1
-            note(f"{name} has values from {low:g} to {high:g}, and {rule}")
+        note(f"{name} has values from {low:g} to {high:g}, and {rule}")
 
     values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
     shares = (values - black) / max(white - black, 1e-12)
@@ -269,20 +268,16 @@ def as_photo(image: Any, upright: bool = True) -> Image.Image:
 def list_images(path: str | Path) -> list[Path]:
     """Images of a file, a folder with its subfolders, or a glob pattern, sorted.
 
-    Folders behind links are searched, each once. Hidden files and folders are left out.
-
-    Raises:
-        ValueError: there is none; says what is there instead.
+    Folders behind links are searched, each once. Hidden files and folders are left out. Where there
+    is none a ValueError says what is there instead.
     """
     check_path(path)
     if Path(path).is_file():
         return [Path(path)]
     files = files_at(path)
-    images = []
-    for file in files:
-        # a link that leads nowhere counts, too, so that whoever reads it says so
-        if file.suffix.lower() in IMAGES and (file.is_file() or file.is_symlink()):
-            images.append(file)
+    named = [file for file in files if file.suffix.lower() in IMAGES]
+    # a link that leads nowhere counts, too, so that whoever reads it says so
+    images = [file for file in named if file.is_file() or file.is_symlink()]
     if images:
         return sorted_naturally(images)
     found = left_out(files)
