@@ -15,6 +15,7 @@ Notation: H W pixels of a mask.
 import csv
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ CSVS = ("global_results-val.csv", "per-sequence_results-val.csv")
 METRICS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 WITHOUT = "J&F-Mean without absent labels"
 
+GREY = [label for label in range(256) for _ in range(3)]  # a palette as a flat list
+
 
 # ---- masks --------------------------------------------------------------------------------------
 
@@ -41,27 +44,20 @@ def voc_palette() -> list[int]:
     palette = []
     for label in range(256):
         for channel in range(3):
-            shade = 0
-            for turn in range(3):
-                bit = (label >> (3 * turn + channel)) & 1
-                shade |= bit << (7 - turn)
-            palette.append(shade)
+            bits = [(label >> (3 * turn + channel)) & 1 for turn in range(3)]
+            palette.append(bits[0] << 7 | bits[1] << 6 | bits[2] << 5)
     return palette
 
 
 def davis_palette() -> list[int]:
     """The palette of DAVIS as a flat list: nearly VOC's first 22 colours, then shades of grey."""
-    palette = [min(shade, 191) for shade in voc_palette()[: 3 * 22]]
-    for label in range(22, 256):
-        palette += [label, label, label]
-    return palette
+    return [min(shade, 191) for shade in voc_palette()[: 3 * 22]] + GREY[3 * 22 :]
 
 
 def labels_of_colours() -> dict[tuple[int, ...], int]:
     """{(R, G, B): label} of DAVIS's palette, of VOC's, and of grey; the first of them counts."""
-    grey = [label for label in range(256) for _ in range(3)]
     labels: dict[tuple[int, ...], int] = {}
-    for palette in (davis_palette(), voc_palette(), grey):
+    for palette in (davis_palette(), voc_palette(), GREY):
         for label, colour in enumerate(np.reshape(palette, (256, 3)).tolist()):
             labels.setdefault(tuple(colour), label)
     return labels
@@ -121,25 +117,18 @@ def read_colours(path: Path, pixels: np.ndarray) -> np.ndarray:
     return np.array(labels, np.uint8)[places].reshape(codes.shape)
 
 
+@dataclass
 class MaskReader:
     """Reads the masks of one video in one folder as labels [H, W] uint8; 255 is background.
 
     The first mask that is read decides what grey values mean: those of the palette's colours (38
     for its red, ...) are the labels of these colours.
-
-    Attributes:
-        has_void: 255 was in one of them.
-        has_shades: grey values are those of the palette's colours.
-
-    Args:
-        binary: there is one object, whatever is not 0.
     """
 
-    def __init__(self, binary: bool = False):
-        self.binary = binary
-        self.has_void = False
-        self.has_shades = False
-        self.table: np.ndarray | None = None  # the label of each value, [256] uint8
+    binary: bool = False             # there is one object, whatever is not 0
+    has_void: bool = False           # 255 was in one of the masks
+    has_shades: bool = False         # grey values are those of the palette's colours
+    table: np.ndarray | None = None  # the label of each value, [256] uint8
 
     def __call__(self, path: Path) -> np.ndarray:
         """The labels of a mask. Raises as `read_mask`."""
@@ -179,9 +168,7 @@ def as_ranges(numbers: list[int]) -> str:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    words = []
-    for first, last in ranges:
-        words.append(f"{first}" if first == last else f"{first}-{last}")
+    words = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges]
     return ", ".join(words)
 
 

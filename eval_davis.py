@@ -173,10 +173,8 @@ def find_videos(dataroot: str | Path, names: list[str] | None, with_frames: bool
         first_only = annotated == stems[:1] and len(frames) > 1
         missing = sorted_naturally(set(stems) ^ set(annotated))
         if missing and not first_only:
-            what = f"{name} in {root} has no frame {missing[0]}"
-            if missing[0] in stems:
-                what = f"{name} in {root} has no annotation {missing[0]}"
-            raise FileNotFoundError(f"{what}: restore it")
+            what = "annotation" if missing[0] in stems else "frame"
+            raise FileNotFoundError(f"{name} in {root} has no {what} {missing[0]}: restore it")
         videos.append(Video(name, frames, masks, first_only))
     return videos
 
@@ -370,7 +368,7 @@ def propagate(
 
 
 def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, topk: int) -> Tensor:
-    """Carry the segmentations of a context over to a frame.
+    """Carry the segmentations of a context over to a frame: its soft segmentation [h, w, n].
 
     The sources of a target cell are all cells of all context frames that are at most `radius` away
     along both axes. Those that are at least as similar as the `topk`-th vote, ties included, with
@@ -383,15 +381,12 @@ def transfer(cells: Tensor, context: list[tuple[Tensor, Tensor]], radius: int, t
         cells: L2-normalised features of the frame, [h, w, C].
         context: pairs of the same [h, w, C] and a soft segmentation [h, w, n].
         radius: 0 is everywhere.
-    Returns:
-        Soft segmentation [h, w, n].
     """
     height, width, _ = cells.shape
     if radius == 0:
         radius = max(height, width)
-    _, first_segmentation = context[0]
-    label_count = first_segmentation.shape[2]
-    out = cells.new_empty(height, width, label_count)
+    _, segmentation = context[0]
+    out = cells.new_empty(height, width, segmentation.shape[2])
     side = block_side(height, width, radius, len(context), cells.device)
     far_rows = too_far(height, radius, cells.device)    # [h, h]
     far_columns = too_far(width, radius, cells.device)  # [w, w]
@@ -513,8 +508,7 @@ def harden(segmentation: Tensor, patch: int, size: tuple[int, int]) -> np.ndarra
     It is enlarged p times bilinearly, and each channel stretched to 0..1. The largest channel is
     the label, resized by the nearest neighbour.
     """
-    scale = float(patch)
-    large = F.interpolate(segmentation[None], scale_factor=scale, mode="bilinear")[0]
+    large = F.interpolate(segmentation[None], scale_factor=float(patch), mode="bilinear")[0]
     low = large.amin((1, 2), keepdim=True)
     high = large.amax((1, 2), keepdim=True)
 

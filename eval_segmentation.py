@@ -325,8 +325,8 @@ def predict(
     groups = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     loader = Loader(photos, workers, groups)
     total: Any = 0
-    for group, batch in zip(groups, progress(loader, unit="batch", desc="scoring")):
-        images, truth = batch
+    batches = progress(loader, unit="batch", desc="scoring")
+    for group, (images, truth) in zip(groups, batches):
         feats = half_features(features, images)
         truth = truth.to(feats.device)
         predicted = logits_of(probe, feats, truth.shape[1:]).argmax(dim=1)      # [B, H, W]
@@ -407,9 +407,7 @@ def table(results: dict[str, Any]) -> str:
     """The result of `scores` as text, a line for each class."""
     lines = [f"{'class':24}{'share':>8}{'IoU':>8}"]
     for row in results["classes"]:
-        iou = "-"
-        if row["iou"] is not None:
-            iou = f"{row['iou']:.2f}"
+        iou = "-" if row["iou"] is None else f"{row['iou']:.2f}"
         lines.append(f"{row['class']:24}{row['share']:8.2f}{iou:>8}")
     lines.append(f"mIoU {results['miou']:.2f}, accuracy {results['accuracy']:.2f}")
     return "\n".join(lines)
@@ -470,10 +468,8 @@ def save_pictures(photos: Photos, names: list[str], count: int, results: Results
 
 def find_photos(args: argparse.Namespace, data: DataSet, split: str) -> Photos:
     """The Photos of a split, at the size that --size or --imsize says."""
-    size = (args.imsize, args.imsize)
-    if args.size:
-        size = (args.size[0], args.size[1])
-    return read_photos(data, Path(args.dataroot), split, size, squash=bool(args.size))
+    height, width = args.size or (args.imsize, args.imsize)
+    return read_photos(data, Path(args.dataroot), split, (height, width), squash=bool(args.size))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -487,20 +483,19 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--visualize needs a folder for its pictures: pass --output_dir")
     data = choose_data(args.dataset, Path(args.dataroot), args.classes, args.ignore)
     photos = find_photos(args, data, args.split or data.test)
+    classes = len(data.classes)
     facts: dict[str, Any] = {}
     if args.score_only:
-        total = score_maps(Path(args.score_only), photos, len(data.classes))
+        total = score_maps(Path(args.score_only), photos, classes)
     else:
         features = build_features(args)
-        height, width = photos.size
-        features.check_size(height, width, "--size" if args.size else "--imsize")
+        features.check_size(*photos.size, "--size" if args.size else "--imsize")
         facts = features.facts()
         results = None
         if args.output_dir:
             decided_by = deciding(args, NOT_IN_A_RESULT, ("dataroot",), **facts)
             results = Results(args.output_dir, decided_by, args.overwrite, WRITTEN)
         probe = get_probe(args, features, data, results)
-        classes = len(data.classes)
         total = predict(features, probe, photos, classes, args.batch_size, args.workers, results)
         if results:
             save_pictures(photos, data.classes, args.visualize, results)

@@ -7,8 +7,7 @@
     python eval_spair.py --dataroot SPair-71k --model_type dino_vits8 --stride 4 --layer 9 --bin
 
 The first four are rows of the LiFT paper: the backbone, bilinear upsampling, LiFT, and twice the
-size. --upsample MODULE:FUNCTION measures any other upsampler. The last command takes the
-descriptors of dino-vit-features: log-binned keys of layer 9.
+size. The last takes the descriptors of dino-vit-features: log-binned keys of layer 9.
 
 Each image is resized and centred on a black square. Its descriptors are L2-normalised on the
 feature grid and interpolated bilinearly to pixels. Every keypoint of the source is matched to the
@@ -206,18 +205,14 @@ def read_pairs(
             raise ValueError(f"{what}: choose others with --categories")
         if per_category > 0:
             paths = [paths[number] for number in random.choice(len(paths), per_category)]
-        for path in paths:
-            pairs.append(read_pair(path, images / category))
+        pairs += [read_pair(path, images / category) for path in paths]
     return pairs
 
 
 def images_of(pairs: list[Pair]) -> list[Path]:
     """The images of some pairs, each once, in the order in which they are needed."""
-    paths: dict[Path, None] = {}  # a set that keeps its order
-    for pair in pairs:
-        paths[pair.source] = None
-        paths[pair.target] = None
-    return list(paths)
+    every = [path for pair in pairs for path in (pair.source, pair.target)]
+    return list(dict.fromkeys(every))
 
 
 def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, float, Tensor]:
@@ -256,14 +251,11 @@ def describe(features: Maps, paths: list[Path], size: int, cosine: bool) -> dict
     batch = features(squares)                                                     # [B, C, h, w]
 
     described = {}
-    for number, path in enumerate(paths):
+    for path, image, (_, scale, offset), raw in zip(paths, images, boxed, batch):
         # normalize makes a copy: a mere view would keep the whole batch in memory
-        feats = F.normalize(batch[number], dim=0)                                 # [C, h, w]
-        norm = None
-        if cosine:
-            norm = pixel_norms(feats, size)
-        _, scale, offset = boxed[number]
-        described[path] = Described(feats, norm, images[number].size, scale, offset)
+        feats = F.normalize(raw, dim=0)                                           # [C, h, w]
+        norm = pixel_norms(feats, size) if cosine else None
+        described[path] = Described(feats, norm, image.size, scale, offset)
     return described
 
 
@@ -348,10 +340,7 @@ def chunks(pairs: list[Pair], capacity: int) -> list[list[Pair]]:
     if len(images) <= capacity:
         return [pairs]
     block_size = capacity // 2
-    block_of = {}
-    for number, image in enumerate(images):
-        block_of[image] = number // block_size
-
+    block_of = {image: number // block_size for number, image in enumerate(images)}
     by_blocks = defaultdict(list)
     for pair in pairs:
         first, second = sorted((block_of[pair.source], block_of[pair.target]))
@@ -531,18 +520,14 @@ def draw(match: Match, size: int, alpha: float, threshold: str, side: int = 448)
 # ---- the command --------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that are out of range."""
-    check_range(args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0)
-    check_range(args, visualize=0, seed=0)
+def main(args: argparse.Namespace) -> None:
+    """Match all pairs, print the table, draw pictures."""
+    check_range(
+        args, imsize=1, batch_size=1, cache_mb=0, pairs_per_category=0, visualize=0, seed=0
+    )
     if args.imsize > LARGEST:
         raise ValueError(f"--imsize {args.imsize} is too large: pass {LARGEST} or less")
     check_one_process()
-
-
-def main(args: argparse.Namespace) -> None:
-    """Match all pairs, print the table, draw pictures."""
-    check(args)
     pairs = read_pairs(
         args.dataroot, args.split, args.categories, args.pairs_per_category, args.seed
     )

@@ -6,9 +6,8 @@
     python eval_tokencut.py --dataroot ROOT --dataset COCO20k --tau 0.3 --output_dir out/coco
     python eval_tokencut.py --image_path photos/ --output_dir out/photos
 
-The last command needs no annotation: it draws the object that it finds in each photo. --upsample
-MODULE:FUNCTION measures any upsampler. --dinoseg cuts the attention of CLS instead: DINO-seg, the
-baseline of LOST.
+The last command needs no annotation: it draws the object that it finds in each photo. --dinoseg
+cuts the attention of CLS instead: DINO-seg, the baseline of LOST.
 
 The cells of an image are a graph, joined where their descriptors have a cosine above tau. The
 second smallest eigenvector of its normalised cut splits it. The connected part around the
@@ -155,14 +154,10 @@ class Found(NamedTuple):
 
 
 def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = True) -> np.ndarray:
-    """The graph of a map: the weights [N, N] of its edges; ValueError for more than MOST cells.
+    """The graph of a map [C, h, w]: the weights [N, N] of its edges (TokenCut, section 3.2).
 
     Args:
-        feats: [C, h, w].
         binary: weigh joined cells by 1, else by their cosine; eps is the weight of all others.
-    Returns:
-        float64 up to SMALL_GRAPH cells, else float32.
-    Source: TokenCut, section 3.2.
     """
     count = feats[0].numel()
     if count > MOST:
@@ -180,7 +175,7 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
 
 
 def second_eigenvector(graph: np.ndarray) -> np.ndarray:
-    """The second smallest eigenvector v [N] of (D - A) v = lambda D v.
+    """The second smallest eigenvector v [N] of (D - A) v = lambda D v (Shi and Malik, 2000).
 
     Graphs of up to SMALL_GRAPH cells go to LAPACK: in them, cells often tie for the largest entry,
     so that rounding chooses the object, and LAPACK's is the same everywhere, as far as we saw.
@@ -188,7 +183,6 @@ def second_eigenvector(graph: np.ndarray) -> np.ndarray:
 
     Args:
         graph: A, [N, N]; it may be overwritten. D is the diagonal of its row sums.
-    Source: Shi and Malik, 2000.
     """
     if np.ptp(graph) <= 1e-5 * np.abs(graph).max():
         # all edges are equal, and every v is as good as any other: LAPACK's is 1 at the second cell
@@ -488,15 +482,6 @@ def drop_flags_without_effect(args: argparse.Namespace) -> None:
         note(f"{' '.join(given)} do nothing, here as in the LiFT release")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that are out of range or contradict each other."""
-    check_range(args, imsize=1, dinoseg_head=0, tau=0, eps=1e-12)
-    if args.dinoseg and (args.lift_path or args.upsample or args.my_extractor):
-        others = "--lift_path, --upsample and --my_extractor"
-        raise ValueError(f"--dinoseg cuts the attention of a ViT itself: leave out {others}")
-    check_one_process()
-
-
 def read_samples(args: argparse.Namespace) -> list[Sample]:
     """The Samples that --image_path, or --dataset, --dataroot and --set, ask for."""
     annotated = not args.no_evaluation
@@ -615,7 +600,11 @@ def write_predictions(path: Path, results: Results, predictions: dict[str, dict]
 def main(args: argparse.Namespace) -> None:
     """Search every image; write predictions and pictures; print CorLoc or the boxes."""
     drop_flags_without_effect(args)
-    check(args)
+    check_range(args, imsize=1, dinoseg_head=0, tau=0, eps=1e-12)
+    if args.dinoseg and (args.lift_path or args.upsample or args.my_extractor):
+        others = "--lift_path, --upsample and --my_extractor"
+        raise ValueError(f"--dinoseg cuts the attention of a ViT itself: leave out {others}")
+    check_one_process()
     samples = read_samples(args)
     own_photos = args.image_path is not None
     if own_photos and args.visualize is None:

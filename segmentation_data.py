@@ -18,6 +18,7 @@ Notation: H W pixels, K classes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,10 +95,7 @@ def find_voc(root: Path, split: str) -> list[Sample]:
         root / "VOC2012/VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012", root / "VOC2012", root
     )
     names = first_of(home / "ImageSets/Segmentation" / f"{split}.txt")
-    masks = home / "SegmentationClass"
-    if split.endswith("aug"):
-        masks = home / "SegmentationClassAug"
-
+    masks = home / ("SegmentationClassAug" if split.endswith("aug") else "SegmentationClass")
     samples = []
     for name in names.read_text().split():
         image = inside(home / "JPEGImages", f"{name}.jpg")
@@ -254,22 +252,14 @@ def as_classes(labels: np.ndarray, table: np.ndarray, path: Path) -> Tensor:
     return torch.from_numpy(classes)
 
 
+@dataclass(eq=False)
 class Photos(Dataset):
-    """The photos of a split with their classes; a key is (number, flipped).
+    """The photos of a split with their classes; a key is (number, flipped)."""
 
-    Args:
-        table: see class_table.
-        size: (H, W) in pixels.
-        squash: resize both sides; else the shorter side, and crop at the centre.
-    """
-
-    def __init__(
-        self, samples: list[Sample], table: np.ndarray, size: tuple[int, int], squash: bool
-    ):
-        self.samples = samples
-        self.table = table
-        self.size = size
-        self.squash = squash
+    samples: list[Sample]
+    table: np.ndarray      # see class_table
+    size: tuple[int, int]  # (H, W) in pixels
+    squash: bool           # resize both sides; else the shorter side, and crop at the centre
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -112,22 +112,19 @@ def read_voc(
 # ---- COCO20k ------------------------------------------------------------------------------------
 
 
-def read_coco(path: Path) -> dict[str, Any]:
-    """The content of a COCO annotation file; ValueError if it is malformed."""
+def read_coco(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The content of a COCO annotation file and its `coco_boxes`; ValueError if it is malformed."""
     try:
         content = json.loads(read_text(path))
-        coco_boxes(content)
+        return content, coco_boxes(content)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         what = f"{path} is not a COCO annotation file ({first_line(repr(error))})"
         raise ValueError(f"{what}: restore or remove it") from error
-    return content
 
 
 def coco_boxes(content: dict[str, Any]) -> dict[str, np.ndarray]:
     """{file name: boxes [n, 4] of its objects} of COCO's annotations, without crowds."""
-    corners: dict[Any, list] = {}  # {image id: its boxes}
-    for image in content["images"]:
-        corners[image["id"]] = []
+    corners: dict[Any, list] = {image["id"]: [] for image in content["images"]}  # boxes by id
     for annotation in content["annotations"]:
         if not annotation["iscrowd"] and annotation["image_id"] in corners:
             x, y, width, height = map(float, annotation["bbox"])
@@ -154,33 +151,34 @@ def select(instances: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {**instances, "images": images, "annotations": annotations}
 
 
-def coco20k_annotations(root: Path) -> dict[str, Any]:
-    """The annotations of COCO20k: those images of COCO's own file that are in its list of names.
+def coco20k_boxes(root: Path) -> dict[str, np.ndarray]:
+    """`coco_boxes` of COCO20k: of those images of COCO's own file that are in its list of names.
 
     COCO's file is large, so the selection is kept beside the list, until that changes.
     """
     listed = root / "coco_20k_filenames.txt"
     kept = root / "instances_train2014_sel20k.json"
-    selection = None
+    boxes = None
     if kept.is_file():
-        selection = read_coco(kept)
+        _, boxes = read_coco(kept)
         if not listed.is_file():
-            return selection
+            return boxes
 
     names = [Path(line).name for line in read_text(listed).split()]
-    if selection and {image["file_name"] for image in selection["images"]} == set(names):
-        return selection
-    selection = select(read_coco(root / "COCO/annotations/instances_train2014.json"), names)
-    with suppress(OSError):  # in a folder that others own it is not kept
-        write_text(kept, json.dumps(selection))
-    return selection
+    if boxes is None or boxes.keys() != set(names):
+        instances, _ = read_coco(root / "COCO/annotations/instances_train2014.json")
+        selection = select(instances, names)
+        boxes = coco_boxes(selection)
+        with suppress(OSError):  # in a folder that others own it is not kept
+            write_text(kept, json.dumps(selection))
+    return boxes
 
 
 def read_coco20k(root: str | Path, annotated: bool = True) -> list[Sample]:
     """The Samples of COCO20k (Vo et al., 2020); arguments and errors as for `read_voc`."""
     folder = first_folder(Path(root, "COCO/images/train2014"))
     samples = []
-    for name, boxes in coco_boxes(coco20k_annotations(Path(root))).items():
+    for name, boxes in coco20k_boxes(Path(root)).items():
         samples.append(Sample(name, inside(folder, name), boxes if annotated else None))
     return samples
 
