@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +74,7 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 # ---- the file -----------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Cached(Dataset):
     """The items of objectives.Photos with their features, read from one file.
 
@@ -83,11 +85,10 @@ class Cached(Dataset):
     view after view, with a row for each photo, and epoch e reads view e % views.
     """
 
-    def __init__(self, path: Path, row_type: np.dtype, views: int, paths: list[Path]):
-        self.path = path
-        self.row_type = row_type
-        self.views = views
-        self.paths = paths
+    path: Path
+    row_type: np.dtype
+    views: int
+    paths: list[Path]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -167,9 +168,7 @@ def cached(
 
 def fill(dataset: Cached, photos, extractor: DenseExtractor, batch_size: int, workers: int) -> None:
     """Write the file of a data set, whole or not at all; a thread writes while others compute."""
-    keys = []  # (view, index), in the order of the file
-    for view in range(dataset.views):
-        keys += [(view, index) for index in range(len(photos))]
+    keys = list(np.ndindex(dataset.views, len(photos)))  # (view, index), in the file's order
     batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
 
     folder = dataset.path.parent

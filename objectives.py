@@ -13,6 +13,7 @@ Notation: B batch, C channels, h w the patch grid, S pixels of the square photos
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ MATCH_TEMPERATURE_CENTRED = 0.1
 # ---- photos -------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Photos(Dataset):
     """Photos as squares of three sizes, uint8.
 
@@ -65,21 +67,15 @@ class Photos(Dataset):
     so that it is cheap to send to workers.
     """
 
-    def __init__(
-        self,
-        paths: list[Path],
-        imsize: int,
-        downsample: str = "stride",
-        augment: bool = False,
-        seed: int = 0,
-        warp: bool = False,
-    ):
-        self.paths = paths
-        self.imsize = imsize
-        self.downsample = downsample
-        self.seed = seed
-        self.warp = warp
-        self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2) if augment else None
+    paths: list[Path]
+    imsize: int
+    downsample: str = "stride"
+    augment: bool = False
+    seed: int = 0
+    warp: bool = False
+
+    def __post_init__(self) -> None:
+        self.jitter = ColorJitter(0.2, 0.2, 0.2, 0.2) if self.augment else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -277,9 +273,7 @@ class Matching(nn.Module):
             warp: [B, 2, 3], see random_warp.
             temperature: what cosines are divided by.
         """
-        paired = pairs.unflatten(0, (-1, 2))                            # [B, 2, C, h, w]
-        photos = paired[:, 0]                                           # [B, C, h, w]
-        copies = paired[:, 1]                                           # [B, C, h, w]
+        photos, copies = pairs.unflatten(0, (-1, 2)).unbind(1)          # [B, C, h, w] each
         in_copy = copies.flatten(2)[:, :, self.cells]                   # [B, C, P]
 
         inside = self.inside(warp)                                      # [B, P]
@@ -331,9 +325,7 @@ class Objective(nn.Module):
         self.loss = loss
         self.match_centred = match_centred
         self.register_buffer("centre", centre, persistent=False)
-        self.matching = None
-        if grid is not None:
-            self.matching = Matching(grid)
+        self.matching = None if grid is None else Matching(grid)
 
     def forward(
         self,
@@ -482,11 +474,7 @@ def point_weight(matching: Matching, warp: Tensor, match: float) -> Tensor:
 
 @torch.no_grad()
 def mean_feature(photos: Dataset, extractor: DenseExtractor) -> Tensor:
-    """The mean feature at S of up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
-
-    Raises:
-        ValueError: the features are not finite.
-    """
+    """The mean feature at S of up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1]."""
     keys = [(0, index) for index in spread(range(len(photos)), CENTRE_PHOTOS)]
     batches = [keys[at : at + 8] for at in range(0, len(keys), 8)]
 
