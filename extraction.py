@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Job(NamedTuple):
 Item = tuple[int, Tensor | None, Any]
 
 
+@dataclass(eq=False)
 class Photos(Dataset):
     """The photos of jobs, read and fitted: photos[i] is an Item.
 
@@ -65,10 +67,9 @@ class Photos(Dataset):
         load_size: pixels of the shorter side; None leaves the photo's own.
     """
 
-    def __init__(self, jobs: list[Job], patch: int, load_size: int | None):
-        self.jobs = jobs
-        self.patch = patch
-        self.load_size = load_size
+    jobs: list[Job]
+    patch: int
+    load_size: int | None
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -185,6 +186,7 @@ def draw(photo: Image.Image, maps: dict[str, Tensor]) -> Image.Image:
 # ---- the work -----------------------------------------------------------------------------------
 
 
+@dataclass
 class Extraction:
     """Extracts photos batch by batch, and writes each batch while the next one is computed.
 
@@ -198,15 +200,12 @@ class Extraction:
         out_size: (h, w) that maps are resized to; None leaves them as they are.
     """
 
-    def __init__(
-        self, jobs: list[Job], features: Features, settings: dict[str, Any], out_size: Any = None
-    ):
-        self.jobs = jobs
-        self.features = features
-        self.settings = settings
-        self.out_size = out_size
-        self.skipped: list[tuple[Path, str]] = []
-        self.grid: Any = (0, 0)
+    jobs: list[Job]
+    features: Features
+    settings: dict[str, Any]
+    out_size: Any = None
+    skipped: list[tuple[Path, str]] = field(default_factory=list, init=False)
+    grid: Any = field(default=(0, 0), init=False)
 
     def run(self, items: Iterable[Item], batch_size: int) -> None:
         """Make the files of all photos; what is raised while one is written is raised here."""
@@ -226,13 +225,10 @@ class Extraction:
         index, first, reason = batch[0]
         if first is not None:
             try:
-                maps = self.maps([pixels for _, pixels, _ in batch])
+                yield batch, self.maps([pixels for _, pixels, _ in batch])
+                return
             except (MemoryError, RuntimeError) as error:
                 reason = why_skipped(error)
-            else:
-                yield batch, maps
-                return
-
         if len(batch) == 1:
             self.skipped.append((self.jobs[index].photo, reason))
             return
