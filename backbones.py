@@ -64,11 +64,7 @@ BACKBONES = {
 
 
 def resolve(name: str) -> Backbone:
-    """The row of BACKBONES of this name, or one made for any other model of timm.
-
-    Raises:
-        ValueError: neither knows the name.
-    """
+    """The row of BACKBONES of this name, or one made for any other model of timm."""
     if name in BACKBONES:
         return BACKBONES[name]
     cfg = None
@@ -163,10 +159,9 @@ def load_backbone_file(
 
     # timm's filter would resample kernels of another patch, and say nothing
     kernel = "patch_embed.proj.weight"
-    same_patch = kernel in state.keys() & wanted.keys()
-    if same_patch:
-        same_patch = state[kernel].shape[2:] == wanted[kernel].shape[2:]
-    if same_patch and "pos_embed" in state and "pos_embed" in wanted:
+    both = state.keys() & wanted.keys()
+    same_patch = kernel in both and state[kernel].shape[2:] == wanted[kernel].shape[2:]
+    if same_patch and "pos_embed" in both:
         state["pos_embed"] = fit_positions(state, model, path)
     if same_patch or kernel not in state:
         module: Any = sys.modules[type(model).__module__]
@@ -204,10 +199,7 @@ def recognise(tensors: dict[str, Tensor]) -> str:
 
 def one_network(tensors: dict[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
     """The tensors of one backbone in a checkpoint, without prefix and heads; not of a student."""
-    prefixes = set()
-    for name in tensors:
-        if re.search(EMBEDDING, name):
-            prefixes.add(re.sub(EMBEDDING, "", name))
+    prefixes = {re.sub(EMBEDDING, "", name) for name in tensors if re.search(EMBEDDING, name)}
     averages = {prefix for prefix in prefixes if re.search(r"(^|[._])ema[._]", prefix)}
     if ema and not averages:
         raise ValueError(f"{path} holds no moving average (EMA): leave ema out")
@@ -398,11 +390,7 @@ def build_backbone(
 
 
 def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extractor") -> Any:
-    """What somebody's `module:function` returns; it gets the flags if it takes an argument.
-
-    Raises:
-        ValueError: there is no such function.
-    """
+    """What somebody's `module:function` returns; it gets the flags if it takes an argument."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:  # the module is looked for beside the user, too
         sys.path.append(os.getcwd())
@@ -422,8 +410,7 @@ def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extract
 def pick_device(device: str | torch.device | None, dtype: str = "float32") -> torch.device:
     """The torch.device of auto, cpu, cuda, cuda:N or mps; under torchrun, cuda is this process's.
 
-    Raises:
-        ValueError: it is not there, cannot multiply in `dtype`, or there is no such dtype.
+    Raises ValueError for one that cannot multiply in `dtype` here.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(DTYPES)}")
