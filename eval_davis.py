@@ -243,9 +243,7 @@ def frame_size(
     """
     if not short_side:
         return imsize, imsize
-    step = 64
-    if 64 % patch:
-        step = patch
+    step = patch if 64 % patch else 64
     exact = short_side * max(width, height) / min(width, height)
     longer = max(step, int(exact // step * step))
     if width >= height:
@@ -290,9 +288,7 @@ def read_given(video: Video, binary: bool) -> Given:
     path = video.masks[0]
     labels = MaskReader(binary).objects(path)
     values, palette = read_mask(path)
-    unit = 1
-    if binary:
-        unit = int(values.max())  # 1, or 255 in DAVIS 2016
+    unit = int(values.max()) if binary else 1  # of a binary mask 1, or 255 in DAVIS 2016
     values = np.where(labels > 0, labels * np.uint8(unit), values)
     return Given(labels, values, unit, palette)
 

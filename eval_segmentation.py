@@ -256,9 +256,7 @@ def train_probe(
     optimizer = torch.optim.AdamW(
         probe.parameters(), lr, betas=(0.9, 0.999), weight_decay=weight_decay
     )
-    period = len(batches)
-    if schedule == "jafar":
-        period = JAFAR_STEPS
+    period = JAFAR_STEPS if schedule == "jafar" else len(batches)
     scheduler = CosineAnnealingLR(optimizer, period)
 
     for feats, labels in progress(batches, unit="step", desc="training"):

@@ -533,9 +533,7 @@ def main(args: argparse.Namespace) -> None:
     )
     features = build_features(args)
     features.check_size(args.imsize, args.imsize)
-    maps: Maps = features
-    if args.bin:
-        maps = binned(features)
+    maps: Maps = binned(features) if args.bin else features
 
     batch_size = args.batch_size or default_batch(args.imsize)
     cosine = args.match == "cosine"

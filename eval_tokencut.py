@@ -165,9 +165,7 @@ def affinity(feats: torch.Tensor, tau: float, eps: float = 1e-5, binary: bool = 
         raise ValueError(f"{what}: pass a smaller --imsize or --lift_iter, or leave out --native")
     cells = F.normalize(feats.float().flatten(1).T, dim=1)         # [N, C]
     cosine = (cells @ cells.T).cpu().numpy()                       # [N, N]
-    dtype: Any = np.float32
-    if len(cosine) <= SMALL_GRAPH:
-        dtype = np.float64
+    dtype: Any = np.float64 if len(cosine) <= SMALL_GRAPH else np.float32
     if binary:
         return np.where(cosine > tau, dtype(1), dtype(eps))
     weights = np.where(cosine < tau, eps, cosine).astype(dtype)
