@@ -225,11 +225,7 @@ def lift(
     module = files["lift"].load_lift(file, extractor)
     upsampler = files["features"].Lifted(module, extractor, iterations)
     features = files["features"].Features(extractor, upsampler)
-    options = {
-        "iterations": iterations,
-        "out_size": out_size,
-        "return_backbone": return_backbone,
-    }
+    options = {"iterations": iterations, "out_size": out_size, "return_backbone": return_backbone}
     return _Model(features, options)
 
 
