@@ -179,14 +179,10 @@ def cell_at(
 
 
 def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
-    """Cosines of Q cells (row, column) of a map to all its cells, min-max normalised for each.
+    """Cosines [Q, h, w] of Q cells (row, column) of a map [C, h, w] to all its cells, in 0..1.
 
-    Where all cosines agree to within rounding, as on a flat map, the result is 0.
-
-    Args:
-        feats: [C, h, w].
-    Returns:
-        [Q, h, w] in 0..1.
+    They are min-max normalised for each of the Q. Where all cosines agree to within rounding, as on
+    a flat map, the result is 0.
     """
     width = feats.shape[2]
     x = feats.flatten(1)                                           # [C, h*w]
@@ -206,13 +202,7 @@ def self_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
 
 
 def shown_similarity(feats: Tensor, cells: list[tuple[int, int]]) -> Tensor:
-    """self_similarity as it is drawn: the corners do not decide where the dark colours begin.
-
-    Args:
-        feats: [C, h, w].
-    Returns:
-        [Q, h, w] in 0..1.
-    """
+    """self_similarity as it is drawn: the corners do not decide where the dark colours begin."""
     values = self_similarity(feats, cells)
     counted = ~corner_cells(feats.shape[1], feats.shape[2]).to(values.device)  # [h, w]
     if not counted.any():  # a grid of corners only
@@ -309,8 +299,7 @@ def make_sheets(
 
     # panels: photo, backbone, bilinear, photo at 2x, and LiFT once, twice, ...
     sheets = {"alternatives": [panels[:5] for panels in rows]}
-    with_upsampler = len(maps) > 3
-    if with_upsampler:
+    if len(maps) > 3:  # with an upsampler
         sheets["iterations"] = [panels[:2] + panels[4:] for panels in rows]
     if pca:
         sheets["pca"] = [pca_row(photo, maps, size)]

@@ -225,9 +225,8 @@ def split(args) -> tuple[list[Path], list[Path]]:
     count = int(args.val_fraction * len(paths))
     # numpy's legacy generator is frozen: a seed holds out the same photos in every version
     order = np.random.RandomState(args.seed).permutation(len(paths))
-    held_out = set(order[:count].tolist())
-    train_paths = [path for index, path in enumerate(paths) if index not in held_out]
-    val_paths = [paths[index] for index in sorted(held_out)]
+    train_paths = [paths[index] for index in np.sort(order[count:])]
+    val_paths = [paths[index] for index in np.sort(order[:count])]
     return train_paths, val_paths
 
 
@@ -304,32 +303,24 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
     parts = [name, str(args.lr), args.loss, augment, str(args.imsize)]
 
     # a user's own network has neither layer nor facet
-    if extractor.layer is not None and extractor.layer != extractor.depth - 1:
-        parts.append(f"layer{extractor.layer}")
-    if extractor.facet not in ("key", None):
-        parts.append(extractor.facet)
-    if args.attend:
-        parts.append(f"attend{args.attend}")
-    if args.heads:
-        parts.append(f"heads{args.heads}")
-    if args.match:
-        fades = "" if args.match_end == 1 else f"to{args.match_end}"
-        parts.append(f"match{args.match}{fades}")
-        if args.match_centred != 0.5:
-            parts.append(f"centred{args.match_centred}")
-    if args.downsample == "resize":
-        parts.append("resize")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
+    has_layer = extractor.layer is not None and extractor.layer != extractor.depth - 1
+    fades = "" if args.match_end == 1 else f"to{args.match_end}"
+    further = (
+        (has_layer, f"layer{extractor.layer}"),
+        (extractor.facet not in ("key", None), extractor.facet),
+        (args.attend, f"attend{args.attend}"),
+        (args.heads, f"heads{args.heads}"),
+        (args.match, f"match{args.match}{fades}"),
+        (args.match and args.match_centred != 0.5, f"centred{args.match_centred}"),
+        (args.downsample == "resize", "resize"),
+        (args.seed, f"seed{args.seed}"),
+    )
+    parts += [part for is_told, part in further if is_told]
     return Path(args.output_dir) / "_".join(parts)
 
 
 def new_lift(args, extractor: DenseExtractor) -> nn.Module:
-    """The module to train, the same at the start of every run with this --seed.
-
-    Raises:
-        ValueError: --heads does not fit the backbone.
-    """
+    """The module to train, the same at the start of every run with this --seed."""
     heads = 1
     if args.attend:
         heads = args.heads or extractor.heads
@@ -617,11 +608,7 @@ def facts_of(extractor: DenseExtractor) -> dict[str, Any]:
 
 
 def begin(args, extractor: DenseExtractor, paths: list[Path], val_paths: list[Path]) -> Run:
-    """A new run, or with --resume the one that is in the folder.
-
-    Raises:
-        ValueError: the folder holds another run.
-    """
+    """A new run, or with --resume the one in the folder; ValueError if that holds another."""
     lift = new_lift(args, extractor)
     # without weight decay this is the Adam of the paper
     adam = torch.optim.AdamW(lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)

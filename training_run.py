@@ -61,15 +61,11 @@ class Run:
         Returns:
             The signal that any process got (the largest number of several), or 0.
         """
-        all_losses = []  # [processes, steps]
-        signals = []
         mine = (torch.stack(losses).tolist(), broken, signal_here)
-        for process_losses, process_broken, process_signal in gather(mine):
-            all_losses.append(process_losses)
-            self.broken |= process_broken
-            signals.append(process_signal)
+        all_losses, all_broken, signals = zip(*gather(mine))
         # the loss of a step is the mean over the processes
         self.losses += np.mean(all_losses, axis=0).tolist()
+        self.broken.update(*all_broken)
         return max(signals)
 
     @torch.no_grad()
@@ -152,11 +148,7 @@ class Run:
         save_tensors(self.folder / "last.pth", state)
 
     def resume(self) -> None:
-        """Go on from last.pth, if it is there.
-
-        Raises:
-            ValueError: it is damaged, or from a run with other settings or of more epochs.
-        """
+        """Go on from last.pth, if it is there; ValueError if it does not belong to this run."""
         path = self.folder / "last.pth"
         if not path.is_file():
             if rank() == 0:
@@ -232,14 +224,13 @@ def evaluate(
         for index in batch["broken"][~was_read].tolist():
             broken.add(str(loader.dataset.paths[index]))
 
+    all_totals, all_broken = zip(*gather((totals, broken)))
     everywhere: Counter = Counter()
-    unreadable: set[str] = set()
-    for process_totals, process_broken in gather((totals, broken)):
+    for process_totals in all_totals:
         everywhere.update(process_totals)  # a Counter adds
-        unreadable |= process_broken
     photos = everywhere.pop("photos", 0)
     means = {name: round(total / max(photos, 1), 5) for name, total in everywhere.items()}
-    return {"photos": photos, **means, "unreadable": sorted(unreadable)}
+    return {"photos": photos, **means, "unreadable": sorted(set().union(*all_broken))}
 
 
 def gather(value: Any) -> list[Any]:
