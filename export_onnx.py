@@ -275,8 +275,8 @@ def plan_whole(args: argparse.Namespace) -> Plan:
     """The Plan of a backbone, and of what upsamples its features."""
     imsize = read_imsize(args.imsize)
     # somebody's own network shows its patch on a square, of which build_features takes the side
-    square = {"imsize": min(imsize or IMSIZE)}
-    features = build_features(argparse.Namespace(**{**vars(args), **square}))
+    side = min(imsize or IMSIZE)
+    features = build_features(argparse.Namespace(**{**vars(args), "imsize": side}))
 
     backbone = features.backbone
     exporting: Callable = nullcontext
@@ -344,8 +344,7 @@ def write(plan: Plan, path: Path) -> None:
 def check(plan: Plan, path: Path) -> float:
     """The largest difference of onnxruntime and PyTorch, as a share of the largest feature.
 
-    Raises:
-        ValueError: it is over TOLERANCE or NaN, or onnxruntime cannot load or run the file.
+    Raises ValueError for one over TOLERANCE, and for what onnxruntime cannot load or run.
     """
     import onnxruntime
 
