@@ -117,9 +117,10 @@ places, among places 4 pixels of the full photo apart, which are 2 at --imsize.
 
 **On annotated data.** mIoU, J&F, PCK and CorLoc in percent. CamVid is a linear probe trained on its
 367 training photos and scored on its 233 test photos, at 176x240 pixels, with two learning rates:
-`--lr 0.005`, and the protocol's own, at which the probe has not converged (docs/segmentation.md). Its
-errors are those of the test photos alone: another seed of the probe moves a figure by up to half a
-point. "DAVIS J&F" is of six sequences of DAVIS 2017, "DAVIS 2016 J&F" of eleven others.
+`--lr 0.005`, and the protocol's own, at which the probe has not converged
+(docs/segmentation.md). Its errors are those of the test photos alone: another seed of the probe
+moves a figure by up to half a point. "DAVIS J&F" is of six sequences of DAVIS 2017, "DAVIS 2016
+J&F" of eleven others.
 "PCK@.1 cos" renormalises descriptors after interpolation (`--match cosine`).
 
 **Cost.** GMACs are those of linear layers, convolutions and attention for one image
