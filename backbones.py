@@ -64,7 +64,11 @@ BACKBONES = {
 
 
 def resolve(name: str) -> Backbone:
-    """The row of BACKBONES of this name, or one made for any other model of timm."""
+    """The row of BACKBONES of this name, or one made for any other model of timm.
+
+    Raises:
+        ValueError: neither knows the name.
+    """
     if name in BACKBONES:
         return BACKBONES[name]
     cfg = None
@@ -390,7 +394,11 @@ def build_backbone(
 
 
 def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extractor") -> Any:
-    """What somebody's `module:function` returns; it gets the flags if it takes an argument."""
+    """What somebody's `module:function` returns; it gets the flags if it takes an argument.
+
+    Raises:
+        ValueError: there is no such function.
+    """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:  # the module is looked for beside the user, too
         sys.path.append(os.getcwd())
@@ -410,7 +418,8 @@ def call_function(name: str, args: argparse.Namespace, flag: str = "--my_extract
 def pick_device(device: str | torch.device | None, dtype: str = "float32") -> torch.device:
     """The torch.device of auto, cpu, cuda, cuda:N or mps; under torchrun, cuda is this process's.
 
-    Raises ValueError for one that cannot multiply in `dtype` here.
+    Raises:
+        ValueError: it is not there, cannot multiply in `dtype`, or there is no such dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype}: pass one of {', '.join(DTYPES)}")

@@ -264,6 +264,8 @@ class MyExtractor(DenseExtractor):
 
     Args:
         imsize: pixels of the square image by which patch and channels are found out.
+    Raises:
+        ValueError: the module does not take such an image.
     """
 
     def __init__(self, module: nn.Module, name: str, imsize: int, device: str, dtype: str):

@@ -344,7 +344,8 @@ def write(plan: Plan, path: Path) -> None:
 def check(plan: Plan, path: Path) -> float:
     """The largest difference of onnxruntime and PyTorch, as a share of the largest feature.
 
-    Raises ValueError for one over TOLERANCE, and for what onnxruntime cannot load or run.
+    Raises:
+        ValueError: it is over TOLERANCE or NaN, or onnxruntime cannot load or run the file.
     """
     import onnxruntime
 

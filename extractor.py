@@ -362,9 +362,10 @@ class ViTExtractor(DenseExtractor):
         """
         pairs, several = self._wanted(layer, facet)
         maps = []
-        for x in self._facets(images, pairs):                       # [B, heads, T, d]
+        found = self._facets(images, pairs)
+        grid = self.grid(*images.shape[-2:])
+        for x in found:                                             # [B, heads, T, d]
             tokens = join_heads(x[:, :, self._prefix_count() :])    # [B, t, C]
-            grid = self.grid(*images.shape[-2:])
             maps.append(tokens.transpose(1, 2).unflatten(2, grid))  # [B, C, h, w]
         if several:
             return maps
@@ -402,6 +403,8 @@ class ViTExtractor(DenseExtractor):
             layer, facet: the extractor's own where left out; a list of either gives a list.
             bin: add the surroundings of every descriptor, 17 bins of C channels.
             include_cls: put the CLS token first (t + 1); not with `bin`.
+        Raises:
+            ValueError: the backbone does not have what is asked for.
         Source: Amir et al., section 3.
         """
         assert not (bin and include_cls), "bins of a CLS token do not exist"
@@ -560,7 +563,11 @@ def my_extractor(args: argparse.Namespace) -> nn.Module:
 
 
 def build_extractor(args: argparse.Namespace) -> DenseExtractor:
-    """The frozen network that the flags of add_backbone_args ask for."""
+    """The frozen network that the flags of add_backbone_args ask for.
+
+    Raises:
+        ValueError: something does not exist, or does not fit together.
+    """
     use_full_float32()
     device = pick_device(args.device, args.dtype)
     if device.type == "cpu":

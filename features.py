@@ -172,7 +172,11 @@ def check_finite(feats: Tensor, dtype: torch.dtype) -> None:
 
 
 def how_to_upsample(args: argparse.Namespace) -> str:
-    """Which of HOW, or MODULE:FUNCTION, --upsample, --lift_path and --lift_iter ask for."""
+    """How --upsample, --lift_path and --lift_iter ask to upsample: one of HOW, or MODULE:FUNCTION.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
     how = args.upsample
     if how is None:
         how = "lift" if args.lift_path else "none"
@@ -192,6 +196,10 @@ def build_features(args: argparse.Namespace) -> Features:
     """The Features that the flags of add_backbone_args and add_lift_args ask for, frozen.
 
     The LiFT file is read before the backbone is built, as that may have to be downloaded.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: something does not exist, or does not fit together.
     """
     how = how_to_upsample(args)
     file: Any = None

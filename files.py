@@ -245,15 +245,12 @@ class Results:
             what = f"{first} is there, and no {SETTINGS} says what made it"
             raise ValueError(f"{what}: choose an empty folder")
         if first and not overwrite:
-            wrong = ""
             try:
                 changed = difference(json.loads(path.read_text()), settings)
-                if changed:
-                    wrong = f"{folder} was made with {changed}"
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                wrong = f"{path} is damaged ({first_line(error)})"
-            if wrong:
-                raise ValueError(f"{wrong}: {remedy}")
+                raise ValueError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
+            if changed:
+                raise ValueError(f"{folder} was made with {changed}: {remedy}")
             return
 
         # new settings for an empty folder, or one that is emptied

@@ -459,7 +459,10 @@ def where_to_get(path: Path) -> str:
 def read_facts(path: Path) -> dict[str, Any]:
     """What a module was trained for: the dict of `NAME.json`, or `lift.json`, beside it.
 
-    It has at least backbone, layer and facet, and is empty if there is neither file.
+    Returns:
+        At least backbone, layer and facet; an empty dict if there is neither file.
+    Raises:
+        ValueError: the file is not a JSON object with these.
     """
     for beside in (path.with_suffix(".json"), path.with_name("lift.json")):
         if not beside.is_file():
@@ -476,9 +479,13 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_fits(file: LiFTFile, extractor: Any) -> None:
-    """Raise ValueError for a module that was trained for another extractor than this one.
+    """Refuse a module that was trained for another extractor than this one.
 
     Other weights under the backbone's name are noted on stderr: fine-tuned ones may be meant.
+
+    Raises:
+        ValueError: in one sentence, for another backbone, layer, facet, patch, stride or number of
+            channels.
     """
     ours = {"backbone": extractor.tag, "layer": extractor.layer, "facet": extractor.facet}
     wrong = []

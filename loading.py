@@ -32,6 +32,7 @@ from torch.utils.data import Dataset, default_collate
 from command import is_out_of_memory, out_of_memory
 from files import first_line
 
+FEWER = "pass fewer --workers, or --workers 0"
 AHEAD = 2  # items for each worker that are asked for before they are needed
 
 
@@ -44,7 +45,7 @@ class Loader:
             Loader does. 0 reads in this process.
         batches: lists of keys; each becomes one collated batch. None gives the single items 0, 1,
             2, ... as they are.
-        pin_memory: let workers' items be dicts of tensors in pinned memory, from which a GPU
+        pin_memory: put items, which are dicts of tensors, into pinned memory, from which a GPU
             fetches them by itself.
     """
 
@@ -73,11 +74,15 @@ class Loader:
         keys: Any = self.batches if batched else range(len(self))
         if self.workers == 0:
             for key in keys:
-                yield fetch(self.dataset, key, batched)
+                yield self.pinned(fetch(self.dataset, key, batched))
             return
 
-        while len(self.running) < self.workers:
-            self.running.append(Worker(self.dataset, batched))
+        try:
+            while len(self.running) < self.workers:
+                self.running.append(Worker(self.dataset, batched))
+        except OSError as error:
+            self.stop()
+            raise ValueError(f"a worker cannot be started ({error}): {FEWER}") from error
         idle: SimpleQueue[Worker] = SimpleQueue()
         for worker in self.running:
             idle.put(worker)
@@ -108,9 +113,13 @@ class Loader:
             idle.put(worker)
         if error:
             raise ValueError(error)
-        if self.pin_memory:
-            return {name: tensor.pin_memory() for name, tensor in item.items()}
-        return item
+        return self.pinned(item)
+
+    def pinned(self, item: Any) -> Any:
+        """An item, in pinned memory if that is asked for."""
+        if not self.pin_memory:
+            return item
+        return {name: tensor.pin_memory() for name, tensor in item.items()}
 
     def stop(self) -> None:
         """End the workers, whatever they are doing."""
@@ -144,7 +153,7 @@ def why_lost(status: int) -> str:
         end = "was killed, as the system does where memory runs out"
     elif status < 0:
         end = f"was killed by {signal.Signals(-status).name}"
-    return f"a worker {end}: pass fewer --workers, or --workers 0"
+    return f"a worker {end}: {FEWER}"
 
 
 # ---- in a worker --------------------------------------------------------------------------------

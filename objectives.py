@@ -318,7 +318,7 @@ class Objective(nn.Module):
         loss: str,
         centre: Tensor | None = None,
         grid: tuple[int, int] | None = None,
-        match_centred: float = 0.5,
+        match_centred: float = 0.0,
     ):
         super().__init__()
         self.lift = lift
@@ -373,7 +373,7 @@ def prepare(
     loss: str,
     centre: Tensor | None = None,
     grid: tuple[int, int] | None = None,
-    match_centred: float = 0.5,
+    match_centred: float = 0.0,
     compiled: bool = False,
 ) -> tuple[nn.Module, Callable]:
     """Wrap a LiFT module in its Objective, for training.
@@ -474,7 +474,11 @@ def point_weight(matching: Matching, warp: Tensor, match: float) -> Tensor:
 
 @torch.no_grad()
 def mean_feature(photos: Dataset, extractor: DenseExtractor) -> Tensor:
-    """The mean feature at S of up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1]."""
+    """The mean feature at S of up to CENTRE_PHOTOS photos, evenly spread: [C, 1, 1].
+
+    Raises:
+        ValueError: the features are not finite.
+    """
     keys = [(0, index) for index in spread(range(len(photos)), CENTRE_PHOTOS)]
     batches = [keys[at : at + 8] for at in range(0, len(keys), 8)]
 

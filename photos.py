@@ -268,8 +268,10 @@ def as_photo(image: Any, upright: bool = True) -> Image.Image:
 def list_images(path: str | Path) -> list[Path]:
     """Images of a file, a folder with its subfolders, or a glob pattern, sorted.
 
-    Folders behind links are searched, each once. Hidden files and folders are left out. Where there
-    is none a ValueError says what is there instead.
+    Folders behind links are searched, each once. Hidden files and folders are left out.
+
+    Raises:
+        ValueError: there is none; says what is there instead.
     """
     check_path(path)
     if Path(path).is_file():

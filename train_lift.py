@@ -80,6 +80,8 @@ MAY_CHANGE = (
     "output_dir", "cache_features", "dataroot", "val_dataroot",
 )  # fmt: skip
 
+MATCH_CENTRED = 0.5  # the default of --match_centred, which no folder's name tells
+
 # Below these there is a note
 ENOUGH_STEPS = 500  # the modules of pretrained/ took a few thousand
 ENOUGH_PHOTOS = 10  # to validate on
@@ -155,7 +157,7 @@ def parser() -> Command:
         f"falls linearly{by_recipe('match_end')}",
     )  # fmt: skip
     add(
-        "--match_centred", type=float, default=0.5, metavar="SHARE",
+        "--match_centred", type=float, default=MATCH_CENTRED, metavar="SHARE",
         help="of --match that is on features less their mean, 0..1; the rest is on the features "
         "as they are (default: %(default)s)",
     )  # fmt: skip
@@ -311,7 +313,7 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
         (args.attend, f"attend{args.attend}"),
         (args.heads, f"heads{args.heads}"),
         (args.match, f"match{args.match}{fades}"),
-        (args.match and args.match_centred != 0.5, f"centred{args.match_centred}"),
+        (args.match and args.match_centred != MATCH_CENTRED, f"centred{args.match_centred}"),
         (args.downsample == "resize", "resize"),
         (args.seed, f"seed{args.seed}"),
     )
@@ -320,7 +322,11 @@ def run_folder(args, extractor: DenseExtractor) -> Path:
 
 
 def new_lift(args, extractor: DenseExtractor) -> nn.Module:
-    """The module to train, the same at the start of every run with this --seed."""
+    """The module to train, the same at the start of every run with this --seed.
+
+    Raises:
+        ValueError: --heads does not fit the backbone.
+    """
     heads = 1
     if args.attend:
         heads = args.heads or extractor.heads
@@ -608,7 +614,11 @@ def facts_of(extractor: DenseExtractor) -> dict[str, Any]:
 
 
 def begin(args, extractor: DenseExtractor, paths: list[Path], val_paths: list[Path]) -> Run:
-    """A new run, or with --resume the one in the folder; ValueError if that holds another."""
+    """A new run, or with --resume the one that is in the folder.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
     lift = new_lift(args, extractor)
     # without weight decay this is the Adam of the paper
     adam = torch.optim.AdamW(lift.parameters(), lr=args.lr, weight_decay=args.weight_decay)

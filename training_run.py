@@ -148,7 +148,11 @@ class Run:
         save_tensors(self.folder / "last.pth", state)
 
     def resume(self) -> None:
-        """Go on from last.pth, if it is there; ValueError if it does not belong to this run."""
+        """Go on from last.pth, if it is there.
+
+        Raises:
+            ValueError: it is damaged, or from a run with other settings or of more epochs.
+        """
         path = self.folder / "last.pth"
         if not path.is_file():
             if rank() == 0:

@@ -61,14 +61,14 @@ def last(ran):
 @pytest.mark.parametrize("match", [0, 0.5])
 def test_cached_features_train_alike_and_are_computed_once(train, tmp_path, monkeypatch, match):
     more = ["--augment", "--views", 2, "--loss", "l2", "--val_fraction", 0.25, "--match", match]
+    more += ["--match_centred", 0.33]  # of random features the centred ones feel float16 most
     cache = [*more, "--cache_features", tmp_path / "cache"]
     ran, _, live_lines = train("live", *more)
     assert ran.code == 0, ran.err
     ran, state, lines = train("cached", *cache)
     assert ran.code == 0, ran.err
     live_losses = [line["loss"] for line in live_lines]
-    # the matching of centred features feels the cache's float16 most
-    assert [line["loss"] for line in lines] == pytest.approx(live_losses, rel=4e-3)
+    assert [line["loss"] for line in lines] == pytest.approx(live_losses, rel=2e-3)
     for name in ("bilinear", "bilinear_centred"):
         assert lines[-1]["val"][name] == pytest.approx(live_lines[-1]["val"][name], abs=1e-3)
 

@@ -95,13 +95,14 @@ def test_workers_end_with_their_loader():
     assert not any(is_alive(pid) for pid in pids)
 
 
-def test_pinned_memory(monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_memory(monkeypatch, workers):
     class Tensors(Numbers):
         def __getitem__(self, key):
             return {"pixels": torch.full((3,), key)}
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
-    items = list(Loader(Tensors(), 2, pin_memory=True))
+    items = list(Loader(Tensors(), workers, pin_memory=True))
     assert [int(item["pixels"][0]) for item in items] == list(range(100, 120))
 
 
@@ -228,6 +229,15 @@ def test_memory_that_runs_out_in_the_main_process_is_told_as_such(monkeypatch):
     monkeypatch.setattr(pickle, "loads", loads)
     with pytest.raises(RuntimeError, match="allocate memory"):
         list(Loader(Numbers(), 1))
+
+
+def test_workers_that_cannot_start(monkeypatch):
+    def fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(ValueError, match=r"a worker cannot be started .*pass fewer --workers"):
+        list(Loader(Numbers(), 2))
 
 
 # ---- whole processes ----------------------------------------------------------------------------
